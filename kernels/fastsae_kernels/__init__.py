@@ -1,0 +1,1 @@
+"""Kernels of BatchTopK sparse autoencoders: torch and triton only, usable without ``fastsae``."""

@@ -1,0 +1,391 @@
+"""Every operation of a BatchTopK sparse autoencoder, written as its definition.
+
+This module is the oracle: short, dense, device-independent, any float dtype (float64 included), and
+never fast. Kernels, the fused step and the trainer are tested against it, nothing runs on it.
+
+Legend, shared by the whole project: ``B`` tokens, ``D`` model width, ``F`` dictionary size (latents),
+``k`` mean active latents per token, ``K = int(k * B)`` active entries of a batch.
+
+Shapes: ``x [B, D]``, ``pre [B, F]``, ``z [B, F]``, ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``,
+``b_dec [D]``. ``x`` is always *after* input scaling.
+
+Sources: BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410); TopK and aux-k, Gao et al. 2024
+(arXiv:2406.04093, sections 2 and A.2); the geometric-median start, Bricken et al. 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+AuxNormalization = Literal["residual_variance", "total_variance", "none"]
+
+
+# --- input scaling ------------------------------------------------------------------------------
+
+
+def scale_constant(x: Tensor) -> Tensor:
+    """``c = sqrt(D) / mean‖x‖``: the constant that gives scaled rows a mean norm of sqrt(D)."""
+    return x.shape[-1] ** 0.5 / x.norm(dim=-1).mean()
+
+
+class TokenStatistics(NamedTuple):
+    """Mean and unbiased standard deviation of each token, both ``[..., 1]``."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def token_statistics(x: Tensor) -> TokenStatistics:
+    """The per-token statistics of ``layer_norm`` scaling (SAELens's convention: unbiased)."""
+    return TokenStatistics(x.mean(-1, keepdim=True), x.std(-1, keepdim=True))
+
+
+def layer_norm(x: Tensor, statistics: TokenStatistics) -> Tensor:
+    """``(x - mean) / (std + 1e-5)``."""
+    return (x - statistics.mean) / (statistics.std + 1e-5)
+
+
+def undo_layer_norm(x: Tensor, statistics: TokenStatistics) -> Tensor:
+    """``x * std + mean``: SAELens's inverse, which leaves the 1e-5 out."""
+    return x * statistics.std + statistics.mean
+
+
+def geometric_median(x: Tensor, steps: int = 20) -> Tensor:
+    """The point ``[D]`` of least summed distance to the rows of ``x``, by Weiszfeld's iteration."""
+    median = x.mean(0)
+    for _ in range(steps):
+        # The floor keeps a row that coincides with the median from taking all the weight as 1/0.
+        weight = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        median = (weight * x).sum(0) / weight.sum()
+    return median
+
+
+# --- encoder and selection ----------------------------------------------------------------------
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """``pre = (x - b_dec) @ W_enc + b_enc``."""
+    return (x - b_dec) @ W_enc + b_enc
+
+
+def active_budget(k: float, tokens: int, latents: int) -> int:
+    """``K = int(k * B)``, clamped to ``[0, B * F]``."""
+    return max(0, min(int(k * tokens), tokens * latents))
+
+
+def batch_topk_mask(pre: Tensor, budget: int) -> Tensor:
+    """Mask ``[B, F]`` of the ``budget`` largest positive entries of the whole batch.
+
+    The order is total: value descending, then token-major flat index ascending. Non-positive entries
+    and NaN are never selected, so fewer than ``budget`` may be.
+    """
+    return _largest_positive(pre.reshape(1, -1), budget).reshape(pre.shape)
+
+
+def topk_mask(pre: Tensor, k: int) -> Tensor:
+    """Mask ``[B, F]`` of the ``k`` largest positive entries of each token, ties to the lower latent."""
+    return _largest_positive(pre, k)
+
+
+def _largest_positive(rows: Tensor, k: int) -> Tensor:
+    # A stable descending sort keeps equal values in index order, which is the tie rule.
+    order = torch.where(rows > 0, rows, 0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter(-1, order, True) & (rows > 0)
+
+
+class CSR(NamedTuple):
+    """Selected latents by token: row ``b`` is ``[offsets[b], offsets[b + 1])``, latents ascending."""
+
+    values: Tensor  # [nnz], the dtype of pre
+    indices: Tensor  # [nnz] int32, latent of each entry
+    offsets: Tensor  # [B + 1] int32
+
+
+class CSC(NamedTuple):
+    """The same entries by latent: ``f`` owns ``[offsets[f], offsets[f + 1])``, tokens ascending."""
+
+    rows: Tensor  # [nnz] int32, token of each entry
+    positions: Tensor  # [nnz] int32, where the entry stands in the CSR arrays
+    offsets: Tensor  # [F + 1] int32
+
+
+def to_csr(pre: Tensor, mask: Tensor) -> CSR:
+    """The masked entries of ``pre`` in token order."""
+    row, column = mask.nonzero(as_tuple=True)
+    return CSR(pre[row, column], column.int(), _offsets(mask.sum(1)))
+
+
+def to_csc(mask: Tensor) -> CSC:
+    """The masked entries in latent order, pointing back into :func:`to_csr`'s arrays."""
+    position = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
+    position[mask] = torch.arange(int(mask.sum()), dtype=torch.int32, device=mask.device)
+    column, row = mask.T.nonzero(as_tuple=True)
+    return CSC(row.int(), position[row, column], _offsets(mask.sum(0)))
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+# --- decoder and losses -------------------------------------------------------------------------
+
+
+def decode(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """``x̂ = z @ W_dec + b_dec``."""
+    return z @ W_dec + b_dec
+
+
+def mean_squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Mean over tokens *and* dimensions of ``(x - x̂)²``."""
+    return (x_hat - x).square().mean()
+
+
+def aux_k_loss(
+    pre: Tensor,
+    residual: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    normalization: AuxNormalization = "residual_variance",
+    x: Tensor | None = None,
+) -> Tensor:
+    """How badly the dead latents alone explain ``residual = (x - x̂)``, which is not differentiated.
+
+    Of each token the ``k_aux`` largest ``relu(pre)`` among the ``dead [F]`` latents reconstruct the
+    residual without a bias. The error is divided by what ``normalization`` names (``total_variance``
+    needs ``x``), scaled by ``min(n_dead / k_aux, 1)``, and is 0 where nothing is dead or the
+    denominator vanishes. Source: Gao et al. 2024, A.2; the scale is that of Gao's successors.
+    """
+    residual = residual.detach()
+    z_aux = pre * topk_mask(torch.where(dead, pre, 0), k_aux)
+    error = mean_squared_error(residual, z_aux @ W_dec)
+    if normalization == "residual_variance":
+        error = error / (residual - residual.mean(0)).square().mean()
+    elif normalization == "total_variance":
+        if x is None:
+            raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
+        error = error / (x - x.mean(0)).square().mean()
+    scale = (dead.sum() / max(k_aux, 1)).clamp(max=1).to(error.dtype)
+    return torch.where(scale > 0, torch.nan_to_num(scale * error, 0.0, 0.0, 0.0), 0.0)
+
+
+# --- gradients, written out ---------------------------------------------------------------------
+
+
+class Gradients(NamedTuple):
+    W_enc: Tensor  # [D, F]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, D]
+    b_dec: Tensor  # [D]
+
+
+def gradients(
+    x: Tensor,
+    params: Gradients,
+    mask: Tensor,
+    dead: Tensor,
+    *,
+    aux_coefficient: float,
+    k_aux: int,
+    normalization: AuxNormalization = "residual_variance",
+) -> Gradients:
+    """Gradients of ``mse + aux_coefficient * aux`` without autograd, for a given selection ``mask``.
+
+    ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
+    ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
+    ``db_enc[f] = Σ dz`` and ``db_dec = Σ_b dY - Σ_f db_enc[f] W_enc[f]``. Aux-k adds terms of the same
+    form; its target is detached, so none of them reaches ``dY``.
+    """
+    W_enc, b_enc, W_dec, b_dec = params
+    centred = x - b_dec
+    pre = centred @ W_enc + b_enc
+    z = pre * mask
+    residual = x - (z @ W_dec + b_dec)
+
+    dY = -2 * residual / x.numel()
+    dz = (dY @ W_dec.T) * mask
+    dW_dec = z.T @ dY
+
+    n_dead = int(dead.sum())
+    if n_dead and k_aux:
+        mask_aux = topk_mask(torch.where(dead, pre, 0), k_aux)
+        z_aux = pre * mask_aux
+        scale = aux_coefficient * min(n_dead / k_aux, 1)
+        if normalization == "residual_variance":
+            scale = scale / (residual - residual.mean(0)).square().mean()
+        elif normalization == "total_variance":
+            scale = scale / (x - x.mean(0)).square().mean()
+        dE = torch.nan_to_num(scale * 2 * (z_aux @ W_dec - residual) / x.numel(), 0.0, 0.0, 0.0)
+        dz = dz + (dE @ W_dec.T) * mask_aux
+        dW_dec = dW_dec + z_aux.T @ dE
+
+    db_enc = dz.sum(0)
+    return Gradients(centred.T @ dz, db_enc, dW_dec, dY.sum(0) - W_enc @ db_enc)
+
+
+# --- update -------------------------------------------------------------------------------------
+
+
+def project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    """Remove from each row of ``gradient [F, D]`` its component along the same row of ``W_dec``."""
+    norm2 = W_dec.square().sum(-1, keepdim=True)
+    along = (gradient * W_dec).sum(-1, keepdim=True) / norm2.clamp_min(torch.finfo(W_dec.dtype).tiny)
+    return gradient - along * W_dec
+
+
+def normalize_rows(W_dec: Tensor) -> Tensor:
+    """Rows of unit norm; a zero row stays zero."""
+    norm = W_dec.norm(dim=-1, keepdim=True)
+    return W_dec / norm.clamp_min(torch.finfo(W_dec.dtype).tiny)
+
+
+def clip_factor(gradient_list: Gradients, max_norm: float | None) -> float:
+    """What to multiply all gradients by so that their joint norm is at most ``max_norm``."""
+    if max_norm is None:
+        return 1.0
+    norm = float(torch.stack([g.norm() for g in gradient_list]).norm())
+    return min(1.0, max_norm / norm) if norm > 0 else 1.0
+
+
+class AdamMoments(NamedTuple):
+    m: Tensor
+    v: Tensor
+
+
+def adam(
+    p: Tensor, g: Tensor, moments: AdamMoments, step: int, lr: float, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, AdamMoments]:
+    """One step of Adam (Kingma & Ba 2015, algorithm 1); ``step`` counts from 1."""
+    m = betas[0] * moments.m + (1 - betas[0]) * g
+    v = betas[1] * moments.v + (1 - betas[1]) * g.square()
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return p - lr * m_hat / (v_hat.sqrt() + eps), AdamMoments(m, v)
+
+
+# --- counters, threshold, metrics ---------------------------------------------------------------
+
+
+def update_tokens_since_active(counter: Tensor, mask: Tensor) -> Tensor:
+    """Per latent: 0 if selected anywhere in the batch, else its counter plus the batch's tokens."""
+    return torch.where(mask.any(0), 0, counter + mask.shape[0])
+
+
+def update_threshold(
+    threshold: Tensor, updates: int, selected: Tensor, rate: float = 0.01
+) -> tuple[Tensor, int]:
+    """Bias-corrected exponential average of the batch's smallest selected value.
+
+    The corrected average itself is the state: with ``n`` updates the newest value weighs
+    ``rate / (1 - (1 - rate)^n)``. A batch that selects nothing changes nothing.
+    """
+    if selected.numel() == 0:
+        return threshold, updates
+    updates += 1
+    weight = rate / (1 - (1 - rate) ** updates)
+    return threshold + weight * (selected.min().to(threshold.dtype) - threshold), updates
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """``1 - Σ‖x - x̂‖² / Σ‖x - x̄‖²``, x̄ the mean over the given tokens."""
+    return 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+
+
+# --- one whole training step --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a training step reads and writes."""
+
+    params: Gradients
+    moments: tuple[AdamMoments, ...]
+    tokens_since_active: Tensor  # [F] int64
+    threshold: Tensor
+    threshold_updates: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    k: float
+    k_aux: int
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    aux_coefficient: float = 0.0625
+    aux_normalization: AuxNormalization = "residual_variance"
+    dead_after_tokens: int = 10_000_000
+    threshold_rate: float = 0.01
+    max_gradient_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: Tensor
+    mse: Tensor
+    aux: Tensor
+    mask: Tensor
+    state: State = field(repr=False)
+
+
+def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
+    """``W_enc = W_decᵀ``, ``b_enc = 0``, moments and counters zero."""
+    W_dec = normalize_rows(W_dec)
+    params = Gradients(W_dec.T.clone(), W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
+    return State(
+        params,
+        tuple(AdamMoments(torch.zeros_like(p), torch.zeros_like(p)) for p in params),
+        torch.zeros(len(W_dec), dtype=torch.int64, device=W_dec.device),
+        W_dec.new_zeros(()),
+    )
+
+
+def train_step(state: State, x: Tensor, settings: Settings, mask: Tensor | None = None) -> StepResult:
+    """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
+    W_enc, b_enc, W_dec, b_dec = state.params
+    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    if mask is None:
+        mask = batch_topk_mask(pre, active_budget(settings.k, *pre.shape))
+    x_hat = decode(pre * mask, W_dec, b_dec)
+    mse = mean_squared_error(x, x_hat)
+    dead = state.tokens_since_active >= settings.dead_after_tokens
+    aux = aux_k_loss(pre, x - x_hat, W_dec, dead, settings.k_aux, settings.aux_normalization, x)
+
+    g = gradients(
+        x,
+        state.params,
+        mask,
+        dead,
+        aux_coefficient=settings.aux_coefficient,
+        k_aux=settings.k_aux,
+        normalization=settings.aux_normalization,
+    )
+    g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
+    clip = clip_factor(g, settings.max_gradient_norm)
+    updated = [
+        adam(p, clip * gp, mom, state.step + 1, settings.lr, settings.betas, settings.eps)
+        for p, gp, mom in zip(state.params, g, state.moments, strict=True)
+    ]
+    params = Gradients(*(p for p, _ in updated))
+    threshold, updates = update_threshold(
+        state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
+    )
+    return StepResult(
+        mse + settings.aux_coefficient * aux,
+        mse,
+        aux,
+        mask,
+        replace(
+            state,
+            params=params._replace(W_dec=normalize_rows(params.W_dec)),
+            moments=tuple(m for _, m in updated),
+            tokens_since_active=update_tokens_since_active(state.tokens_since_active, mask),
+            threshold=threshold,
+            threshold_updates=updates,
+            step=state.step + 1,
+        ),
+    )
