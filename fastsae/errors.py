@@ -1,0 +1,21 @@
+"""The errors a user can cause and mend. Each message says what was wrong, what was expected, what to do."""
+
+
+class FastsaeError(Exception):
+    """Anything wrong outside fastsae's own code; the command line prints it without a traceback."""
+
+
+class ConfigError(FastsaeError, ValueError):
+    """A setting has an impossible value."""
+
+
+class StreamError(FastsaeError, RuntimeError):
+    """The model, the data set or the text cannot be had, or does not give usable activations."""
+
+
+class CheckpointError(FastsaeError, RuntimeError):
+    """A run cannot be saved, or a saved one cannot be continued."""
+
+
+class FormatError(FastsaeError, ValueError):
+    """A saved SAE cannot be read, or cannot be written in the format asked for."""
