@@ -169,7 +169,7 @@ def aux_k_loss(
         if x is None:
             raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
         error = error / (x - x.mean(0)).square().mean()
-    scale = (dead.sum() / max(k_aux, 1)).clamp(max=1).to(error.dtype)
+    scale = (dead.sum().to(error.dtype) / max(k_aux, 1)).clamp(max=1)
     return torch.where(scale > 0, torch.nan_to_num(scale * error, 0.0, 0.0, 0.0), 0.0)
 
 
