@@ -90,8 +90,8 @@ class SAE(nn.Module):
         self.metadata: dict[str, Any] = dict(metadata or {})
 
         # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
-        rows = torch.randn(d_sae, d_in, generator=generator)
-        rows = reference.normalize_rows(rows).to(device=device, dtype=dtype)
+        rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
+        rows = rows.to(device)
         self.W_enc = nn.Parameter(rows.clone().T)
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))

@@ -91,7 +91,7 @@ class AutogradStep:
             "aux": loss.aux,
             "explained_variance": reference.explained_variance(x, loss.reconstruction),
             "l0": (loss.latents > 0).sum() / len(x),
-            "alive_fraction": (self.tokens_since_active < window).float().mean(),
+            "alive_fraction": (self.tokens_since_active < window).double().mean(),
             "dead": self.dead.sum(),
             "threshold": torch.zeros(()) if threshold is None else threshold,
         }

@@ -20,7 +20,9 @@ def random_pre(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -
 class TestBatchTopK:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40), (40,), (1, 33), (2, 2, 2, 31)])
-    def test_training_keeps_the_largest_of_the_batch(self, shape: tuple, dtype: torch.dtype) -> None:
+    def test_training_keeps_the_largest_of_the_batch(
+        self, shape: tuple, dtype: torch.dtype
+    ) -> None:
         pre = random_pre(*shape, dtype=dtype)
         z = fastsae.BatchTopK(3)(pre)
         assert z.shape == pre.shape and z.dtype == pre.dtype
@@ -32,7 +34,9 @@ class TestBatchTopK:
     @given(st.floats(0.01, 60), st.integers(1, 9), st.integers(0, 999))
     @settings(max_examples=50)
     def test_budget_of_any_k(self, k: float, tokens: int, seed: int) -> None:
-        pre = random_pre(tokens, 20, seed=seed).abs() + 0.1  # all positive: the budget is met exactly
+        pre = (
+            random_pre(tokens, 20, seed=seed).abs() + 0.1
+        )  # all positive: the budget is met exactly
         assert int((fastsae.BatchTopK(k)(pre) > 0).sum()) == min(int(k * tokens), pre.numel())
 
     def test_training_and_eval_differ_as_documented(self) -> None:
@@ -55,7 +59,9 @@ class TestBatchTopK:
         assert module(pre).equal(torch.where(pre > 1.5, pre, 0))
 
     def test_k_below_a_half_keeps_one_per_token_in_eval(self) -> None:
-        assert (fastsae.BatchTopK(0.2).eval()(random_pre(9, 30).abs()) > 0).sum(1).tolist() == [1] * 9
+        assert (fastsae.BatchTopK(0.2).eval()(random_pre(9, 30).abs()) > 0).sum(1).tolist() == [
+            1
+        ] * 9
 
     def test_a_zero_threshold_never_keeps_zeros_or_negatives(self) -> None:
         module = fastsae.BatchTopK(2, "threshold").eval()
@@ -77,7 +83,9 @@ class TestBatchTopK:
         module = fastsae.BatchTopK(2)
         threshold, updates = torch.zeros(()), 0
         for seed in range(30):
-            pre = random_pre(8, 20, seed=seed) - (100 if seed % 7 == 0 else 0)  # some select nothing
+            pre = random_pre(8, 20, seed=seed) - (
+                100 if seed % 7 == 0 else 0
+            )  # some select nothing
             z = module(pre)
             threshold, updates = ref.update_threshold(threshold, updates, z[z > 0])
             assert module.threshold.item() == pytest.approx(threshold.item(), rel=1e-6)

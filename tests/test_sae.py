@@ -10,7 +10,9 @@ from fastsae_kernels import reference as ref
 NORMALIZE = ["scalar", "none", "layer_norm"]
 
 
-def make_sae(normalize: str = "none", seed: int = 0, dtype: torch.dtype = torch.float64) -> fastsae.SAE:
+def make_sae(
+    normalize: str = "none", seed: int = 0, dtype: torch.dtype = torch.float64
+) -> fastsae.SAE:
     g = torch.Generator().manual_seed(seed)
     sae = fastsae.SAE(12, 60, 4, normalize=normalize, dtype=dtype, generator=g)
     with torch.no_grad():
