@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from fastsae_kernels import reference
 from fastsae_kernels.reference import CSR, AuxNormalization, TokenStatistics
-from torch import Tensor, nn
 
 from .activation import BatchTopK, Inference, JumpReLU, TopK
 from .errors import ConfigError

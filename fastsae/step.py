@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fastsae_kernels import reference
 from torch import Tensor
+
+from fastsae_kernels import reference
 
 from .activation import BatchTopK
 from .config import TrainConfig

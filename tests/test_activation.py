@@ -3,12 +3,13 @@
 import copy
 import io
 
-import fastsae
 import pytest
 import torch
-from fastsae_kernels import reference as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import fastsae
+from fastsae_kernels import reference as ref
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastsae
 import pytest
+
+import fastsae
 from fastsae import cli
 from fastsae.config import MAY_CHANGE_ON_RESUME, TrainConfig
 

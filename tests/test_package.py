@@ -7,8 +7,9 @@ import zipfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-import fastsae
 import pytest
+
+import fastsae
 
 ROOT = Path(__file__).parents[1]
 

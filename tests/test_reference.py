@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastsae_kernels import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastsae_kernels import reference as ref
 
 F64 = torch.float64
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 
-import fastsae
 import pytest
 import torch
+
+import fastsae
 from fastsae.step import AutogradStep
 from fastsae_kernels import reference as ref
 
