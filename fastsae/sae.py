@@ -287,12 +287,16 @@ class SAE(nn.Module):
     # --- on disk ---
 
     def save(
-        self, directory: str | Path, inference: Inference | None = None, format: str = "saelens"
+        self,
+        directory: str | Path,
+        inference: Inference | None = None,
+        format: str = "saelens",
+        files: tuple[str, ...] | None = None,
     ) -> Path:
         """Write the SAE for other programs to read; see :func:`fastsae.formats.save`."""
         from .formats import save
 
-        return save(self, directory, inference=inference, format=format)
+        return save(self, directory, inference=inference, format=format, files=files)
 
     @staticmethod
     def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
