@@ -98,7 +98,7 @@ def test_dictionary_learning_loads_what_is_saved(
 ):
     sae, x = small_sae(normalize=normalize), activations(*shape)
     sae.save(tmp_path, inference, format="dictionary_learning")
-    theirs, config = dictionary_learning.utils.load_dictionary(str(tmp_path), "cpu")
+    theirs, _ = dictionary_learning.utils.load_dictionary(str(tmp_path), "cpu")
     assert type(theirs).__name__ == DICT_CLASS[inference]
     assert_close((theirs.encode(x), theirs(x)), ours(sae, x, inference))
     if inference == "topk":
