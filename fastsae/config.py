@@ -150,12 +150,22 @@ class TrainConfig:
     def _require_int(self, field: str, minimum: int) -> None:
         value = getattr(self, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(f"{field} must be a whole number of at least {minimum}, got {value!r}")
+            raise ConfigError(
+                f"{field} must be a whole number of at least {minimum}, got {value!r}"
+            )
 
-    def _require_number(self, field: str, above: float | None = None, at_least: float | None = None) -> None:
+    def _require_number(
+        self, field: str, above: float | None = None, at_least: float | None = None
+    ) -> None:
         value = getattr(self, field)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not ok or (above is not None and value <= above) or (at_least is not None and value < at_least):
+        ok = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
+        if (
+            not ok
+            or (above is not None and value <= above)
+            or (at_least is not None and value < at_least)
+        ):
             bound = f"above {above}" if above is not None else f"of at least {at_least}"
             raise ConfigError(f"{field} must be a finite number {bound}, got {value!r}")
 

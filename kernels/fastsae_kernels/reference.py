@@ -169,7 +169,7 @@ def aux_k_loss(
         if x is None:
             raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
         error = error / (x - x.mean(0)).square().mean()
-    scale = (dead.sum() / max(k_aux, 1)).clamp(max=1).to(error.dtype)
+    scale = (dead.sum().to(error.dtype) / max(k_aux, 1)).clamp(max=1)
     return torch.where(scale > 0, torch.nan_to_num(scale * error, 0.0, 0.0, 0.0), 0.0)
 
 
@@ -233,7 +233,9 @@ def gradients(
 def project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
     """Remove from each row of ``gradient [F, D]`` its component along the same row of ``W_dec``."""
     norm2 = W_dec.square().sum(-1, keepdim=True)
-    along = (gradient * W_dec).sum(-1, keepdim=True) / norm2.clamp_min(torch.finfo(W_dec.dtype).tiny)
+    along = (gradient * W_dec).sum(-1, keepdim=True) / norm2.clamp_min(
+        torch.finfo(W_dec.dtype).tiny
+    )
     return gradient - along * W_dec
 
 
@@ -257,7 +259,13 @@ class AdamMoments(NamedTuple):
 
 
 def adam(
-    p: Tensor, g: Tensor, moments: AdamMoments, step: int, lr: float, betas: tuple[float, float], eps: float
+    p: Tensor,
+    g: Tensor,
+    moments: AdamMoments,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
 ) -> tuple[Tensor, AdamMoments]:
     """One step of Adam (Kingma & Ba 2015, algorithm 1); ``step`` counts from 1."""
     m = betas[0] * moments.m + (1 - betas[0]) * g
@@ -344,7 +352,9 @@ def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
     )
 
 
-def train_step(state: State, x: Tensor, settings: Settings, mask: Tensor | None = None) -> StepResult:
+def train_step(
+    state: State, x: Tensor, settings: Settings, mask: Tensor | None = None
+) -> StepResult:
     """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)

@@ -1,0 +1,161 @@
+"""The activation functions of sparse autoencoders, as modules that drop into anyone's SAE."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from fastsae_kernels import reference
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+Inference = Literal["topk", "threshold", "batch"]
+INFERENCE_MODES: tuple[Inference, ...] = ("topk", "threshold", "batch")
+
+
+def check_inference(mode: str) -> None:
+    """Raise ConfigError unless ``mode`` is one of ``INFERENCE_MODES``."""
+    if mode not in INFERENCE_MODES:
+        raise ConfigError(
+            f"inference = {mode!r} is not one of 'topk' (k per token), 'threshold' (JumpReLU at the "
+            f"trained threshold) or 'batch' (k per token on average over the batch)"
+        )
+
+
+class BatchTopK(nn.Module):
+    """Keep the ``K = int(k * tokens)`` largest positive pre-activations of the whole batch.
+
+    In training mode the selection is over the batch, and a threshold for inference is tracked: the
+    bias-corrected exponential average of each batch's smallest kept value. In eval mode the module
+    does what ``inference`` says, and nothing it keeps is changed:
+
+    * ``"topk"`` keeps the ``max(1, round(k))`` largest positive entries of each token;
+    * ``"threshold"`` keeps the entries above the tracked threshold (a JumpReLU);
+    * ``"batch"`` selects as in training.
+
+    Selection is exact. Equal values go to the smaller token-major index (smaller latent within a
+    token); non-positive values and NaN are never kept, so fewer than K may be.
+
+    Args:
+        k: mean active latents per token, above 0; may be fractional. K is clamped to the number of
+            entries.
+        inference: what eval mode does.
+        threshold_rate: weight of the newest batch in the average.
+
+    Shapes: pre-activations ``[..., F]`` of any float dtype; the result has the same shape and dtype,
+    with exact zeros where nothing was kept. Leading dimensions are tokens.
+
+    Raises:
+        ConfigError: k is not a positive finite number, or ``inference`` is unknown.
+
+    Source: Bussmann et al. 2024, BatchTopK Sparse Autoencoders (arXiv:2412.06410), section 3.
+    """
+
+    threshold: Tensor
+    threshold_updates: Tensor
+
+    def __init__(
+        self, k: float, inference: Inference = "topk", threshold_rate: float = 0.01
+    ) -> None:
+        super().__init__()
+        check_k(k)
+        check_inference(inference)
+        self.k = k
+        self.inference: Inference = inference
+        self.threshold_rate = threshold_rate
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, pre: Tensor, inference: Inference | None = None) -> Tensor:
+        """Select. ``inference`` overrides the mode for this call, and then nothing is tracked."""
+        if inference is not None:
+            check_inference(inference)
+        mode = inference or ("train" if self.training else self.inference)
+        rows = pre.reshape(-1, pre.shape[-1])
+        if mode == "topk":
+            mask = reference.topk_mask(rows, self.k_per_token)
+        elif mode == "threshold":
+            mask = rows > self.threshold.clamp_min(0)
+        else:
+            mask = reference.batch_topk_mask(rows, reference.active_budget(self.k, *rows.shape))
+        kept = torch.where(mask, rows, 0)
+        if mode == "train":
+            self._track_threshold(kept)
+        return kept.reshape(pre.shape)
+
+    @property
+    def k_per_token(self) -> int:
+        """Active latents per token under ``inference="topk"``: ``max(1, round(k))``."""
+        return max(1, round(self.k))
+
+    @torch.no_grad()
+    def _track_threshold(self, kept: Tensor) -> None:
+        # Written without a branch on the data, so that nothing waits for the device.
+        if kept.numel() == 0:
+            return
+        smallest = torch.where(kept > 0, kept, torch.inf).min().to(self.threshold.dtype)
+        selected = smallest.isfinite()
+        updates = self.threshold_updates + selected
+        # The corrected average is the state: its newest value weighs rate / (1 - (1 - rate)^n).
+        weight = self.threshold_rate / (1 - (1 - self.threshold_rate) ** updates.clamp_min(1))
+        moved = self.threshold + weight.to(self.threshold.dtype) * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(selected, moved, self.threshold))
+        self.threshold_updates.copy_(updates)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k:g}, inference={self.inference!r}"
+
+
+class TopK(nn.Module):
+    """Keep the ``k`` largest positive pre-activations of each token, in training and in eval mode.
+
+    Equal values go to the smaller latent; non-positive values and NaN are never kept.
+
+    Args:
+        k: active latents per token, a whole number of at least 1; clamped to the number of latents.
+
+    Shapes and dtypes as for :class:`BatchTopK`.
+
+    Raises:
+        ConfigError: k is not a whole number of at least 1.
+
+    Source: Gao et al. 2024, Scaling and Evaluating Sparse Autoencoders (arXiv:2406.04093), section 2.3.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ConfigError(f"TopK: k must be a whole number of at least 1, got {k!r}")
+        self.k = k
+
+    def forward(self, pre: Tensor) -> Tensor:
+        rows = pre.reshape(-1, pre.shape[-1])
+        return torch.where(reference.topk_mask(rows, self.k), rows, 0).reshape(pre.shape)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class JumpReLU(nn.Module):
+    """Keep the pre-activations above ``threshold``: one number, or one per latent ``[F]``.
+
+    A zero threshold makes it a ReLU. This is what other packages' trained SAEs are read as.
+    Source: Rajamanoharan et al. 2024 (arXiv:2407.14435), section 3.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, threshold: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("threshold", threshold.detach().clone())
+
+    def forward(self, pre: Tensor) -> Tensor:
+        return torch.where((pre > self.threshold) & (pre > 0), pre, 0)
+
+
+def check_k(k: float) -> None:
+    """Raise ConfigError unless ``k`` is a positive finite number."""
+    if isinstance(k, bool) or not isinstance(k, (int, float)) or not math.isfinite(k) or k <= 0:
+        raise ConfigError(f"k must be a finite number above 0, got {k!r}")

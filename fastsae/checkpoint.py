@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or absent, whatever happens while one is being written.
+
+A checkpoint is the folder ``checkpoints/step_N``: written aside under another name, flushed to the
+disk, and renamed. It holds ``sae_weights.safetensors`` and ``cfg.json`` (the SAE so far, as any saved
+one), ``state.safetensors`` (everything else a step or the stream reads) and ``state.json`` (counters,
+settings, and the checksums of the two tensor files).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError, ConfigError
+from .sae import SAE
+
+_NAME = re.compile(r"step_(\d+)")
+_TENSOR_FILES = ("sae_weights.safetensors", "state.safetensors")
+# The SAE's own file already holds these, and scaling leaves them untouched.
+_IN_SAE_FILE = {"sae.W_enc": "W_enc", "sae.W_dec": "W_dec"}
+
+
+class Checkpoint(NamedTuple):
+    """The content of one checkpoint."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    step: int,
+    sae: SAE,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``directory/step_{step}`` and then delete all but the newest ``keep`` checkpoints.
+
+    Args:
+        directory: the run's ``checkpoints`` folder; created if absent.
+        sae: saved as other programs read it, scaling folded in.
+        tensors: what the run needs besides; the SAE's own ``W_enc`` and ``W_dec`` are not stored twice.
+        meta: anything JSON can hold.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written. Older checkpoints are whole.
+    """
+    target = directory / f"step_{step}"
+    aside = directory / f".step_{step}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        aside.mkdir()
+        sae.save(aside, files=("cfg.json", "sae_weights.safetensors"))
+        state = {
+            n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE_FILE
+        }
+        save_file(state, aside / "state.safetensors")
+        checksums = {name: _checksum(aside / name) for name in _TENSOR_FILES}
+        content = json.dumps({**meta, "checksums": checksums}, indent=1)
+        (aside / "state.json").write_text(content, encoding="utf-8")
+        for file in aside.iterdir():
+            _flush(file)
+        _flush(aside)
+        aside.rename(target)
+        _flush(directory)
+        for old in steps(directory)[:-keep]:
+            # Renamed first: a half-deleted checkpoint must not look like a checkpoint.
+            (directory / f"step_{old}").rename(directory / f".step_{old}.replaced")
+        _remove_leftovers(directory)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(_cannot_write(directory, error)) from error
+    return target
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    if not directory.is_dir():
+        return []
+    names = (_NAME.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest checkpoint of a run's ``checkpoints`` folder, if there is one."""
+    found = steps(directory)
+    return directory / f"step_{found[-1]}" if found else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not what its checksum says.
+    """
+    try:
+        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, expected in meta["checksums"].items():
+            if _checksum(path / name) != expected:
+                raise ValueError(f"{name} does not have the content that was written")
+        weights = load_file(path / "sae_weights.safetensors")
+        tensors = load_file(path / "state.safetensors")
+        tensors |= {name: weights[key] for name, key in _IN_SAE_FILE.items()}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged ({error}). Delete that folder to go on from the one "
+            f"before it, or train under another --name"
+        ) from error
+    return Checkpoint(tensors, meta)
+
+
+def require_writable(directory: Path) -> None:
+    """Raise ConfigError if nothing can be created under ``directory``; creates nothing that stays."""
+    ancestor = directory.absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    probe = ancestor / f".fastsae-{os.getpid()}"
+    try:
+        if not ancestor.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{ancestor} is a file")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {directory}: {error.strerror or error}. Choose another folder with --out"
+        ) from error
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the run folder for this process.
+
+    Raises:
+        CheckpointError: another process trains into it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise CheckpointError(_cannot_write(directory, error)) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process is training into {directory}. Wait for it, or give this run its own --name"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(directory: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    last = newest(directory)
+    kept = f"the last checkpoint, {last}, is whole" if last else "there is no earlier checkpoint"
+    return (
+        f"cannot write to {directory}: {reason}; {kept}. Free some space or make the folder writable, "
+        f"then give the same command again"
+    )
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

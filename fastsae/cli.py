@@ -1,0 +1,46 @@
+"""The command line: flags to a TrainConfig, errors to one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from .config import TrainConfig
+from .errors import FastsaeError
+
+
+def parse(arguments: Sequence[str], description: str = "") -> TrainConfig:
+    """The settings that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
+
+    Raises:
+        ConfigError: a value is impossible.
+        SystemExit: ``--help``, or a flag that does not exist (2).
+    """
+    default = TrainConfig()
+    if "--demo" in arguments:
+        from .demo import demo_config
+
+        default = demo_config()
+    return tyro.cli(TrainConfig, args=list(arguments), default=default, description=description)
+
+
+def main(description: str = "", arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, description)
+        from .trainer import Interrupted, Trainer
+
+        try:
+            Trainer(config).fit()
+        except Interrupted as interruption:
+            print(interruption, file=sys.stderr)  # noqa: T201
+            return 128 + interruption.signal
+    except FastsaeError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0

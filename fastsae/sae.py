@@ -1,0 +1,304 @@
+"""The sparse autoencoder: raw activations in, latents and reconstructions out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from fastsae_kernels import reference
+from fastsae_kernels.reference import CSR, AuxNormalization, TokenStatistics
+from torch import Tensor, nn
+
+from .activation import BatchTopK, Inference, JumpReLU, TopK
+from .errors import ConfigError
+
+Normalize = Literal["scalar", "none", "layer_norm"]
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+class Loss(NamedTuple):
+    """What :meth:`SAE.loss` returns. ``loss``, ``mse`` and ``aux`` are scalars after input scaling."""
+
+    loss: Tensor
+    mse: Tensor
+    aux: Tensor
+    latents: Tensor  # [B, F], in raw units, as encode returns them
+    reconstruction: Tensor  # [B, D], in raw units
+
+
+class SAE(nn.Module):
+    """A BatchTopK sparse autoencoder of raw activations ``[..., D]``.
+
+    ``pre = (x - b_dec) @ W_enc + b_enc``, ``z = select(pre)``, ``x̂ = z @ W_dec + b_dec``, where x is the
+    input after scaling. Everything that goes in or comes out is in the units of the raw activations:
+    scaling is undone on the way out, and :meth:`fold_scaling` moves it into the weights without
+    changing any output.
+
+    Parameters: ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``, ``b_dec [D]``. Both matrices lie
+    feature-major in memory, so that one latent is one contiguous row of each.
+
+    Args:
+        d_in: width D of the activations.
+        d_sae: number of latents F.
+        k: mean active latents per token.
+        normalize: input scaling: ``"scalar"`` (one constant, ``scale``), ``"none"``, or
+            ``"layer_norm"`` (per token: unbiased std, eps 1e-5 added to it).
+        inference: how eval mode selects; see :class:`BatchTopK`.
+        activation: use this module instead of ``BatchTopK(k)``.
+        metadata: provenance kept with the SAE and written to disk with it.
+
+    The new SAE has random unit decoder rows, ``W_enc = W_decᵀ`` and zero biases.
+
+    Raises:
+        ConfigError: a size is not positive, or k exceeds d_sae.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: float | None = None,
+        *,
+        normalize: Normalize = "none",
+        inference: Inference = "topk",
+        activation: nn.Module | None = None,
+        metadata: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if d_in < 1 or d_sae < 1:
+            raise ConfigError(f"d_in and d_sae must be at least 1, got {d_in} and {d_sae}")
+        if normalize not in ("scalar", "none", "layer_norm"):
+            raise ConfigError(f"normalize = {normalize!r} is not 'scalar', 'none' or 'layer_norm'")
+        if activation is None:
+            if k is None:
+                raise ConfigError(
+                    "SAE needs k (mean active latents per token) or an activation module"
+                )
+            activation = BatchTopK(k, inference)
+        if k is not None and k > d_sae:
+            raise ConfigError(f"k = {k:g} is more than d_sae = {d_sae}")
+        self.d_in, self.d_sae = d_in, d_sae
+        self.normalize: Normalize = normalize
+        self.precision: Precision = "fp32"
+        self.activation = activation
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+        # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
+        rows = torch.randn(d_sae, d_in, generator=generator)
+        rows = reference.normalize_rows(rows).to(device=device, dtype=dtype)
+        self.W_enc = nn.Parameter(rows.clone().T)
+        self.W_dec = nn.Parameter(rows)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, device=device, dtype=dtype))
+        self.register_buffer("scale", torch.ones((), device=device, dtype=dtype))
+        self.activation.to(device=device)
+
+    # --- description ---
+
+    @property
+    def k(self) -> float | None:
+        """Mean active latents per token; None where the activation has no such number."""
+        return getattr(self.activation, "k", None)
+
+    @property
+    def inference(self) -> Inference | None:
+        """How eval mode selects; None where the activation knows only one way."""
+        return getattr(self.activation, "inference", None)
+
+    @inference.setter
+    def inference(self, mode: Inference) -> None:
+        if not isinstance(self.activation, BatchTopK):
+            raise ConfigError(
+                f"{type(self.activation).__name__} has one way to select, not {mode!r}"
+            )
+        self.activation.inference = mode
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """The JumpReLU threshold in raw units: a number for BatchTopK, ``[F]`` for JumpReLU."""
+        threshold = getattr(self.activation, "threshold", None)
+        return None if threshold is None else threshold / self.scale
+
+    @property
+    def hook_name(self) -> str | None:
+        """The submodule of the language model whose output this SAE reads, if known."""
+        return self.metadata.get("hook_name")
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, normalize={self.normalize!r}"
+
+    # --- encode and decode ---
+
+    def encode(self, x: Tensor, inference: Inference | None = None) -> Tensor:
+        """Latents ``[..., F]`` of activations ``x [..., D]``; entries not selected are exactly 0.
+
+        ``inference`` overrides the mode for this call. In training mode without it, selection is over
+        the batch and the threshold is tracked.
+
+        Raises:
+            ValueError: the last dimension of x is not D.
+        """
+        scaled, _ = self._scale_input(x)
+        return self._to_raw_latents(self._select(self._pre_activations(scaled), inference))
+
+    def encode_sparse(self, x: Tensor, inference: Inference | None = None) -> CSR:
+        """The active latents of ``x [..., D]``: ``values``, ``indices`` (int32, ascending within a token)
+        and row ``offsets [B + 1]``, B being the number of tokens. For inference; not differentiable."""
+        with torch.no_grad():
+            z = self.encode(x, inference).reshape(-1, self.d_sae)
+            return reference.to_csr(z, z > 0)
+
+    def decode(self, z: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
+        """Reconstruction ``[..., D]`` of latents ``z [..., F]``.
+
+        Under ``normalize="layer_norm"`` the latents do not hold the tokens' mean and standard deviation:
+        give ``statistics=sae.token_statistics(x)``.
+
+        Raises:
+            ValueError: the last dimension of z is not F, or the statistics are missing.
+        """
+        if z.shape[-1] != self.d_sae:
+            raise ValueError(
+                f"decode expects latents [..., {self.d_sae}], got shape {tuple(z.shape)}"
+            )
+        if self.normalize == "layer_norm" and statistics is None:
+            raise ValueError(
+                "this SAE normalizes each token (layer_norm): decode needs "
+                "statistics=sae.token_statistics(x), or call sae(x)"
+            )
+        z = z * self.scale if self.normalize == "scalar" else z
+        return self._to_raw_input(
+            reference.decode(z, self._operand(self.W_dec), self.b_dec), statistics
+        )
+
+    def forward(self, x: Tensor, inference: Inference | None = None) -> Tensor:
+        """Reconstruction ``[..., D]`` of activations ``x [..., D]``."""
+        return self.decode(self.encode(x, inference), self.token_statistics(x))
+
+    def token_statistics(self, x: Tensor) -> TokenStatistics | None:
+        """Mean and unbiased std of each token under layer_norm, None otherwise."""
+        return reference.token_statistics(x) if self.normalize == "layer_norm" else None
+
+    # --- training by plain autograd ---
+
+    def loss(
+        self,
+        x: Tensor,
+        dead: Tensor | None = None,
+        *,
+        aux_coefficient: float = 0.0625,
+        k_aux: int | None = None,
+        aux_normalization: AuxNormalization = "residual_variance",
+    ) -> Loss:
+        """Reconstruction error plus aux-k on activations ``x [..., D]``, differentiable by autograd.
+
+        Args:
+            dead: bool ``[F]``, the latents that aux-k may revive; none if absent.
+            aux_coefficient: weight of the aux-k loss.
+            k_aux: dead latents per token in it; ``D / 2`` if absent.
+            aux_normalization: what its error is divided by.
+
+        Source: Gao et al. 2024 (arXiv:2406.04093), sections 2.3 and A.2.
+        """
+        scaled, statistics = self._scale_input(x.reshape(-1, x.shape[-1]))
+        pre = self._pre_activations(scaled)
+        z = self._select(pre, None)
+        x_hat = reference.decode(self._operand(z), self._operand(self.W_dec), self.b_dec)
+        loss = mse = reference.mean_squared_error(scaled, x_hat)
+        aux = torch.zeros_like(mse)
+        if dead is not None and aux_coefficient > 0:
+            k_aux = max(1, self.d_in // 2) if k_aux is None else k_aux
+            aux = reference.aux_k_loss(
+                pre,
+                scaled - x_hat,
+                self._operand(self.W_dec),
+                dead,
+                k_aux,
+                aux_normalization,
+                scaled,
+            )
+            loss = mse + aux_coefficient * aux
+        return Loss(loss, mse, aux, self._to_raw_latents(z), self._to_raw_input(x_hat, statistics))
+
+    # --- input scaling ---
+
+    def fold_scaling(self) -> SAE:
+        """Move a scalar input scaling into the weights: ``b_enc/c``, ``b_dec/c``, ``threshold/c``.
+
+        Outputs stay what they were; ``W_enc`` and the unit-norm ``W_dec`` are untouched. In place.
+        """
+        if self.normalize == "scalar":
+            with torch.no_grad():
+                for tensor in (self.b_enc, self.b_dec, getattr(self.activation, "threshold", None)):
+                    if tensor is not None:
+                        tensor /= self.scale.to(tensor.dtype)
+                self.scale.fill_(1)
+            self.normalize = "none"
+        return self
+
+    def _scale_input(self, x: Tensor) -> tuple[Tensor, TokenStatistics | None]:
+        if x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"this SAE reads activations [..., {self.d_in}], got shape {tuple(x.shape)}"
+            )
+        x = x.to(self.W_dec.dtype)
+        if self.normalize == "layer_norm":
+            statistics = reference.token_statistics(x)
+            return reference.layer_norm(x, statistics), statistics
+        return (x * self.scale if self.normalize == "scalar" else x), None
+
+    def _to_raw_input(self, x: Tensor, statistics: TokenStatistics | None) -> Tensor:
+        if statistics is not None:
+            return reference.undo_layer_norm(x, statistics)
+        return x / self.scale if self.normalize == "scalar" else x
+
+    def _to_raw_latents(self, z: Tensor) -> Tensor:
+        return z / self.scale if self.normalize == "scalar" else z
+
+    # --- the two halves of encode ---
+
+    def _pre_activations(self, scaled: Tensor) -> Tensor:
+        return reference.pre_activations(
+            self._operand(scaled), self._operand(self.W_enc), self.b_enc, self._operand(self.b_dec)
+        )
+
+    def _select(self, pre: Tensor, inference: Inference | None) -> Tensor:
+        if isinstance(self.activation, BatchTopK):
+            return self.activation(pre, inference)
+        if inference is not None:
+            raise ConfigError(
+                f"this SAE selects by {type(self.activation).__name__}; inference = {inference!r} needs BatchTopK"
+            )
+        return self.activation(pre)
+
+    def _operand(self, t: Tensor) -> Tensor:
+        """``t`` rounded to what a matrix product of this precision reads; gradients pass unchanged."""
+        if self.precision != "bf16":
+            return t
+        return t + (t.bfloat16().to(t.dtype) - t).detach()
+
+    # --- on disk ---
+
+    def save(
+        self, directory: str | Path, inference: Inference | None = None, format: str = "saelens"
+    ) -> Path:
+        """Write the SAE for other programs to read; see :func:`fastsae.formats.save`."""
+        from .formats import save
+
+        return save(self, directory, inference=inference, format=format)
+
+    @staticmethod
+    def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
+        """Read an SAE from a folder or a hub repository; see :func:`fastsae.load`."""
+        from .formats import load
+
+        return load(source, device=device)
+
+
+__all__ = ["CSR", "SAE", "BatchTopK", "JumpReLU", "Loss", "TokenStatistics", "TopK"]
