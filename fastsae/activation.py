@@ -6,8 +6,9 @@ import math
 from typing import Literal
 
 import torch
-from fastsae_kernels import reference
 from torch import Tensor, nn
+
+from fastsae_kernels import reference
 
 from .errors import ConfigError
 

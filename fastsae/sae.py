@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from fastsae_kernels import reference
 from fastsae_kernels.reference import CSR, AuxNormalization, TokenStatistics
-from torch import Tensor, nn
 
 from .activation import BatchTopK, Inference, JumpReLU, TopK
 from .errors import ConfigError
@@ -90,8 +91,8 @@ class SAE(nn.Module):
         self.metadata: dict[str, Any] = dict(metadata or {})
 
         # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
-        rows = torch.randn(d_sae, d_in, generator=generator)
-        rows = reference.normalize_rows(rows).to(device=device, dtype=dtype)
+        rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
+        rows = rows.to(device)
         self.W_enc = nn.Parameter(rows.clone().T)
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
@@ -286,12 +287,16 @@ class SAE(nn.Module):
     # --- on disk ---
 
     def save(
-        self, directory: str | Path, inference: Inference | None = None, format: str = "saelens"
+        self,
+        directory: str | Path,
+        inference: Inference | None = None,
+        format: str = "saelens",
+        files: tuple[str, ...] | None = None,
     ) -> Path:
         """Write the SAE for other programs to read; see :func:`fastsae.formats.save`."""
         from .formats import save
 
-        return save(self, directory, inference=inference, format=format)
+        return save(self, directory, inference=inference, format=format, files=files)
 
     @staticmethod
     def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:

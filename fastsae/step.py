@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fastsae_kernels import reference
 from torch import Tensor
+
+from fastsae_kernels import reference
 
 from .activation import BatchTopK
 from .config import TrainConfig
@@ -91,7 +92,7 @@ class AutogradStep:
             "aux": loss.aux,
             "explained_variance": reference.explained_variance(x, loss.reconstruction),
             "l0": (loss.latents > 0).sum() / len(x),
-            "alive_fraction": (self.tokens_since_active < window).float().mean(),
+            "alive_fraction": (self.tokens_since_active < window).double().mean(),
             "dead": self.dead.sum(),
             "threshold": torch.zeros(()) if threshold is None else threshold,
         }

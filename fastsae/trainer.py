@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from fastsae_kernels import reference
 from torch import Tensor
+
+from fastsae_kernels import reference
 
 from . import checkpoint, hub, report
 from .config import MAY_CHANGE_ON_RESUME, TrainConfig

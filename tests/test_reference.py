@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastsae_kernels import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastsae_kernels import reference as ref
 
 F64 = torch.float64
 
@@ -44,12 +45,16 @@ class TestSelection:
 
     @given(matrices(), st.integers(1, 45))
     def test_topk_is_brute_force_per_token(self, pre: torch.Tensor, k: int) -> None:
-        expected = {(b, f) for b in range(len(pre)) for _, f in brute_force_selection(pre[b : b + 1], k)}
+        expected = {
+            (b, f) for b in range(len(pre)) for _, f in brute_force_selection(pre[b : b + 1], k)
+        }
         assert selected(ref.topk_mask(pre, k)) == expected
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
     def test_every_dtype_with_massive_ties(self, dtype: torch.dtype) -> None:
-        pre = torch.randn(8, 100, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
+        pre = (
+            torch.randn(8, 100, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
+        )
         for budget in (1, 37, 400, 800):
             assert selected(ref.batch_topk_mask(pre, budget)) == brute_force_selection(pre, budget)
 
@@ -60,7 +65,11 @@ class TestSelection:
             (-torch.ones(2, 3), 4, set()),
             (torch.zeros(2, 3), 4, set()),
             (torch.tensor([[1.0, 0, 0], [9, 8, 7]]), 3, {(1, 0), (1, 1), (1, 2)}),  # one hot token
-            (torch.tensor([[9.0, 1], [8, 1], [7, 1]]), 3, {(0, 0), (1, 0), (2, 0)}),  # one hot latent
+            (
+                torch.tensor([[9.0, 1], [8, 1], [7, 1]]),
+                3,
+                {(0, 0), (1, 0), (2, 0)},
+            ),  # one hot latent
             (torch.tensor([[math.nan, math.inf, 1.0]]), 1, {(0, 1)}),
             (torch.tensor([[-0.0, 0.0, 1e-45]]), 3, {(0, 2)}),
             (torch.tensor([[3.0, 2.0]]), 0, set()),
@@ -71,7 +80,13 @@ class TestSelection:
 
     @pytest.mark.parametrize(
         ("k", "tokens", "latents", "budget"),
-        [(64, 1024, 24576, 65536), (2.5, 3, 10, 7), (0.1, 5, 10, 0), (1e9, 3, 10, 30), (1, 1, 1, 1)],
+        [
+            (64, 1024, 24576, 65536),
+            (2.5, 3, 10, 7),
+            (0.1, 5, 10, 0),
+            (1e9, 3, 10, 30),
+            (1, 1, 1, 1),
+        ],
     )
     def test_active_budget(self, k: float, tokens: int, latents: int, budget: int) -> None:
         assert ref.active_budget(k, tokens, latents) == budget
@@ -81,10 +96,14 @@ class TestSelection:
         mask = ref.batch_topk_mask(pre, min(budget, pre.numel()))
         csr, csc = ref.to_csr(pre, mask), ref.to_csc(mask)
         by_token = [
-            (b, int(csr.indices[i])) for b in range(len(pre)) for i in range(csr.offsets[b], csr.offsets[b + 1])
+            (b, int(csr.indices[i]))
+            for b in range(len(pre))
+            for i in range(csr.offsets[b], csr.offsets[b + 1])
         ]
         by_latent = [
-            (int(csc.rows[i]), f) for f in range(pre.shape[1]) for i in range(csc.offsets[f], csc.offsets[f + 1])
+            (int(csc.rows[i]), f)
+            for f in range(pre.shape[1])
+            for i in range(csc.offsets[f], csc.offsets[f + 1])
         ]
         assert by_token == sorted(selected(mask))
         assert by_latent == sorted(selected(mask), key=lambda entry: (entry[1], entry[0]))
@@ -92,9 +111,13 @@ class TestSelection:
         assert csr.values.tolist() == [pre[entry].item() for entry in by_token]
 
 
-def small_problem(seed: int, B: int = 24, D: int = 6, F: int = 40) -> tuple[ref.State, torch.Tensor]:
+def small_problem(
+    seed: int, B: int = 24, D: int = 6, F: int = 40
+) -> tuple[ref.State, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    state = ref.initial_state(torch.randn(F, D, dtype=F64, generator=g), torch.randn(D, dtype=F64, generator=g))
+    state = ref.initial_state(
+        torch.randn(F, D, dtype=F64, generator=g), torch.randn(D, dtype=F64, generator=g)
+    )
     p = state.params
     # Off the tied start, so that no gradient agrees by symmetry.
     p = p._replace(
@@ -106,7 +129,9 @@ def small_problem(seed: int, B: int = 24, D: int = 6, F: int = 40) -> tuple[ref.
     return ref.replace(state, params=p, tokens_since_active=torch.where(dead, 10**9, 0)), x
 
 
-def autograd(state: ref.State, x: torch.Tensor, mask: torch.Tensor, s: ref.Settings) -> ref.Gradients:
+def autograd(
+    state: ref.State, x: torch.Tensor, mask: torch.Tensor, s: ref.Settings
+) -> ref.Gradients:
     params = ref.Gradients(*(p.clone().requires_grad_() for p in state.params))
     pre = ref.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
     x_hat = ref.decode(pre * mask, params.W_dec, params.b_dec)
@@ -128,7 +153,9 @@ class TestGradients:
             x, state.params, mask, state.tokens_since_active > 0,
             aux_coefficient=0.7, k_aux=k_aux, normalization=normalization,
         )  # fmt: skip
-        for name, a, b in zip(ref.Gradients._fields, written, autograd(state, x, mask, s), strict=True):
+        for name, a, b in zip(
+            ref.Gradients._fields, written, autograd(state, x, mask, s), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14, msg=name)
 
     def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone(self) -> None:
@@ -148,12 +175,16 @@ class TestGradients:
         state, x = small_problem(2)
         residual = x.clone().requires_grad_()
         pre = ref.pre_activations(x, *state.params[:2], state.params.b_dec).requires_grad_()
-        ref.aux_k_loss(pre, residual, state.params.W_dec, state.tokens_since_active > 0, 3).backward()
+        ref.aux_k_loss(
+            pre, residual, state.params.W_dec, state.tokens_since_active > 0, 3
+        ).backward()
         assert residual.grad is None and pre.grad is not None
 
     def test_gradcheck_of_the_smooth_parts(self) -> None:
         state, x = small_problem(3, B=5, D=3, F=8)
-        mask = ref.batch_topk_mask(ref.pre_activations(x, *state.params[:2], state.params.b_dec), 10)
+        mask = ref.batch_topk_mask(
+            ref.pre_activations(x, *state.params[:2], state.params.b_dec), 10
+        )
 
         def loss(*params: torch.Tensor) -> torch.Tensor:
             W_enc, b_enc, W_dec, b_dec = params
@@ -187,7 +218,11 @@ class TestGradients:
         x = torch.tensor([[4.0, 4.0], [0.0, 0.0]], dtype=F64)
         dead = torch.tensor([True, False])
         error = ((1 - 3) ** 2 + (2 - 1) ** 2) / 4
-        for normalization, denominator in (("none", 1), ("residual_variance", 2 / 4), ("total_variance", 4)):
+        for normalization, denominator in (
+            ("none", 1),
+            ("residual_variance", 2 / 4),
+            ("total_variance", 4),
+        ):
             aux = ref.aux_k_loss(pre, residual, W_dec, dead, 2, normalization, x)
             assert aux.item() == pytest.approx(0.5 * error / denominator, rel=1e-14)
 
@@ -207,10 +242,14 @@ class TestUpdate:
     def test_zero_rows_survive(self) -> None:
         zero = torch.zeros(2, 3, dtype=F64)
         assert ref.normalize_rows(zero).equal(zero)
-        assert ref.project_gradient(zero, torch.ones(2, 3, dtype=F64)).equal(torch.ones(2, 3, dtype=F64))
+        assert ref.project_gradient(zero, torch.ones(2, 3, dtype=F64)).equal(
+            torch.ones(2, 3, dtype=F64)
+        )
 
     @pytest.mark.parametrize("clip", [None, 0.05, 1e6])
-    def test_whole_steps_are_autograd_projection_clip_adam_renormalisation(self, clip: float | None) -> None:
+    def test_whole_steps_are_autograd_projection_clip_adam_renormalisation(
+        self, clip: float | None
+    ) -> None:
         state, x = small_problem(5)
         s = ref.Settings(k=3.3, k_aux=3, lr=0.01, dead_after_tokens=60, max_gradient_norm=clip)
         params = [p.clone().requires_grad_() for p in state.params]
@@ -220,7 +259,9 @@ class TestUpdate:
             x = torch.randn(x.shape, dtype=F64, generator=g) + 1
             result = ref.train_step(state, x, s)
             # The other way to the same place, with PyTorch's machinery.
-            gradients = autograd(ref.replace(state, params=ref.Gradients(*params)), x, result.mask, s)
+            gradients = autograd(
+                ref.replace(state, params=ref.Gradients(*params)), x, result.mask, s
+            )
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
             W_dec = params[2]
@@ -236,7 +277,9 @@ class TestUpdate:
             state = result.state
             for name, a, b in zip(ref.Gradients._fields, state.params, params, strict=True):
                 torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-11, msg=name)
-        assert (state.tokens_since_active >= s.dead_after_tokens).any(), "no latent died: aux was not tested"
+        assert (state.tokens_since_active >= s.dead_after_tokens).any(), (
+            "no latent died: aux was not tested"
+        )
 
     def test_long_dead_latents_revive(self) -> None:
         """Latents pushed out of the selection come back through aux-k, and only through aux-k."""
@@ -244,12 +287,18 @@ class TestUpdate:
         def alive_after(aux_coefficient: float) -> int:
             g = torch.Generator().manual_seed(0)
             directions = ref.normalize_rows(torch.randn(24, 12, dtype=F64, generator=g))
-            state = ref.initial_state(torch.randn(24, 12, dtype=F64, generator=g), torch.zeros(12, dtype=F64))
+            state = ref.initial_state(
+                torch.randn(24, 12, dtype=F64, generator=g), torch.zeros(12, dtype=F64)
+            )
             b_enc = torch.where(torch.arange(24) < 12, 0.0, -2.0).to(F64)
             state = ref.replace(state, params=state.params._replace(b_enc=b_enc))
-            s = ref.Settings(k=2, k_aux=6, lr=0.01, dead_after_tokens=300, aux_coefficient=aux_coefficient)
+            s = ref.Settings(
+                k=2, k_aux=6, lr=0.01, dead_after_tokens=300, aux_coefficient=aux_coefficient
+            )
             for _ in range(400):
-                z = torch.rand(64, 24, dtype=F64, generator=g) * (torch.rand(64, 24, generator=g) < 0.08)
+                z = torch.rand(64, 24, dtype=F64, generator=g) * (
+                    torch.rand(64, 24, generator=g) < 0.08
+                )
                 state = ref.train_step(state, 3 * z @ directions, s).state
             return int((state.tokens_since_active < 1000).sum())
 
@@ -292,7 +341,9 @@ class TestScalingAndMetrics:
 
     def test_geometric_median(self) -> None:
         g = torch.Generator().manual_seed(0)
-        x = torch.cat([torch.randn(90, 3, dtype=F64, generator=g), torch.full((10, 3), 1e3, dtype=F64)])
+        x = torch.cat(
+            [torch.randn(90, 3, dtype=F64, generator=g), torch.full((10, 3), 1e3, dtype=F64)]
+        )
         median = ref.geometric_median(x, 200)
         # At the median the unit vectors towards the points cancel.
         pull = ((x - median) / (x - median).norm(dim=1, keepdim=True)).sum(0)

@@ -1,0 +1,135 @@
+"""dictionary_learning: ``config.json`` and ``ae.pt``, read by its ``utils.load_dictionary``.
+
+Top-k per token is its ``AutoEncoderTopK``, one threshold is its ``BatchTopKSAE``. Both compute
+``relu(encoder(x - b_dec))`` first, so a zero among the k largest is the same as an unselected entry,
+and a threshold below 0, their mark of "not known yet", makes a ReLU.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..sae import SAE
+from .portable import (
+    Portable,
+    build,
+    check_k,
+    section,
+    take_tensors,
+    threshold_activation,
+    topk_activation,
+)
+
+CONFIG = "config.json"
+WEIGHTS = ("ae.pt",)
+
+_TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer"}
+
+
+def to_files(sae: Portable) -> dict[str, Any]:
+    """File names and contents. Raises FormatError for layer_norm, and for JumpReLU without a k."""
+    if sae.normalize != "none":
+        raise FormatError(
+            f"dictionary_learning's format has no place for normalize = {sae.normalize!r}; save as "
+            f"'saelens', or train with normalize='scalar'"
+        )
+    if sae.selection == "topk":
+        dict_class, k = "AutoEncoderTopK", sae.k
+    elif "k" in sae.provenance:
+        # At inference this class selects by the threshold; its whole k is for training alone.
+        dict_class, k = "BatchTopKSAE", max(1, round(sae.provenance["k"]))
+    else:
+        raise FormatError(
+            "dictionary_learning's BatchTopKSAE has a k and one threshold for all latents; this "
+            "JumpReLU SAE has no k and may have a threshold for each latent. Save it as 'saelens'"
+        )
+    tracked = sae.threshold is not None and sae.provenance.get("threshold_updates") != 0
+    threshold = sae.threshold if tracked or sae.selection == "jumprelu" else torch.tensor(-1.0)
+    d_in, d_sae = sae.W_enc.shape
+    config = {
+        "trainer": {
+            "trainer_class": _TRAINERS[dict_class],
+            "dict_class": dict_class,
+            "activation_dim": d_in,
+            "dict_size": d_sae,
+            "k": k,
+            "device": "cpu",
+            "layer": _layer(sae.metadata.get("hook_name")),
+            "lm_name": sae.metadata.get("model_name"),
+            "submodule_name": sae.metadata.get("hook_name"),
+        },
+        "buffer": {"d_submodule": d_in, "ctx_len": sae.metadata.get("context_size")},
+        "fastsae": {**sae.provenance, "metadata": sae.metadata},
+    }
+    tensors = {
+        "b_dec": sae.b_dec,
+        "k": torch.tensor(k, dtype=torch.int32),
+        "threshold": threshold.float(),
+        "decoder.weight": sae.W_dec.T.contiguous(),
+        "encoder.weight": sae.W_enc.T.contiguous(),
+        "encoder.bias": sae.b_enc,
+    }
+    return {CONFIG: config, WEIGHTS[0]: tensors}
+
+
+def _layer(hook_name: object) -> int | None:
+    found = re.search(r"\.(\d+)$", str(hook_name))
+    return int(found[1]) if found else None
+
+
+def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
+    """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
+    trainer = section(config, "trainer")
+    dict_class = trainer.get("dict_class")
+    if dict_class not in _TRAINERS:
+        raise FormatError(
+            f"dict_class = {dict_class!r}; of dictionary_learning's classes fastsae reads "
+            f"{' and '.join(_TRAINERS)}"
+        )
+    encoder = tensors.get("encoder.weight", torch.empty(0, 0))
+    if encoder.dim() != 2:
+        raise FormatError(f"encoder.weight has shape {tuple(encoder.shape)}, expected (F, D)")
+    d_sae, d_in = encoder.shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "b_dec": (d_in,),
+        "k": (),
+        "threshold": (),
+    }
+    found = take_tensors(tensors, shapes)
+    k = int(found["k"])
+    for name, value in (("activation_dim", d_in), ("dict_size", d_sae), ("k", k)):
+        if trainer.get(name, value) != value:
+            raise FormatError(
+                f"config.json says {name} = {trainer[name]!r} but ae.pt has {value}; they do not "
+                f"belong together"
+            )
+    check_k(k, d_sae)
+
+    provenance = dict(section(config, "fastsae"))
+    if provenance:
+        metadata = section(provenance, "metadata")
+    else:
+        known = {
+            "model_name": trainer.get("lm_name"),
+            "context_size": section(config, "buffer").get("ctx_len"),
+        }
+        metadata = {name: value for name, value in known.items() if value is not None}
+    if dict_class == "AutoEncoderTopK":
+        activation = topk_activation(k, d_sae, provenance)
+    else:
+        activation = threshold_activation(found["threshold"].clamp_min(0), {"k": k} | provenance)
+    weights = {
+        "W_enc": encoder.T,
+        "W_dec": found["decoder.weight"].T,
+        "b_enc": found["encoder.bias"],
+        "b_dec": found["b_dec"],
+    }
+    return build(weights, activation, encoder.dtype, "none", metadata)

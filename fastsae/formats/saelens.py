@@ -1,0 +1,182 @@
+"""SAELens: ``cfg.json``, ``sae_weights.safetensors`` and the same tensors as ``sae_weights.pt``.
+
+Written for, and tested against, the version in ``SAE_LENS_VERSION``. SAELens has no BatchTopK for
+inference: it is an SAE of architecture ``topk`` (per token, a whole k) or ``jumprelu`` (a threshold
+per latent). What these lose, the exact k and the tracked threshold, stands in ``metadata.fastsae``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import JumpReLU
+from ..errors import FormatError
+from ..sae import SAE
+from .portable import (
+    DTYPES,
+    Portable,
+    build,
+    positive_int,
+    section,
+    take_tensors,
+    threshold_activation,
+    topk_activation,
+)
+
+CONFIG = "cfg.json"
+WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt")
+
+SAE_LENS_VERSION = "6.54.12"
+"""The version whose format is written. SAELens takes a config without one as older than 6.0."""
+
+# SAELens's own tools fail on an absent entry of these; they say "nothing special".
+_DEFAULTS: dict[str, Any] = {
+    "sae_lens_training_version": None,
+    "hook_head_index": None,
+    "seqpos_slice": [None],
+    "model_from_pretrained_kwargs": {},
+}
+
+
+def to_files(sae: Portable) -> dict[str, Any]:
+    """File names and contents."""
+    tensors = sae.weights
+    settings: dict[str, Any] = {
+        "d_in": sae.W_enc.shape[0],
+        "d_sae": sae.W_enc.shape[1],
+        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": sae.normalize,
+        "reshape_activations": "none",
+    }
+    if sae.selection == "topk":
+        settings |= {"k": sae.k, "rescale_acts_by_decoder_norm": False, "architecture": "topk"}
+    else:
+        settings["architecture"] = "jumprelu"
+        assert sae.threshold is not None
+        threshold = sae.threshold.to(sae.b_enc.dtype)
+        tensors["threshold"] = threshold.expand_as(sae.b_enc).contiguous()
+    settings["metadata"] = _metadata(sae)
+    return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
+
+
+def _metadata(sae: Portable) -> dict[str, Any]:
+    defaults = dict(_DEFAULTS)
+    if "k" in sae.provenance:
+        defaults["training_architecture"] = "batchtopk"
+        defaults["training_architecture_details"] = {"k": sae.provenance["k"]}
+    filled_in = [name for name in defaults if name not in sae.metadata]
+    return {
+        "sae_lens_version": SAE_LENS_VERSION,
+        **defaults,
+        **sae.metadata,
+        "fastsae": {**sae.provenance, "filled_in": filled_in},
+    }
+
+
+def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
+    """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
+    metadata = section(config, "metadata")
+    architecture = _architecture(config, metadata)
+    d_in, d_sae = positive_int(config, "d_in"), positive_int(config, "d_sae")
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_in,),
+    }
+    if architecture == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    dtype = _dtype(config)
+    weights = {name: t.to(dtype) for name, t in take_tensors(tensors, shapes).items()}
+    threshold = weights.pop("threshold", None)
+    _fold_options(config, architecture, weights)
+
+    provenance = section(metadata, "fastsae")
+    if not provenance and metadata.get("training_architecture") == "batchtopk":
+        provenance = {"k": section(metadata, "training_architecture_details").get("k")}
+    if architecture == "topk":
+        activation = topk_activation(positive_int(config, "k"), d_sae, provenance)
+    elif threshold is not None:
+        activation = threshold_activation(threshold, provenance)
+    else:
+        activation = JumpReLU(torch.zeros((), dtype=dtype))
+
+    filled_in = provenance.get("filled_in")
+    own = {"sae_lens_version", "fastsae", *(filled_in if isinstance(filled_in, list) else ())}
+    kept = {name: value for name, value in metadata.items() if name not in own}
+    return build(weights, activation, dtype, _normalize(config), kept)
+
+
+def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
+    major = version.partition(".")[0]
+    if not major.isdecimal() or int(major) < 6:
+        raise FormatError(
+            f"cfg.json was written by SAELens {version or 'of unknown version'}; before 6.0 a config "
+            f"left its architecture to be guessed. Load the SAE with SAELens 6 and save it again "
+            f"with save_model"
+        )
+    architecture = config.get("architecture")
+    if architecture == "batchtopk":
+        raise FormatError(
+            "this is a training checkpoint of SAELens (architecture 'batchtopk'); load it there with "
+            "TrainingSAE.load_from_disk and write the SAE with save_inference_model"
+        )
+    if architecture not in ("standard", "topk", "jumprelu"):
+        raise FormatError(
+            f"architecture = {architecture!r}; fastsae reads 'standard', 'topk' and 'jumprelu'"
+        )
+    return architecture
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    name = config.get("dtype")
+    try:
+        return DTYPES[str(name).removeprefix("torch.")]
+    except KeyError:
+        raise FormatError(
+            f"dtype = {name!r} in cfg.json is not one of {', '.join(DTYPES)}"
+        ) from None
+
+
+def _normalize(config: dict[str, Any]) -> Any:
+    normalize = config.get("normalize_activations", "none")
+    if normalize not in ("none", "layer_norm"):
+        raise FormatError(
+            f"normalize_activations = {normalize!r}: its constants are not in these files. SAELens's "
+            f"trainer folds them into the weights when it ends; save the SAE from there. fastsae reads "
+            f"'none' and 'layer_norm'"
+        )
+    reshape = config.get("reshape_activations", "none")
+    if reshape != "none":
+        raise FormatError(
+            f"reshape_activations = {reshape!r}: fastsae's SAEs read [..., d_in]; set it to 'none' in "
+            f"cfg.json and flatten the heads of the activations yourself"
+        )
+    return normalize
+
+
+def _fold_options(config: dict[str, Any], architecture: str, weights: dict[str, Tensor]) -> None:
+    """Rewrite ``weights`` so that the options of SAELens which fastsae does not have are off.
+
+    Algebraically exact; worked out in float64.
+    """
+    if not config.get("apply_b_dec_to_input", True):
+        # x W + b = (x - b_dec) W + (b + b_dec W)
+        shift = weights["b_dec"].double() @ weights["W_enc"].double()
+        weights["b_enc"] = (weights["b_enc"].double() + shift).to(weights["b_enc"].dtype)
+    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False):
+        # Latents are compared, and given out, times the norm of their decoder row.
+        norms = weights["W_dec"].double().norm(dim=-1)
+        if not norms.all():
+            raise FormatError(
+                f"rescale_acts_by_decoder_norm is set and decoder row {int(norms.argmin())} is zero: "
+                f"SAELens would divide by its norm; remove that latent or turn the option off"
+            )
+        for name, factor in (("W_enc", norms), ("b_enc", norms), ("W_dec", 1 / norms[:, None])):
+            weights[name] = (weights[name].double() * factor).to(weights[name].dtype)

@@ -1,0 +1,129 @@
+"""The settings and the command line that is made of them."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastsae
+from fastsae import cli
+from fastsae.config import MAY_CHANGE_ON_RESUME, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_defaults_are_the_recipe() -> None:
+    c = TrainConfig()
+    assert (c.model, c.layer, c.quantization) == ("google/gemma-4-E2B", 17, "nf4")
+    assert (c.dataset, c.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert (c.resolve_d_sae(1536), c.k, c.batch_size, c.tokens) == (24576, 64, 1024, 100_000_000)
+    assert (c.lr, c.aux_coefficient, c.seed, c.checkpoint_every_tokens) == (
+        3e-4,
+        0.0625,
+        17,
+        8_000_000,
+    )
+    assert c.run_name == "gemma-4-e2b-scope-v1-L17-batchtopk-k64-seed17"
+    assert dataclasses.replace(c, tokens=16_000_000).steps == 15_625
+    assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
+
+
+def test_at_most_forty_flags() -> None:
+    assert len(dataclasses.fields(TrainConfig)) <= 40
+    assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
+
+
+def test_one_value_may_come_as_a_tuple() -> None:
+    c = TrainConfig(layer=(3,), k=(8,), seed=(1,))
+    assert (c.layer, c.k, c.seed) == (3, 8, 1)
+    with pytest.raises(fastsae.ConfigError, match=r"layer has 2 values \(3, 4\)"):
+        TrainConfig(layer=(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("k", 0, "k must be a finite number above 0, got 0"),
+        ("k", -3.0, "got -3.0"),
+        ("k", float("nan"), "got nan"),
+        ("lr", 0.0, "lr must be a finite number above 0"),
+        ("lr", float("inf"), "got inf"),
+        ("aux_coefficient", -1.0, "aux_coefficient must be a finite number of at least 0"),
+        ("expansion", 0.0, "expansion must be"),
+        ("d_sae", 0, "d_sae must be a whole number of at least 1, got 0"),
+        ("d_sae", -5, "got -5"),
+        ("d_sae", 2.5, "got 2.5"),
+        ("batch_size", 0, "batch_size must be a whole number of at least 1"),
+        ("tokens", 0, "tokens must be a whole number of at least 1"),
+        ("tokens", -1, "got -1"),
+        ("layer", -1, "layer must be a whole number of at least 0, got -1"),
+        ("seed", -1, "seed must be"),
+        ("context_length", 1, "context_length must be at least 2"),
+        ("device", "gpu", "'gpu' is not auto, cpu, cuda or cuda:N"),
+        ("normalize", "rms", "'rms' is not one of"),
+        ("quantization", "int8", "'int8' is not one of"),
+        ("name", "a/b", "plain folder name"),
+        ("dead_after_tokens", 0, "dead_after_tokens must be"),
+    ],
+)
+def test_impossible_values(field: str, value: object, message: str) -> None:
+    with pytest.raises(fastsae.ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        TrainConfig(**{field: value})
+
+
+def test_k_beyond_the_dictionary() -> None:
+    with pytest.raises(fastsae.ConfigError, match="k = 64 is more than d_sae = 32"):
+        TrainConfig(d_sae=32)
+    with pytest.raises(
+        fastsae.ConfigError, match=r"k = 64 is more than the dictionary's 32 latents"
+    ):
+        TrainConfig(expansion=2).resolve_d_sae(16)
+    with pytest.raises(fastsae.ConfigError, match="give one of them"):
+        TrainConfig(d_sae=320, expansion=2)
+    assert TrainConfig(d_sae=64).resolve_d_sae(16) == 64
+
+
+class TestCommandLine:
+    def test_flags_become_fields(self) -> None:
+        c = cli.parse(
+            ["--layer", "3", "--k", "32.5", "--text-files", "a.txt", "b.txt", "--d-sae", "99"]
+        )
+        assert (c.layer, c.k, c.text_files, c.d_sae) == (3, 32.5, ("a.txt", "b.txt"), 99)
+        assert c.lr == 3e-4
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def test_help_is_instant_and_complete(self) -> None:
+        code = (
+            "import sys; sys.argv = ['train.py', '--help']\n"
+            "try:\n    import runpy; runpy.run_path('train.py', run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "print('torch' in sys.modules, 'transformers' in sys.modules)"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.stdout.strip().endswith("False False"), result.stderr
+        for field in dataclasses.fields(TrainConfig):
+            assert f"--{field.name.replace('_', '-')}" in result.stdout
+
+    def test_a_typo_is_answered_with_the_nearest_flag(self) -> None:
+        result = self.run("--leyer", "3")
+        assert result.returncode == 2
+        assert "--layer" in result.stderr and "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments", [("--k", "0"), ("--k", "abc"), ("--lr", "nan"), ("--tokens", "-5")]
+    )
+    def test_bad_values_end_with_code_2(self, arguments: tuple[str, str]) -> None:
+        result = self.run(*arguments)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr and arguments[1].lstrip("-") in result.stderr
