@@ -210,6 +210,22 @@ class TestGradients:
         assert aux.isfinite()
         assert (aux == 0) == (case != "nothing positive")
 
+    @pytest.mark.parametrize("normalization", ["residual_variance", "total_variance"])
+    def test_a_batch_without_variance_has_no_aux_gradient(self, normalization: str) -> None:
+        """One token has no variance to divide by: no NaN may reach the weights."""
+        state, x = small_problem(6, B=1)
+        s = ref.Settings(k=4, k_aux=3, aux_coefficient=0.7, aux_normalization=normalization)
+        mask = torch.ones(1, 40, dtype=torch.bool)
+        plain = autograd(state, x, mask, ref.replace(s, aux_coefficient=0.0))
+        written = ref.gradients(
+            x, state.params, mask, state.tokens_since_active > 0,
+            aux_coefficient=0.7, k_aux=3, normalization=normalization,
+        )  # fmt: skip
+        for a, b, c in zip(autograd(state, x, mask, s), plain, written, strict=True):
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(c, b)
+
     def test_aux_k_scale_and_normalization(self) -> None:
         """By hand: one dead latent of two wanted halves the loss; the denominators are what they say."""
         pre = torch.tensor([[1.0, 5.0], [2.0, 5.0]], dtype=F64)

@@ -163,14 +163,21 @@ def aux_k_loss(
     residual = residual.detach()
     z_aux = pre * topk_mask(torch.where(dead, pre, 0), k_aux)
     error = mean_squared_error(residual, z_aux @ W_dec)
+    scale = (dead.sum().to(error.dtype) / max(k_aux, 1)).clamp(max=1)
+    scale = scale / _aux_denominator(residual, normalization, x)
+    # The scale is made finite before it meets the error: a NaN replaced afterwards would still leave
+    # NaN gradients behind.
+    return torch.where(scale.isfinite(), scale, 0) * error
+
+
+def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tensor | None) -> Tensor:
     if normalization == "residual_variance":
-        error = error / (residual - residual.mean(0)).square().mean()
-    elif normalization == "total_variance":
+        return (residual - residual.mean(0)).square().mean()
+    if normalization == "total_variance":
         if x is None:
             raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
-        error = error / (x - x.mean(0)).square().mean()
-    scale = (dead.sum().to(error.dtype) / max(k_aux, 1)).clamp(max=1)
-    return torch.where(scale > 0, torch.nan_to_num(scale * error, 0.0, 0.0, 0.0), 0.0)
+        return (x - x.mean(0)).square().mean()
+    return residual.new_ones(())
 
 
 # --- gradients, written out ---------------------------------------------------------------------
@@ -214,12 +221,9 @@ def gradients(
     if n_dead and k_aux:
         mask_aux = topk_mask(torch.where(dead, pre, 0), k_aux)
         z_aux = pre * mask_aux
-        scale = aux_coefficient * min(n_dead / k_aux, 1)
-        if normalization == "residual_variance":
-            scale = scale / (residual - residual.mean(0)).square().mean()
-        elif normalization == "total_variance":
-            scale = scale / (x - x.mean(0)).square().mean()
-        dE = torch.nan_to_num(scale * 2 * (z_aux @ W_dec - residual) / x.numel(), 0.0, 0.0, 0.0)
+        scale = min(n_dead / k_aux, 1) / _aux_denominator(residual, normalization, x)
+        scale = aux_coefficient * torch.where(scale.isfinite(), scale, 0)
+        dE = scale * 2 * (z_aux @ W_dec - residual) / x.numel()
         dz = dz + (dE @ W_dec.T) * mask_aux
         dW_dec = dW_dec + z_aux.T @ dE
 
