@@ -25,11 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 
-import fastsae_kernels  # noqa: E402
 import triton  # noqa: E402
-from fastsae_kernels.aot import Case  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+import fastsae_kernels  # noqa: E402
+from fastsae_kernels.aot import Case  # noqa: E402
 
 # Bytes of shared memory one program can have.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

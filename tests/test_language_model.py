@@ -122,7 +122,9 @@ def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
     whole = whole_model(build(), "none").get_decoder()
     assert len(decoder.layers) == 3
     table, full_table = decoder.embed_tokens_per_layer.weight, whole.embed_tokens_per_layer.weight
-    assert table.untyped_storage().nbytes() * num_layers == full_table.untyped_storage().nbytes() * 3
+    assert (
+        table.untyped_storage().nbytes() * num_layers == full_table.untyped_storage().nbytes() * 3
+    )
     projection = decoder.per_layer_model_projection.weight
     full_projection = whole.per_layer_model_projection.weight
     assert projection.shape[0] * num_layers == full_projection.shape[0] * 3
@@ -226,7 +228,9 @@ def test_cuda_absent(monkeypatch: pytest.MonkeyPatch):
 def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
     )
     with pytest.raises(StreamError, match="not installed.*--quantization none"):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
@@ -237,7 +241,9 @@ def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
         raise OSError("libbitsandbytes.so: cannot open shared object file")
 
     monkeypatch.setattr(language_model.importlib, "import_module", broken)
-    with pytest.raises(StreamError, match="does not work here: libbitsandbytes.*--quantization none"):
+    with pytest.raises(
+        StreamError, match="does not work here: libbitsandbytes.*--quantization none"
+    ):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
