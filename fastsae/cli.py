@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .errors import FastsaeError
 
 
-def parse(arguments: Sequence[str], description: str = "") -> TrainConfig:
+def parse(arguments: Sequence[str], description: str | None = None) -> TrainConfig:
     """The settings that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
 
     Raises:
@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str], description: str = "") -> TrainConfig:
     return tyro.cli(TrainConfig, args=list(arguments), default=default, description=description)
 
 
-def main(description: str = "", arguments: Sequence[str] | None = None) -> int:
+def main(description: str | None = None, arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for ours in ("fastsae", "fastsae_kernels"):
