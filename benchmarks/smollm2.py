@@ -36,7 +36,9 @@ def convert(directory: str) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(directory)
-    print(f"wrote {sum(f.stat().st_size for f in Path(directory).iterdir()) / 1e6:.0f} MB to {directory}")
+    print(
+        f"wrote {sum(f.stat().st_size for f in Path(directory).iterdir()) / 1e6:.0f} MB to {directory}"
+    )
 
 
 if __name__ == "__main__":

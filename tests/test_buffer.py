@@ -61,7 +61,9 @@ def packer(documents: list[str]) -> TokenPacker:
     return TokenPacker(source, models.tokenizer(), CONTEXT)
 
 
-def buffer(documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0):
+def buffer(
+    documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0
+):
     return ActivationBuffer(
         packer(documents),
         model or FakeModel(),
@@ -252,7 +254,9 @@ def test_nonfinite_rows_are_dropped_and_counted():
     assert len(served) == len(everything(texts)) - bad
 
 
-@pytest.mark.parametrize(("quantization", "remedy"), [("nf4", "quantization none"), ("none", "bfloat16")])
+@pytest.mark.parametrize(
+    ("quantization", "remedy"), [("nf4", "quantization none"), ("none", "bfloat16")]
+)
 def test_all_nonfinite_stops_with_layer_and_dtype(quantization: str, remedy: str):
     model = FakeModel(poisoned=ALPHABET)
     model.quantization = quantization
@@ -320,6 +324,8 @@ def test_empty_text():
 @pytest.mark.parametrize("tokens", [19, 20, 1000])
 def test_too_little_text_to_hold_out(tokens: int):
     texts = ["abcdefghij"] * 2
-    with pytest.raises(StreamError, match=rf"holds only 20 tokens.*first {tokens:,}.*--eval-tokens"):
+    with pytest.raises(
+        StreamError, match=rf"holds only 20 tokens.*first {tokens:,}.*--eval-tokens"
+    ):
         hold_out(packer(texts), FakeModel(), tokens)
     assert len(hold_out(packer(texts), FakeModel(), 7)) == 1
