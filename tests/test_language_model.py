@@ -110,6 +110,15 @@ def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     assert torch.equal(part.residual(tokens()), kept[0])
 
 
+def test_half_precision_on_disk_is_computed_in_float32_on_a_cpu(tmp_path: Path):
+    half = whole_model(models.llama(), "none").bfloat16()
+    half.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    part = LanguageModel.load(str(tmp_path), 1)
+    assert part.dtype == torch.float32
+    assert torch.equal(part.residual(tokens()), residuals(half.float(), tokens())[1])
+
+
 def parameters(model: LanguageModel) -> int:
     return sum(p.numel() for p in model._decoder.parameters())
 
@@ -207,7 +216,7 @@ def test_layer_out_of_range(layer: int):
 
 
 def test_context_too_long():
-    with pytest.raises(ConfigError, match="context_length = 257.*at most 256 positions"):
+    with pytest.raises(ConfigError, match=r"context_length = 257.*at most 256 positions"):
         load_config(models.llama(), 0, 257)
     assert load_config(models.llama(), 0, 256)
 
@@ -232,7 +241,7 @@ def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch):
         "find_spec",
         lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
     )
-    with pytest.raises(StreamError, match="not installed.*--quantization none"):
+    with pytest.raises(StreamError, match=r"not installed.*--quantization none"):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
@@ -254,12 +263,12 @@ def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("blocksize is not supported")
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
-    with pytest.raises(StreamError, match="does not run on cpu: blocksize.*--quantization none"):
+    with pytest.raises(StreamError, match=r"does not run on cpu: blocksize.*--quantization none"):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
 def test_directory_without_a_model(tmp_path: Path):
-    with pytest.raises(StreamError, match="the model '.*' cannot be opened"):
+    with pytest.raises(StreamError, match=r"the model '.*' cannot be opened"):
         LanguageModel.load(str(tmp_path), 0)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(StreamError, match=r"cannot be opened.*no-such-model"):
@@ -268,7 +277,7 @@ def test_directory_without_a_model(tmp_path: Path):
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(language_model, "hub_is_reachable", lambda: False)
-    with pytest.raises(StreamError, match="cannot be reached.*--model DIR.*--demo"):
+    with pytest.raises(StreamError, match=r"cannot be reached.*--model DIR.*--demo"):
         LanguageModel.load("google/no-such-gemma", 17)
 
 

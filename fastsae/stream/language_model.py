@@ -119,10 +119,10 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load from the hub or from a local directory.
 
-        ``quantization``: ``none`` keeps the dtype on disk; ``nf4`` stores the linear layers in 4 bits
-        through bitsandbytes, computes in fp16, and keeps all else in bf16. The towers of a
-        multimodal Gemma 4 are not loaded, and a checkpoint that lacks a weight of the decoder is an
-        error.
+        ``quantization``: ``none`` keeps the dtype on disk (on a CPU: computes in float32); ``nf4``
+        stores the linear layers in 4 bits through bitsandbytes, computes in fp16, and keeps all
+        else in bf16. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that lacks
+        a weight of the decoder is an error.
 
         Raises StreamError or ConfigError, each with what to do.
         """
@@ -130,7 +130,8 @@ class LanguageModel:
 
         device = resolve_device(str(device))
         config = load_config(name, layer)
-        options: dict[str, Any] = {"dtype": "auto"}
+        # Few CPUs have instructions for half precision; without them it is many times slower.
+        options: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
         if quantization == "nf4":
             options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config()}
         if config.model_type == "gemma4":
