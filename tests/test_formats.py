@@ -385,7 +385,10 @@ def test_what_is_not_one_sae_is_refused(tmp_path):
         ({"k": None}, "k is None, expected a whole number"),
         ({"k": 3.6}, "k is 3.6, expected a whole number"),
         ({"k": 41}, "k = 41 active latents of d_sae = 40 is not possible"),
-        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
+        (
+            {"normalize_activations": "constant_norm_rescale"},
+            "fastsae reads 'none' and 'layer_norm'",
+        ),
         ({"reshape_activations": "hook_z"}, "flatten the heads"),
     ],
 )

@@ -227,9 +227,9 @@ def test_training_checkpoint_of_saelens_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
-        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
-        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ({"normalize_activations": "constant_norm_rescale"}, "fastsae reads 'none'"),
+        ({"normalize_activations": "expected_average_only_in"}, "folds scaling"),
+        ({"normalize_activations": "covariance_whitening"}, "whitening by constants"),
         ({"reshape_activations": "hook_z"}, "flatten the heads"),
     ],
 )
