@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, ConfigError, FormatError, JumpReLU, TopK, formats
-from tests.small_saes import MODEL, activations, largest_difference, small_sae
-from tests.tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 
 FILES = {
     "saelens": ("cfg.json", "sae_weights.safetensors", "sae_weights.pt"),

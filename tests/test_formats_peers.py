@@ -14,8 +14,8 @@ from torch.nn.functional import linear, relu
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, TopK
-from tests.small_saes import activations, largest_difference, small_sae
-from tests.tolerances import OTHER_PROGRAM
+from small_saes import activations, largest_difference, small_sae
+from tolerances import OTHER_PROGRAM
 
 
 @pytest.fixture(autouse=True)

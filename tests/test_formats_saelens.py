@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, TopK
-from tests.small_saes import MODEL, activations, largest_difference, small_sae
-from tests.tolerances import OTHER_PROGRAM
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import OTHER_PROGRAM
 
 SHAPES = [(50, 12), (4, 9, 12)]
 NORMALIZE = ["scalar", "none", "layer_norm"]
