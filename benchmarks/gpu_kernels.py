@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae_kernels import batch_topk, csr_to_csc, encode_with_group_max, group_max, topk
 from gpu import Report, measure
+
+from fastsae_kernels import batch_topk, csr_to_csc, encode_with_group_max, group_max, topk
 
 DEVICE = "cuda"
 BATCHES = (1024, 4096, 16384)
@@ -288,6 +289,7 @@ def _fused_update(B: int) -> Problem:
 
 def _aux_k(B: int) -> Problem:
     from fastsae_kernels.aux_k import aux_k
+
     from fastsae_kernels.reference import aux_k_loss
 
     pre = _pre(B)

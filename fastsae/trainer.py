@@ -18,6 +18,7 @@ from fastsae_kernels import reference
 
 from . import checkpoint, hub, report
 from .config import MAY_CHANGE_ON_RESUME, TrainConfig
+from .device import resolve_device
 from .errors import CheckpointError, ConfigError, StreamError
 from .sae import SAE
 from .step import AutogradStep
@@ -397,21 +398,6 @@ def new_sae(config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any]
     )
     sae.precision = resolve_precision(config.precision, device)
     return sae
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ConfigError if CUDA is asked for and absent."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            raise ConfigError(
-                f"device = {device!r}, but this machine has {count} usable CUDA devices (torch "
-                f"{torch.__version__}); use --device cpu, or install a CUDA build of torch"
-            )
-    return resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> Any:

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selection_cases import cases
+
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
 from fastsae_kernels.batch_topk import _batch_topk, _csr_to_csc
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.groups import GROUP, _group_max
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from selection_cases import cases
 
 CASES = cases()
 

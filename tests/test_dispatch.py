@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastsae_kernels
 import pytest
 import torch
+
+import fastsae_kernels
 from fastsae_kernels import dispatch
 
 PACKAGE = Path(fastsae_kernels.__file__).parent

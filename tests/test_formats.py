@@ -13,12 +13,12 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, ConfigError, FormatError, JumpReLU, TopK, formats
-from small_saes import MODEL, activations, largest_difference, small_sae
-from tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 
 FILES = {
     "saelens": ("cfg.json", "sae_weights.safetensors", "sae_weights.pt"),

@@ -7,11 +7,11 @@ import pytest
 import sae_lens
 import torch
 from safetensors.torch import load_file
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import OTHER_PROGRAM
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, TopK
-from small_saes import MODEL, activations, largest_difference, small_sae
-from tolerances import OTHER_PROGRAM
 
 SHAPES = [(50, 12), (4, 9, 12)]
 NORMALIZE = ["scalar", "none", "layer_norm"]

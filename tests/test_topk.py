@@ -1,10 +1,11 @@
 import pytest
 import torch
-from fastsae_kernels import group_max, reference, topk
-from fastsae_kernels.topk import _topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_cases import cases
+
+from fastsae_kernels import group_max, reference, topk
+from fastsae_kernels.topk import _topk
 
 CASES = cases()
 

@@ -102,8 +102,9 @@ def open_stream(config: TrainConfig) -> Stream:
     text; nothing is written.
     """
     from .. import demo
+    from ..device import resolve_device
     from .buffer import ActivationBuffer, hold_out
-    from .language_model import LanguageModel, load_config, resolve_device
+    from .language_model import LanguageModel, load_config
     from .text import open_dataset, open_files
     from .tokens import TokenPacker
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..device import resolve_device
 from ..errors import ConfigError, StreamError
 from .access import access_error, hub_is_reachable
 
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 
 # Gemma 4's per-layer-embedding projection stays unquantized: its rows are cut to the layers that run.
 _NEVER_QUANTIZED = ["lm_head", "per_layer_model_projection"]
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists, else ConfigError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            raise ConfigError(
-                f"device = {device!r}, but PyTorch {torch.__version__} sees {count} CUDA devices on this "
-                f"machine; use --device cpu (or auto), or install a driver and a CUDA build of PyTorch"
-            )
-        resolved = torch.device("cuda", resolved.index or 0)
-    return resolved
 
 
 def load_config(name: str, layer: int, context_length: int | None = None) -> PreTrainedConfig:
@@ -128,7 +113,7 @@ class LanguageModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = resolve_device(str(device))
+        device = resolve_device(device)
         config = load_config(name, layer)
         # Few CPUs have instructions for half precision; without them it is many times slower.
         options: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
