@@ -1,0 +1,983 @@
+"""From the residual to the updated weights in one pass over the dictionary.
+
+Per latent ``f``, with ``(b, z)`` its actives (its CSC segment) and ``dY = dL/dx̂``:
+
+    dz[b]    = <dY[b], W_dec[f]>
+    dW_dec   = Σ z[b] · dY[b]           projected:  dW_dec - (<dW_dec, w> / ‖w‖²) · w,  w = W_dec[f]
+    dW_enc   = Σ dz[b] · (x[b] - b_dec)
+    db_enc   = Σ dz[b]
+    Adam on W_dec[f], W_enc[f] and b_enc[f];  W_dec[f] /= ‖W_dec[f]‖
+and then
+    db_dec   = Σ_b dY[b] - Σ_f db_enc[f] · W_enc[f]  (W_enc before its update);  Adam on b_dec
+
+``W_enc`` and ``W_dec`` are both stored ``[F, D]``: one latent, one row of each. The gradients of a row
+exist only while its program runs; the dense ``[F, D]`` gradient never does. A latent without actives
+still gets its Adam step, with a zero gradient. Gradients are of the master weights.
+
+Shapes: ``x``, ``dY [B, D]``, any float dtype; the state as in :mod:`.adam_state`; ``csr`` and ``csc``
+of one selection. Everything is summed in float32 (float64 on torch for float64 weights).
+
+Deterministic: a segment's entries are added in token order; segments of more than 128 are summed in
+chunks first (:mod:`.segments`), and ``db_dec`` over groups of 8 latents, then over the groups. No
+atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
+graph of it can be replayed for every step.
+
+Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moments (26 with a 16-bit copy,
+24 split, 12 split with 8-bit moments), plus ``2·nnz·D·e`` gathered through L2.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adam_state import (
+    Rows,
+    Vector,
+    decode_moment,
+    encode_moment_,
+    join_master,
+    load_master,
+    load_moment,
+    split_master,
+    store_master,
+    store_moment,
+)
+from .decoder_norm import row_blocks, tangent, unit
+from .dispatch import implementation, jit, register, tl, triton
+from .segments import CHUNK, chunk_capacity, long_segments
+from .sparse import CSC, CSR
+
+# Entries of a segment taken together, and latents a program updates one after another.
+BLOCK_T = 2
+GROUP = 8
+# Latents the torch path updates together: both gradients of a block stay in the cache.
+TORCH_BLOCK = 512
+
+
+class ExtraGradient(NamedTuple):
+    """Gradient terms of some latents, computed elsewhere (aux-k): ``n`` rows and a way to find them."""
+
+    W_enc: Tensor  # [n, D] float32 (float64 on torch)
+    b_enc: Tensor  # [n]
+    W_dec: Tensor  # [n, D]
+    slots: Tensor  # [F] int32: the row of each latent, -1 for none
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@jit
+def _segment_gradients(
+    begin,
+    end,
+    rows_ptr,
+    positions_ptr,
+    values_ptr,
+    dY_ptr,
+    x_ptr,
+    w_dec,
+    b_dec,
+    columns,
+    D,
+    dY_scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``(dW_dec, dW_enc, db_enc)`` of the entries ``[begin, end)`` of one latent's segment."""
+    dW_dec = tl.zeros((BLOCK_D,), tl.float32)
+    dW_enc = tl.zeros((BLOCK_D,), tl.float32)
+    db_enc = 0.0
+    for first in range(begin, end, BLOCK_T):
+        entry = first + tl.arange(0, BLOCK_T)
+        inside = entry < end
+        token = tl.load(rows_ptr + entry, mask=inside, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + entry, mask=inside, other=0)
+        z = tl.load(values_ptr + position, mask=inside, other=0.0).to(tl.float32)
+        at = token[:, None] * D + columns[None, :]  # [BLOCK_T, BLOCK_D]
+        mask = inside[:, None] & (columns < D)[None, :]
+        dY = tl.load(dY_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - b_dec[None, :]
+        # Beyond the end dY and z are zero; the centred x is not, but its factor is.
+        dz = tl.sum(dY * w_dec[None, :], 1) * dY_scale
+        dW_dec += tl.sum(z[:, None] * dY, 0)
+        dW_enc += tl.sum(dz[:, None] * centred, 0)
+        db_enc += tl.sum(dz, 0)
+    return dW_dec * dY_scale, dW_enc, db_enc
+
+
+@jit
+def _chunk_gradients_kernel(
+    W_dec_ptr,
+    W_dec_remainder_ptr,
+    b_dec_ptr,
+    values_ptr,
+    rows_ptr,
+    positions_ptr,
+    offsets_ptr,
+    x_ptr,
+    dY_ptr,
+    starts_ptr,
+    owners_ptr,
+    chunk_dW_dec_ptr,
+    chunk_dW_enc_ptr,
+    chunk_db_enc_ptr,
+    F,
+    D,
+    dY_scale,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One chunk of a long segment a program."""
+    chunk = tl.program_id(0)
+    if chunk < tl.load(starts_ptr + F):
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < D
+        f = tl.load(owners_ptr + chunk)
+        begin = tl.load(offsets_ptr + f) + (chunk - tl.load(starts_ptr + f)) * CHUNK
+        end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + f + 1))
+        w_dec = load_master(
+            W_dec_ptr, W_dec_remainder_ptr, f.to(tl.int64) * D + columns, inside
+        )
+        b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+        dW_dec, dW_enc, db_enc = _segment_gradients(
+            begin,
+            end,
+            rows_ptr,
+            positions_ptr,
+            values_ptr,
+            dY_ptr,
+            x_ptr,
+            w_dec,
+            b_dec,
+            columns,
+            D,
+            dY_scale,
+            BLOCK_T,
+            BLOCK_D,
+        )
+        at = chunk.to(tl.int64) * D + columns
+        tl.store(chunk_dW_dec_ptr + at, dW_dec, mask=inside)
+        tl.store(chunk_dW_enc_ptr + at, dW_enc, mask=inside)
+        tl.store(chunk_db_enc_ptr + chunk, db_enc)
+
+
+@jit
+def _latent_gradients(
+    f,
+    w_dec,
+    b_dec,
+    values_ptr,
+    rows_ptr,
+    positions_ptr,
+    offsets_ptr,
+    x_ptr,
+    dY_ptr,
+    starts_ptr,
+    chunk_dW_dec_ptr,
+    chunk_dW_enc_ptr,
+    chunk_db_enc_ptr,
+    slots_ptr,
+    extra_dW_dec_ptr,
+    extra_dW_enc_ptr,
+    extra_db_enc_ptr,
+    columns,
+    D,
+    dY_scale,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All of one latent's gradient, projected: ``(dW_dec, dW_enc, db_enc)``."""
+    inside = columns < D
+    begin = tl.load(offsets_ptr + f)
+    end = tl.load(offsets_ptr + f + 1)
+    end = tl.where(end - begin > CHUNK, begin, end)
+    dW_dec, dW_enc, db_enc = _segment_gradients(
+        begin,
+        end,
+        rows_ptr,
+        positions_ptr,
+        values_ptr,
+        dY_ptr,
+        x_ptr,
+        w_dec,
+        b_dec,
+        columns,
+        D,
+        dY_scale,
+        BLOCK_T,
+        BLOCK_D,
+    )
+    for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
+        at = tl.cast(chunk, tl.int64) * D + columns
+        dW_dec += tl.load(chunk_dW_dec_ptr + at, mask=inside, other=0.0)
+        dW_enc += tl.load(chunk_dW_enc_ptr + at, mask=inside, other=0.0)
+        db_enc += tl.load(chunk_db_enc_ptr + chunk)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + f).to(tl.int64)
+        at = slot * D + columns
+        dW_dec += tl.load(extra_dW_dec_ptr + at, mask=inside & (slot >= 0), other=0.0)
+        dW_enc += tl.load(extra_dW_enc_ptr + at, mask=inside & (slot >= 0), other=0.0)
+        db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
+    return tangent(dW_dec, w_dec), dW_enc, db_enc
+
+
+@jit
+def _gradient_norm_kernel(
+    W_enc_ptr,
+    W_enc_remainder_ptr,
+    W_dec_ptr,
+    W_dec_remainder_ptr,
+    b_dec_ptr,
+    values_ptr,
+    rows_ptr,
+    positions_ptr,
+    offsets_ptr,
+    x_ptr,
+    dY_ptr,
+    starts_ptr,
+    chunk_dW_dec_ptr,
+    chunk_dW_enc_ptr,
+    chunk_db_enc_ptr,
+    slots_ptr,
+    extra_dW_dec_ptr,
+    extra_dW_enc_ptr,
+    extra_db_enc_ptr,
+    group_db_dec_ptr,
+    group_squares_ptr,
+    F,
+    D,
+    dY_scale,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``GROUP`` latents a program: their gradients' squares, and their part of ``db_dec``."""
+    group = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+    db_dec = tl.zeros((BLOCK_D,), tl.float32)
+    squares = 0.0
+    for latent in range(group * GROUP, tl.minimum(group * GROUP + GROUP, F)):
+        f = tl.cast(latent, tl.int64)
+        at = f * D + columns
+        w_dec = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
+        dW_dec, dW_enc, db_enc = _latent_gradients(
+            f,
+            w_dec,
+            b_dec,
+            values_ptr,
+            rows_ptr,
+            positions_ptr,
+            offsets_ptr,
+            x_ptr,
+            dY_ptr,
+            starts_ptr,
+            chunk_dW_dec_ptr,
+            chunk_dW_enc_ptr,
+            chunk_db_enc_ptr,
+            slots_ptr,
+            extra_dW_dec_ptr,
+            extra_dW_enc_ptr,
+            extra_db_enc_ptr,
+            columns,
+            D,
+            dY_scale,
+            CHUNK,
+            BLOCK_T,
+            BLOCK_D,
+        )
+        squares += tl.sum(dW_dec * dW_dec + dW_enc * dW_enc, 0) + db_enc * db_enc
+        db_dec += db_enc * load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
+    tl.store(group_db_dec_ptr + group.to(tl.int64) * D + columns, db_dec, mask=inside)
+    tl.store(group_squares_ptr + group, squares)
+
+
+@jit
+def _step_scalars_kernel(
+    lr_ptr, step_ptr, clip_ptr, scalars_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr
+):
+    """``lr / (1 - β1^t)``, ``1 / sqrt(1 - β2^t)`` and the clip factor, from float64."""
+    step = tl.load(step_ptr).to(tl.float64)
+    correction1 = 1.0 - tl.exp(step * LOG_BETA1)
+    correction2 = 1.0 - tl.exp(step * LOG_BETA2)
+    tl.store(scalars_ptr, (tl.load(lr_ptr).to(tl.float64) / correction1).to(tl.float32))
+    tl.store(scalars_ptr + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32))
+    if clip_ptr is not None:
+        tl.store(scalars_ptr + 2, tl.load(clip_ptr).to(tl.float32))
+
+
+@jit
+def _adam(
+    weight, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1: tl.constexpr, BETA2: tl.constexpr
+):
+    """``(weight, m, v)`` after one step of Adam."""
+    if clip_ptr is not None:
+        gradient *= tl.load(scalars_ptr + 2)
+    m = BETA1 * m + (1 - BETA1) * gradient
+    v = BETA2 * v + (1 - BETA2) * gradient * gradient
+    root = tl.sqrt(v) * tl.load(scalars_ptr + 1)
+    return weight - tl.load(scalars_ptr) * m / (root + eps), m, v
+
+
+@jit
+def _fused_update_kernel(
+    W_enc_ptr,
+    W_enc_m_ptr,
+    W_enc_v_ptr,
+    W_enc_remainder_ptr,
+    W_enc_copy_ptr,
+    W_enc_m_scale_ptr,
+    W_enc_v_scale_ptr,
+    W_dec_ptr,
+    W_dec_m_ptr,
+    W_dec_v_ptr,
+    W_dec_remainder_ptr,
+    W_dec_copy_ptr,
+    W_dec_m_scale_ptr,
+    W_dec_v_scale_ptr,
+    b_enc_ptr,
+    b_enc_m_ptr,
+    b_enc_v_ptr,
+    b_dec_ptr,
+    values_ptr,
+    rows_ptr,
+    positions_ptr,
+    offsets_ptr,
+    x_ptr,
+    dY_ptr,
+    starts_ptr,
+    chunk_dW_dec_ptr,
+    chunk_dW_enc_ptr,
+    chunk_db_enc_ptr,
+    slots_ptr,
+    extra_dW_dec_ptr,
+    extra_dW_enc_ptr,
+    extra_db_enc_ptr,
+    group_db_dec_ptr,
+    scalars_ptr,
+    step_ptr,
+    clip_ptr,
+    F,
+    D,
+    dY_scale,
+    eps,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``GROUP`` latents a program, one after another; old rows are read before they are written."""
+    group = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    step = tl.load(step_ptr).to(tl.int32)
+    b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+    db_dec = tl.zeros((BLOCK_D,), tl.float32)
+    for latent in range(group * GROUP, tl.minimum(group * GROUP + GROUP, F)):
+        f = tl.cast(latent, tl.int64)
+        at = f * D + columns
+        w = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
+        dW_dec, dW_enc, db_enc = _latent_gradients(
+            f,
+            w,
+            b_dec,
+            values_ptr,
+            rows_ptr,
+            positions_ptr,
+            offsets_ptr,
+            x_ptr,
+            dY_ptr,
+            starts_ptr,
+            chunk_dW_dec_ptr,
+            chunk_dW_enc_ptr,
+            chunk_db_enc_ptr,
+            slots_ptr,
+            extra_dW_dec_ptr,
+            extra_dW_enc_ptr,
+            extra_db_enc_ptr,
+            columns,
+            D,
+            dY_scale,
+            CHUNK,
+            BLOCK_T,
+            BLOCK_D,
+        )
+
+        m = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside, 127)
+        v = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside, 255)
+        w, m, v = _adam(w, dW_dec, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+        store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
+        store_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, columns, inside, m, step, 127)
+        store_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, columns, inside, v, step, 255)
+
+        w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
+        db_dec += db_enc * w
+        m = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside, 127)
+        v = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside, 255)
+        w, m, v = _adam(w, dW_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+        store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
+        store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
+        store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
+
+        b, m, v = tl.load(b_enc_ptr + f), tl.load(b_enc_m_ptr + f), tl.load(b_enc_v_ptr + f)
+        b, m, v = _adam(b, db_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+        tl.store(b_enc_ptr + f, b)
+        tl.store(b_enc_m_ptr + f, m)
+        tl.store(b_enc_v_ptr + f, v)
+    tl.store(group_db_dec_ptr + group.to(tl.int64) * D + columns, db_dec, mask=inside)
+
+
+@jit
+def _bias_update_kernel(
+    b_dec_ptr,
+    b_dec_m_ptr,
+    b_dec_v_ptr,
+    db_dec_ptr,
+    scalars_ptr,
+    clip_ptr,
+    D,
+    eps,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    b = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+    m = tl.load(b_dec_m_ptr + columns, mask=inside, other=0.0)
+    v = tl.load(b_dec_v_ptr + columns, mask=inside, other=0.0)
+    db_dec = tl.load(db_dec_ptr + columns, mask=inside, other=0.0)
+    b, m, v = _adam(b, db_dec, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+    tl.store(b_dec_ptr + columns, b, mask=inside)
+    tl.store(b_dec_m_ptr + columns, m, mask=inside)
+    tl.store(b_dec_v_ptr + columns, v, mask=inside)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+def _launch(kernel, W_enc: Rows, W_dec: Rows, b_dec, csr_values, csc, x, dY, dY_scale, extra, **more):
+    """Launch ``kernel`` over groups of latents, the long segments' chunks before it; ``db_dec [D]``."""
+    latents, width = W_dec.weight.shape
+    groups = triton.cdiv(latents, GROUP)
+    blocks = {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, **row_blocks(width)}
+    long = long_segments(csc.offsets, len(csc.rows))
+    capacity = chunk_capacity(len(csc.rows))
+    buffer = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    batch = {
+        "b_dec_ptr": b_dec,
+        "values_ptr": csr_values,
+        "rows_ptr": csc.rows,
+        "positions_ptr": csc.positions,
+        "offsets_ptr": csc.offsets,
+        "x_ptr": x,
+        "dY_ptr": dY,
+        "starts_ptr": long.starts,
+        "chunk_dW_dec_ptr": buffer(capacity, width),
+        "chunk_dW_enc_ptr": buffer(capacity, width),
+        "chunk_db_enc_ptr": buffer(capacity),
+        "F": latents,
+        "D": width,
+        "dY_scale": dY_scale,
+    }
+    if capacity:
+        _chunk_gradients_kernel[(capacity,)](
+            W_dec_ptr=_bits(W_dec.weight),
+            W_dec_remainder_ptr=W_dec.remainder,
+            owners_ptr=long.owners,
+            **batch,
+            **blocks,
+        )
+    group_db_dec = buffer(groups, width)
+    kernel[(groups,)](
+        W_enc_ptr=_bits(W_enc.weight),
+        W_enc_remainder_ptr=W_enc.remainder,
+        W_dec_ptr=_bits(W_dec.weight),
+        W_dec_remainder_ptr=W_dec.remainder,
+        slots_ptr=None if extra is None else extra.slots,
+        extra_dW_dec_ptr=None if extra is None else extra.W_dec,
+        extra_dW_enc_ptr=None if extra is None else extra.W_enc,
+        extra_db_enc_ptr=None if extra is None else extra.b_enc,
+        group_db_dec_ptr=group_db_dec,
+        GROUP=GROUP,
+        **batch,
+        **blocks,
+        **more,
+    )
+    return dY.sum(0, dtype=torch.float32) * dY_scale - group_db_dec.sum(0)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
+
+
+def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
+    groups = triton.cdiv(len(W_dec.weight), GROUP)
+    squares = torch.empty(groups, dtype=torch.float32, device=x.device)
+    db_dec = _launch(
+        _gradient_norm_kernel,
+        W_enc,
+        W_dec,
+        b_dec,
+        values,
+        csc,
+        x,
+        dY,
+        dY_scale,
+        extra,
+        group_squares_ptr=squares,
+    )
+    return (squares.sum() + db_dec.square().sum()).sqrt()
+
+
+def _fused_update_triton(
+    W_enc, b_enc, W_dec, b_dec, values, csc, x, dY, lr, step, clip, dY_scale, extra, betas, eps
+) -> None:
+    scalars = torch.empty(3, dtype=torch.float32, device=x.device)
+    _step_scalars_kernel[(1,)](
+        lr, step, clip, scalars, LOG_BETA1=math.log(betas[0]), LOG_BETA2=math.log(betas[1])
+    )
+    adam = {
+        "scalars_ptr": scalars,
+        "clip_ptr": clip,
+        "eps": eps,
+        "BETA1": betas[0],
+        "BETA2": betas[1],
+    }
+    rows = {}
+    for name, state in (("W_enc", W_enc), ("W_dec", W_dec)):
+        rows |= {
+            f"{name}_m_ptr": state.m,
+            f"{name}_v_ptr": state.v,
+            f"{name}_copy_ptr": state.copy,
+            f"{name}_m_scale_ptr": state.m_scale,
+            f"{name}_v_scale_ptr": state.v_scale,
+        }
+    db_dec = _launch(
+        _fused_update_kernel,
+        W_enc,
+        W_dec,
+        b_dec.weight,
+        values,
+        csc,
+        x,
+        dY,
+        dY_scale,
+        extra,
+        b_enc_ptr=b_enc.weight,
+        b_enc_m_ptr=b_enc.m,
+        b_enc_v_ptr=b_enc.v,
+        step_ptr=step,
+        **rows,
+        **adam,
+    )
+    width = len(db_dec)
+    _bias_update_kernel[(triton.cdiv(width, 256),)](
+        b_dec_ptr=b_dec.weight,
+        b_dec_m_ptr=b_dec.m,
+        b_dec_v_ptr=b_dec.v,
+        db_dec_ptr=db_dec,
+        D=width,
+        BLOCK_D=256,
+        **adam,
+    )
+
+
+# --- torch --------------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """Some consecutive latents, their master rows and their gradients, the decoder's projected."""
+
+    at: slice
+    w_enc: Tensor
+    w_dec: Tensor
+    dW_enc: Tensor
+    db_enc: Tensor
+    dW_dec: Tensor
+
+
+def _gradient_blocks(
+    W_enc: Rows, W_dec: Rows, b_dec, values, csc, x, dY, dY_scale, extra
+) -> Iterator[_Block]:
+    """The gradients, ``TORCH_BLOCK`` latents at a time; ``w_enc`` and ``w_dec`` are masters to write."""
+    work = b_dec.dtype
+    centred, dY = x.to(work) - b_dec, dY.to(work) * dY_scale
+    z = values[csc.positions].to(work)
+    starts = csc.offsets[::TORCH_BLOCK].tolist() + [int(csc.offsets[-1])]
+    latents = len(W_dec.weight)
+    for i, first in enumerate(range(0, latents, TORCH_BLOCK)):
+        at = slice(first, min(first + TORCH_BLOCK, latents))
+        entries = slice(starts[i], starts[i + 1])
+        tokens = csc.rows[entries]
+        offsets = csc.offsets[at.start : at.stop + 1] - starts[i]
+        w_enc, w_dec = (
+            p.weight[at] if p.remainder is None else join_master(p.weight[at], p.remainder[at])
+            for p in (W_enc, W_dec)
+        )
+        dz = _sampled_products(w_dec, dY, tokens, offsets)
+        dW_dec = _row_sums(z[entries], tokens, offsets, dY)
+        dW_enc = _row_sums(dz, tokens, offsets, centred)
+        db_enc = torch.segment_reduce(dz, "sum", offsets=offsets.long(), initial=0)
+        if extra is not None:
+            slots = extra.slots[at]
+            here = (slots >= 0).nonzero().flatten()
+            slots = slots[here].long()
+            dW_dec.index_add_(0, here, extra.W_dec[slots])
+            dW_enc.index_add_(0, here, extra.W_enc[slots])
+            db_enc.index_add_(0, here, extra.b_enc[slots])
+        norm2 = torch.linalg.vecdot(w_dec, w_dec).clamp_min(torch.finfo(work).tiny)
+        along = torch.linalg.vecdot(dW_dec, w_dec) / norm2
+        dW_dec.addcmul_(w_dec, along[:, None], value=-1)
+        yield _Block(at, w_enc, w_dec, dW_enc, db_enc, dW_dec)
+
+
+def _sampled_products(w_dec: Tensor, dY: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+    """``dz``: the products ``<w_dec[f], dY[b]>`` at a segment list's entries only."""
+    if len(tokens) == 0:
+        return dY.new_zeros(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(
+            offsets, tokens, dY.new_zeros(len(tokens)), (len(w_dec), len(dY)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(places, w_dec, dY.T, beta=0.0).values()
+
+
+def _row_sums(weights: Tensor, tokens: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    if len(tokens) == 0:
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return F.embedding_bag(
+        tokens, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _gradient_norm_torch(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
+    db_dec = dY.sum(0, dtype=b_dec.dtype) * dY_scale
+    squares = b_dec.new_zeros(())
+    for block in _gradient_blocks(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra):
+        for gradient in (block.dW_enc, block.db_enc, block.dW_dec):
+            squares += torch.linalg.vector_norm(gradient).square()
+        db_dec -= block.w_enc.T @ block.db_enc
+    return (squares + db_dec.square().sum()).sqrt()
+
+
+def _fused_update_torch(
+    W_enc, b_enc, W_dec, b_dec, values, csc, x, dY, lr, step, clip, dY_scale, extra, betas, eps
+) -> None:
+    # An internal name, but the one that torch.optim.Adam(fused=True) calls: one pass over the memory.
+    options = {
+        "lr": float(lr),
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+        "maximize": False,
+    }
+    t = step.to(torch.float32).reshape(())
+
+    def adam(weights, gradients, m, v):
+        if clip is not None:
+            torch._foreach_mul_(gradients, clip.to(gradients[0].dtype))
+        torch._fused_adam_(weights, gradients, m, v, [], [t] * len(weights), **options)
+
+    db_dec = dY.sum(0, dtype=b_dec.weight.dtype) * dY_scale
+    for block in _gradient_blocks(W_enc, W_dec, b_dec.weight, values, csc, x, dY, dY_scale, extra):
+        at = block.at
+        db_dec -= block.w_enc.T @ block.db_enc
+        m, v = zip(_moment_block(W_enc, at), _moment_block(W_dec, at), strict=True)
+        adam(
+            [block.w_enc, block.w_dec, b_enc.weight[at]],
+            [block.dW_enc, block.dW_dec, block.db_enc],
+            [*m, b_enc.m[at]],
+            [*v, b_enc.v[at]],
+        )
+        norm = torch.linalg.vector_norm(block.w_dec, dim=1, keepdim=True)
+        block.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        _store_block(W_enc, at, block.w_enc, m[0], v[0], step)
+        _store_block(W_dec, at, block.w_dec, m[1], v[1], step)
+    adam([b_dec.weight], [db_dec], [b_dec.m], [b_dec.v])
+
+
+def _moment_block(state: Rows, at: slice) -> tuple[Tensor, Tensor]:
+    """``m`` and ``v`` of some rows: views to write, or decoded copies."""
+    if state.m_scale is None:
+        return state.m[at], state.v[at]
+    return (
+        decode_moment(state.m[at], state.m_scale[at]),
+        decode_moment(state.v[at], state.v_scale[at]),
+    )
+
+
+def _store_block(state: Rows, at: slice, master: Tensor, m: Tensor, v: Tensor, step: Tensor) -> None:
+    """Write back what is not a view of the state, and the copy."""
+    if state.remainder is not None:
+        state.weight[at], state.remainder[at] = split_master(master)
+    if state.copy is not None:
+        state.copy[at] = master.to(state.copy.dtype)
+    if state.m_scale is not None:
+        encode_moment_(state.m[at], state.m_scale[at], m, at.start, step)
+        encode_moment_(state.v[at], state.v_scale[at], v, at.start, step)
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _extra(W_enc, b_enc, W_dec, slots) -> ExtraGradient | None:
+    # Without rows there is nothing to add, and no row to point at.
+    return ExtraGradient(W_enc, b_enc, W_dec, slots) if slots is not None and len(b_enc) else None
+
+
+@register(fake=lambda W_enc, W_enc_remainder, W_dec, W_dec_remainder, b_dec, *_: b_dec.new_empty(()))
+def _gradient_norm(
+    W_enc: Tensor,
+    W_enc_remainder: Tensor | None,
+    W_dec: Tensor,
+    W_dec_remainder: Tensor | None,
+    b_dec: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    dY: Tensor,
+    dY_scale: float,
+    extra_W_enc: Tensor | None,
+    extra_b_enc: Tensor | None,
+    extra_W_dec: Tensor | None,
+    slots: Tensor | None,
+) -> Tensor:
+    run = _gradient_norm_torch if implementation(b_dec) == "torch" else _gradient_norm_triton
+    return run(
+        Rows(W_enc, W_enc, W_enc, W_enc_remainder),
+        Rows(W_dec, W_dec, W_dec, W_dec_remainder),
+        b_dec,
+        values,
+        CSC(rows, positions, offsets),
+        x,
+        dY,
+        dY_scale,
+        _extra(extra_W_enc, extra_b_enc, extra_W_dec, slots),
+    )
+
+
+_STATE = tuple(
+    f"{name}{part}"
+    for name in ("W_enc", "W_dec")
+    for part in ("", "_m", "_v", "_remainder", "_copy", "_m_scale", "_v_scale")
+) + ("b_enc", "b_enc_m", "b_enc_v", "b_dec", "b_dec_m", "b_dec_v")
+
+
+@register(fake=lambda *_: None, mutates_args=_STATE)
+def _fused_update_(
+    W_enc: Tensor,
+    W_enc_m: Tensor,
+    W_enc_v: Tensor,
+    W_enc_remainder: Tensor | None,
+    W_enc_copy: Tensor | None,
+    W_enc_m_scale: Tensor | None,
+    W_enc_v_scale: Tensor | None,
+    b_enc: Tensor,
+    b_enc_m: Tensor,
+    b_enc_v: Tensor,
+    W_dec: Tensor,
+    W_dec_m: Tensor,
+    W_dec_v: Tensor,
+    W_dec_remainder: Tensor | None,
+    W_dec_copy: Tensor | None,
+    W_dec_m_scale: Tensor | None,
+    W_dec_v_scale: Tensor | None,
+    b_dec: Tensor,
+    b_dec_m: Tensor,
+    b_dec_v: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    dY: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    clip: Tensor | None,
+    dY_scale: float,
+    extra_W_enc: Tensor | None,
+    extra_b_enc: Tensor | None,
+    extra_W_dec: Tensor | None,
+    slots: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    run = _fused_update_torch if implementation(b_dec) == "torch" else _fused_update_triton
+    run(
+        Rows(W_enc, W_enc_m, W_enc_v, W_enc_remainder, W_enc_copy, W_enc_m_scale, W_enc_v_scale),
+        Vector(b_enc, b_enc_m, b_enc_v),
+        Rows(W_dec, W_dec_m, W_dec_v, W_dec_remainder, W_dec_copy, W_dec_m_scale, W_dec_v_scale),
+        Vector(b_dec, b_dec_m, b_dec_v),
+        values,
+        CSC(rows, positions, offsets),
+        x,
+        dY,
+        lr,
+        step,
+        clip,
+        dY_scale,
+        _extra(extra_W_enc, extra_b_enc, extra_W_dec, slots),
+        (beta1, beta2),
+        eps,
+    )
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check(W_enc: Rows, W_dec: Rows, b_dec: Tensor, csr: CSR, csc: CSC, x, dY, extra) -> None:
+    latents, width = W_dec.weight.shape
+    expected = {
+        "W_enc.weight": (W_enc.weight, (latents, width)),
+        "b_dec": (b_dec, (width,)),
+        "csc.rows": (csc.rows, csr.values.shape),
+        "csc.positions": (csc.positions, csr.values.shape),
+        "csc.offsets": (csc.offsets, (latents + 1,)),
+        "x": (x, (len(csr.offsets) - 1, width)),
+        "dY": (dY, (len(csr.offsets) - 1, width)),
+    }
+    for name, rows in (("W_enc", W_enc), ("W_dec", W_dec)):
+        for part, tensor in rows._asdict().items():
+            if tensor is not None:
+                shape = (latents,) if part.endswith("scale") else (latents, width)
+                expected[f"{name}.{part}"] = (tensor, shape)
+    if extra is not None:
+        expected |= {
+            "extra.W_enc": (extra.W_enc, (len(extra.b_enc), width)),
+            "extra.W_dec": (extra.W_dec, (len(extra.b_enc), width)),
+            "extra.slots": (extra.slots, (latents,)),
+        }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    for name, rows in (("W_enc", W_enc), ("W_dec", W_dec)):
+        stored = b_dec.dtype if rows.remainder is None else torch.bfloat16
+        if rows.weight.dtype != stored:
+            raise ValueError(
+                f"{name}.weight: expected {stored} (b_dec's dtype, or bfloat16 beside a remainder), "
+                f"got {rows.weight.dtype}"
+            )
+    if b_dec.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"b_dec: expected float32 or float64, got {b_dec.dtype}")
+
+
+def gradient_norm(
+    W_enc: Rows,
+    W_dec: Rows,
+    b_dec: Tensor,
+    csr: CSR,
+    csc: CSC,
+    x: Tensor,
+    dY: Tensor,
+    *,
+    dY_scale: float = 1.0,
+    extra: ExtraGradient | None = None,
+) -> Tensor:
+    """The joint 2-norm ``[]`` of the four gradients, the decoder's projected, before any clipping.
+
+    Exactly what :func:`fused_update_` is about to apply, computed once more: one pass over the
+    weights' rows (``2·F·D`` masters read) and the gathers. The arguments are the same. Float32
+    (float64 for float64 weights); bitwise reproducible; nothing waits for the device.
+    """
+    _check(W_enc, W_dec, b_dec, csr, csc, x, dY, extra)
+    return _gradient_norm(
+        W_enc.weight,
+        W_enc.remainder,
+        W_dec.weight,
+        W_dec.remainder,
+        b_dec,
+        csr.values,
+        *csc,
+        x,
+        dY,
+        dY_scale,
+        *(extra or (None,) * 4),
+    )
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """``min(1, max_norm / norm)`` ``[]`` on the device of ``norm``: what ``clip`` takes."""
+    return torch.where(norm > max_norm, max_norm / norm, 1.0)
+
+
+def fused_update_(
+    W_enc: Rows,
+    b_enc: Vector,
+    W_dec: Rows,
+    b_dec: Vector,
+    csr: CSR,
+    csc: CSC,
+    x: Tensor,
+    dY: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    dY_scale: float = 1.0,
+    extra: ExtraGradient | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """One optimizer step in place: gradients, projection, clipping, Adam, renormalisation.
+
+    ``W_enc`` and ``W_dec`` are :class:`Rows` ``[F, D]``, ``b_enc [F]`` and ``b_dec [D]``
+    :class:`Vector`. ``x [B, D]`` is the scaled input, ``dY_scale · dY [B, D]`` the loss's gradient at
+    ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
+    float tensor and ``step []`` an int64 tensor that counts from 1, both on the device, as is the
+    ``clip []`` that multiplies every gradient after the projection (:func:`clip_factor`).
+
+    All float tensors of the state are contiguous. Raises ValueError, before anything is written, on
+    shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
+    the determinism and the bytes moved.
+    """
+    _check(W_enc, W_dec, b_dec.weight, csr, csc, x, dY, extra)
+    for name, vector, length in (("b_enc", b_enc, len(W_enc.weight)), ("b_dec", b_dec, x.shape[1])):
+        for part, tensor in vector._asdict().items():
+            if tensor.shape != (length,) or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}.{part}: expected a contiguous tensor of shape [{length}], got shape "
+                    f"{list(tensor.shape)}, strides {tensor.stride()}"
+                )
+    if lr.numel() != 1 or step.numel() != 1 or step.dtype != torch.int64:
+        raise ValueError(
+            "lr and step: expected one-element tensors, step int64, got "
+            f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
+        )
+    _fused_update_(
+        *W_enc,
+        *b_enc,
+        *W_dec,
+        *b_dec,
+        csr.values,
+        *csc,
+        x,
+        dY,
+        lr,
+        step,
+        clip,
+        dY_scale,
+        *(extra or (None,) * 4),
+        *betas,
+        eps,
+    )
+
