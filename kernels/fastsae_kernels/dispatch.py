@@ -123,6 +123,6 @@ def register(
         op.register_fake(fake)
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
-        return functools.update_wrapper(op, function)
+        return op
 
     return decorate
