@@ -26,6 +26,7 @@ Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moment
 24 split, 12 split with 8-bit moments), plus ``2·nnz·D·e`` gathered through L2.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -47,10 +48,12 @@ from .adam_state import (
     store_master,
     store_moment,
 )
+from .aot import WIDTHS, Case
 from .decoder_norm import row_blocks, tangent, unit
 from .dispatch import implementation, jit, register, tl, triton
 from .segments import CHUNK, chunk_capacity, long_segments
 from .sparse import CSC, CSR
+from .sparse_decoder import launch_chunk_sums, weighted_sum
 
 # Entries of a segment taken together, and latents a program updates one after another.
 BLOCK_T = 2
@@ -69,63 +72,58 @@ class ExtraGradient(NamedTuple):
 
 
 # --- kernels ------------------------------------------------------------------------------------
+#
+# Two kernels rather than one, the decoder's rows first: either holds half of the vectors, so twice
+# as many latents are in flight, and all that passes between them is dz, one float an active.
 
 
 @jit
-def _segment_gradients(
+def _decoder_segment(
     begin,
     end,
     rows_ptr,
     positions_ptr,
     values_ptr,
     dY_ptr,
-    x_ptr,
-    w_dec,
-    b_dec,
+    dz_ptr,
+    w,
     columns,
     D,
     dY_scale,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``(dW_dec, dW_enc, db_enc)`` of the entries ``[begin, end)`` of one latent's segment."""
+    """``dW_dec`` of the entries ``[begin, end)`` of one latent's segment; their ``dz`` is stored."""
     dW_dec = tl.zeros((BLOCK_D,), tl.float32)
-    dW_enc = tl.zeros((BLOCK_D,), tl.float32)
-    db_enc = 0.0
     for first in range(begin, end, BLOCK_T):
         entry = first + tl.arange(0, BLOCK_T)
         inside = entry < end
         token = tl.load(rows_ptr + entry, mask=inside, other=0).to(tl.int64)
         position = tl.load(positions_ptr + entry, mask=inside, other=0)
         z = tl.load(values_ptr + position, mask=inside, other=0.0).to(tl.float32)
-        at = token[:, None] * D + columns[None, :]  # [BLOCK_T, BLOCK_D]
-        mask = inside[:, None] & (columns < D)[None, :]
-        dY = tl.load(dY_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - b_dec[None, :]
-        # Beyond the end dY and z are zero; the centred x is not, but its factor is.
-        dz = tl.sum(dY * w_dec[None, :], 1) * dY_scale
+        dY = tl.load(  # [BLOCK_T, BLOCK_D]
+            dY_ptr + token[:, None] * D + columns[None, :],
+            mask=inside[:, None] & (columns < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(dz_ptr + entry, tl.sum(dY * w[None, :], 1) * dY_scale, mask=inside)
         dW_dec += tl.sum(z[:, None] * dY, 0)
-        dW_enc += tl.sum(dz[:, None] * centred, 0)
-        db_enc += tl.sum(dz, 0)
-    return dW_dec * dY_scale, dW_enc, db_enc
+    return dW_dec * dY_scale
 
 
 @jit
-def _chunk_gradients_kernel(
+def _decoder_chunks_kernel(
     W_dec_ptr,
     W_dec_remainder_ptr,
-    b_dec_ptr,
     values_ptr,
     rows_ptr,
     positions_ptr,
     offsets_ptr,
-    x_ptr,
     dY_ptr,
     starts_ptr,
     owners_ptr,
     chunk_dW_dec_ptr,
-    chunk_dW_enc_ptr,
-    chunk_db_enc_ptr,
+    dz_ptr,
     F,
     D,
     dY_scale,
@@ -141,164 +139,23 @@ def _chunk_gradients_kernel(
         f = tl.load(owners_ptr + chunk)
         begin = tl.load(offsets_ptr + f) + (chunk - tl.load(starts_ptr + f)) * CHUNK
         end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + f + 1))
-        w_dec = load_master(
-            W_dec_ptr, W_dec_remainder_ptr, f.to(tl.int64) * D + columns, inside
-        )
-        b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
-        dW_dec, dW_enc, db_enc = _segment_gradients(
+        w = load_master(W_dec_ptr, W_dec_remainder_ptr, f.to(tl.int64) * D + columns, inside)
+        dW_dec = _decoder_segment(
             begin,
             end,
             rows_ptr,
             positions_ptr,
             values_ptr,
             dY_ptr,
-            x_ptr,
-            w_dec,
-            b_dec,
+            dz_ptr,
+            w,
             columns,
             D,
             dY_scale,
             BLOCK_T,
             BLOCK_D,
         )
-        at = chunk.to(tl.int64) * D + columns
-        tl.store(chunk_dW_dec_ptr + at, dW_dec, mask=inside)
-        tl.store(chunk_dW_enc_ptr + at, dW_enc, mask=inside)
-        tl.store(chunk_db_enc_ptr + chunk, db_enc)
-
-
-@jit
-def _latent_gradients(
-    f,
-    w_dec,
-    b_dec,
-    values_ptr,
-    rows_ptr,
-    positions_ptr,
-    offsets_ptr,
-    x_ptr,
-    dY_ptr,
-    starts_ptr,
-    chunk_dW_dec_ptr,
-    chunk_dW_enc_ptr,
-    chunk_db_enc_ptr,
-    slots_ptr,
-    extra_dW_dec_ptr,
-    extra_dW_enc_ptr,
-    extra_db_enc_ptr,
-    columns,
-    D,
-    dY_scale,
-    CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """All of one latent's gradient, projected: ``(dW_dec, dW_enc, db_enc)``."""
-    inside = columns < D
-    begin = tl.load(offsets_ptr + f)
-    end = tl.load(offsets_ptr + f + 1)
-    end = tl.where(end - begin > CHUNK, begin, end)
-    dW_dec, dW_enc, db_enc = _segment_gradients(
-        begin,
-        end,
-        rows_ptr,
-        positions_ptr,
-        values_ptr,
-        dY_ptr,
-        x_ptr,
-        w_dec,
-        b_dec,
-        columns,
-        D,
-        dY_scale,
-        BLOCK_T,
-        BLOCK_D,
-    )
-    for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
-        at = tl.cast(chunk, tl.int64) * D + columns
-        dW_dec += tl.load(chunk_dW_dec_ptr + at, mask=inside, other=0.0)
-        dW_enc += tl.load(chunk_dW_enc_ptr + at, mask=inside, other=0.0)
-        db_enc += tl.load(chunk_db_enc_ptr + chunk)
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + f).to(tl.int64)
-        at = slot * D + columns
-        dW_dec += tl.load(extra_dW_dec_ptr + at, mask=inside & (slot >= 0), other=0.0)
-        dW_enc += tl.load(extra_dW_enc_ptr + at, mask=inside & (slot >= 0), other=0.0)
-        db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
-    return tangent(dW_dec, w_dec), dW_enc, db_enc
-
-
-@jit
-def _gradient_norm_kernel(
-    W_enc_ptr,
-    W_enc_remainder_ptr,
-    W_dec_ptr,
-    W_dec_remainder_ptr,
-    b_dec_ptr,
-    values_ptr,
-    rows_ptr,
-    positions_ptr,
-    offsets_ptr,
-    x_ptr,
-    dY_ptr,
-    starts_ptr,
-    chunk_dW_dec_ptr,
-    chunk_dW_enc_ptr,
-    chunk_db_enc_ptr,
-    slots_ptr,
-    extra_dW_dec_ptr,
-    extra_dW_enc_ptr,
-    extra_db_enc_ptr,
-    group_db_dec_ptr,
-    group_squares_ptr,
-    F,
-    D,
-    dY_scale,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """``GROUP`` latents a program: their gradients' squares, and their part of ``db_dec``."""
-    group = tl.program_id(0)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < D
-    b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
-    db_dec = tl.zeros((BLOCK_D,), tl.float32)
-    squares = 0.0
-    for latent in range(group * GROUP, tl.minimum(group * GROUP + GROUP, F)):
-        f = tl.cast(latent, tl.int64)
-        at = f * D + columns
-        w_dec = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
-        dW_dec, dW_enc, db_enc = _latent_gradients(
-            f,
-            w_dec,
-            b_dec,
-            values_ptr,
-            rows_ptr,
-            positions_ptr,
-            offsets_ptr,
-            x_ptr,
-            dY_ptr,
-            starts_ptr,
-            chunk_dW_dec_ptr,
-            chunk_dW_enc_ptr,
-            chunk_db_enc_ptr,
-            slots_ptr,
-            extra_dW_dec_ptr,
-            extra_dW_enc_ptr,
-            extra_db_enc_ptr,
-            columns,
-            D,
-            dY_scale,
-            CHUNK,
-            BLOCK_T,
-            BLOCK_D,
-        )
-        squares += tl.sum(dW_dec * dW_dec + dW_enc * dW_enc, 0) + db_enc * db_enc
-        db_dec += db_enc * load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
-    tl.store(group_db_dec_ptr + group.to(tl.int64) * D + columns, db_dec, mask=inside)
-    tl.store(group_squares_ptr + group, squares)
+        tl.store(chunk_dW_dec_ptr + chunk.to(tl.int64) * D + columns, dW_dec, mask=inside)
 
 
 @jit
@@ -329,14 +186,7 @@ def _adam(
 
 
 @jit
-def _fused_update_kernel(
-    W_enc_ptr,
-    W_enc_m_ptr,
-    W_enc_v_ptr,
-    W_enc_remainder_ptr,
-    W_enc_copy_ptr,
-    W_enc_m_scale_ptr,
-    W_enc_v_scale_ptr,
+def _decoder_kernel(
     W_dec_ptr,
     W_dec_m_ptr,
     W_dec_v_ptr,
@@ -344,31 +194,104 @@ def _fused_update_kernel(
     W_dec_copy_ptr,
     W_dec_m_scale_ptr,
     W_dec_v_scale_ptr,
-    b_enc_ptr,
-    b_enc_m_ptr,
-    b_enc_v_ptr,
-    b_dec_ptr,
     values_ptr,
     rows_ptr,
     positions_ptr,
     offsets_ptr,
-    x_ptr,
     dY_ptr,
     starts_ptr,
     chunk_dW_dec_ptr,
-    chunk_dW_enc_ptr,
-    chunk_db_enc_ptr,
     slots_ptr,
     extra_dW_dec_ptr,
+    dz_ptr,
+    squares_ptr,
+    scalars_ptr,
+    step_ptr,
+    clip_ptr,
+    D,
+    dY_scale,
+    eps,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One latent a program. With ``squares_ptr`` only the projected gradient's norm is taken."""
+    f = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    at = f * D + columns
+    w = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
+
+    begin = tl.load(offsets_ptr + f)
+    end = tl.load(offsets_ptr + f + 1)
+    end = tl.where(end - begin > CHUNK, begin, end)
+    gradient = _decoder_segment(
+        begin,
+        end,
+        rows_ptr,
+        positions_ptr,
+        values_ptr,
+        dY_ptr,
+        dz_ptr,
+        w,
+        columns,
+        D,
+        dY_scale,
+        BLOCK_T,
+        BLOCK_D,
+    )
+    for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
+        there = tl.cast(chunk, tl.int64) * D + columns
+        gradient += tl.load(chunk_dW_dec_ptr + there, mask=inside, other=0.0)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + f).to(tl.int64)
+        there = inside & (slot >= 0)
+        gradient += tl.load(extra_dW_dec_ptr + slot * D + columns, mask=there, other=0.0)
+    gradient = tangent(gradient, w)
+
+    if squares_ptr is not None:
+        tl.store(squares_ptr + f, tl.sum(gradient * gradient, 0))
+    else:
+        step = tl.load(step_ptr).to(tl.int32)
+        m = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside, 127)
+        v = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside, 255)
+        w, m, v = _adam(w, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+        store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
+        store_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, columns, inside, m, step, 127)
+        store_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, columns, inside, v, step, 255)
+
+
+@jit
+def _encoder_kernel(
+    W_enc_ptr,
+    W_enc_m_ptr,
+    W_enc_v_ptr,
+    W_enc_remainder_ptr,
+    W_enc_copy_ptr,
+    W_enc_m_scale_ptr,
+    W_enc_v_scale_ptr,
+    b_enc_ptr,
+    b_enc_m_ptr,
+    b_enc_v_ptr,
+    b_dec_ptr,
+    rows_ptr,
+    offsets_ptr,
+    x_ptr,
+    starts_ptr,
+    chunk_dW_enc_ptr,
+    slots_ptr,
     extra_dW_enc_ptr,
     extra_db_enc_ptr,
+    dz_ptr,
     group_db_dec_ptr,
+    squares_ptr,
     scalars_ptr,
     step_ptr,
     clip_ptr,
     F,
     D,
-    dY_scale,
     eps,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
@@ -377,64 +300,56 @@ def _fused_update_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``GROUP`` latents a program, one after another; old rows are read before they are written."""
+    """``GROUP`` latents a program, one after another, and their part of ``db_dec``.
+
+    With ``squares_ptr`` only the gradients' norm is taken, and nothing is updated.
+    """
     group = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
-    step = tl.load(step_ptr).to(tl.int32)
-    b_dec = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
     db_dec = tl.zeros((BLOCK_D,), tl.float32)
     for latent in range(group * GROUP, tl.minimum(group * GROUP + GROUP, F)):
         f = tl.cast(latent, tl.int64)
-        at = f * D + columns
-        w = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
-        dW_dec, dW_enc, db_enc = _latent_gradients(
-            f,
-            w,
-            b_dec,
-            values_ptr,
-            rows_ptr,
-            positions_ptr,
-            offsets_ptr,
-            x_ptr,
-            dY_ptr,
-            starts_ptr,
-            chunk_dW_dec_ptr,
-            chunk_dW_enc_ptr,
-            chunk_db_enc_ptr,
-            slots_ptr,
-            extra_dW_dec_ptr,
-            extra_dW_enc_ptr,
-            extra_db_enc_ptr,
-            columns,
-            D,
-            dY_scale,
-            CHUNK,
-            BLOCK_T,
-            BLOCK_D,
+        begin = tl.load(offsets_ptr + f)
+        end = tl.load(offsets_ptr + f + 1)
+        db_enc = 0.0
+        for first in range(begin, end, CHUNK):
+            entry = first + tl.arange(0, CHUNK)
+            db_enc += tl.sum(tl.load(dz_ptr + entry, mask=entry < end, other=0.0), 0)
+        end = tl.where(end - begin > CHUNK, begin, end)
+        gradient = weighted_sum(
+            dz_ptr, rows_ptr, x_ptr, begin, end, columns, D, BLOCK_T, BLOCK_D
         )
+        for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
+            there = tl.cast(chunk, tl.int64) * D + columns
+            gradient += tl.load(chunk_dW_enc_ptr + there, mask=inside, other=0.0)
+        # Σ dz·(x - b_dec), centred once: b_dec would occupy registers all through the loop.
+        gradient -= db_enc * tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+        if slots_ptr is not None:
+            slot = tl.load(slots_ptr + f).to(tl.int64)
+            there = inside & (slot >= 0)
+            gradient += tl.load(extra_dW_enc_ptr + slot * D + columns, mask=there, other=0.0)
+            db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
 
-        m = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside, 127)
-        v = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside, 255)
-        w, m, v = _adam(w, dW_dec, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
-        store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
-        store_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, columns, inside, m, step, 127)
-        store_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, columns, inside, v, step, 255)
-
+        at = f * D + columns
         w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
         db_dec += db_enc * w
-        m = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside, 127)
-        v = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside, 255)
-        w, m, v = _adam(w, dW_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
-        store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
-        store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
-        store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
+        if squares_ptr is not None:
+            tl.store(squares_ptr + f, tl.sum(gradient * gradient, 0) + db_enc * db_enc)
+        else:
+            step = tl.load(step_ptr).to(tl.int32)
+            m = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside, 127)
+            v = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside, 255)
+            w, m, v = _adam(w, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+            store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
+            store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
+            store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
 
-        b, m, v = tl.load(b_enc_ptr + f), tl.load(b_enc_m_ptr + f), tl.load(b_enc_v_ptr + f)
-        b, m, v = _adam(b, db_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
-        tl.store(b_enc_ptr + f, b)
-        tl.store(b_enc_m_ptr + f, m)
-        tl.store(b_enc_v_ptr + f, v)
+            b, m, v = tl.load(b_enc_ptr + f), tl.load(b_enc_m_ptr + f), tl.load(b_enc_v_ptr + f)
+            b, m, v = _adam(b, db_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+            tl.store(b_enc_ptr + f, b)
+            tl.store(b_enc_m_ptr + f, m)
+            tl.store(b_enc_v_ptr + f, v)
     tl.store(group_db_dec_ptr + group.to(tl.int64) * D + columns, db_dec, mask=inside)
 
 
@@ -467,53 +382,68 @@ def _bias_update_kernel(
 # --- launchers ----------------------------------------------------------------------------------
 
 
-def _launch(kernel, W_enc: Rows, W_dec: Rows, b_dec, csr_values, csc, x, dY, dY_scale, extra, **more):
-    """Launch ``kernel`` over groups of latents, the long segments' chunks before it; ``db_dec [D]``."""
+def _launch(
+    W_enc: Rows, W_dec: Rows, b_dec, values, csc, x, dY, dY_scale, extra, b_enc=None, **more
+) -> Tensor:
+    """Launch the kernels over all rows, in the mode that ``more`` sets; returns ``db_dec [D]``."""
     latents, width = W_dec.weight.shape
-    groups = triton.cdiv(latents, GROUP)
-    blocks = {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, **row_blocks(width)}
+    groups, capacity = triton.cdiv(latents, GROUP), chunk_capacity(len(csc.rows))
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    dz, chunk_sums, group_db_dec = new(len(csc.rows)), new(capacity, width), new(groups, width)
     long = long_segments(csc.offsets, len(csc.rows))
-    capacity = chunk_capacity(len(csc.rows))
-    buffer = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-    batch = {
-        "b_dec_ptr": b_dec,
-        "values_ptr": csr_values,
+    blocks = {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, **row_blocks(width)}
+    common = {
         "rows_ptr": csc.rows,
-        "positions_ptr": csc.positions,
         "offsets_ptr": csc.offsets,
-        "x_ptr": x,
-        "dY_ptr": dY,
         "starts_ptr": long.starts,
-        "chunk_dW_dec_ptr": buffer(capacity, width),
-        "chunk_dW_enc_ptr": buffer(capacity, width),
-        "chunk_db_enc_ptr": buffer(capacity),
-        "F": latents,
+        "dz_ptr": dz,
         "D": width,
-        "dY_scale": dY_scale,
+        **blocks,
     }
+    decoder = {
+        "values_ptr": values,
+        "positions_ptr": csc.positions,
+        "dY_ptr": dY,
+        "chunk_dW_dec_ptr": chunk_sums,
+        "dY_scale": dY_scale,
+        **common,
+    }
+    slots = {"slots_ptr": None if extra is None else extra.slots}
     if capacity:
-        _chunk_gradients_kernel[(capacity,)](
+        _decoder_chunks_kernel[(capacity,)](
             W_dec_ptr=_bits(W_dec.weight),
             W_dec_remainder_ptr=W_dec.remainder,
             owners_ptr=long.owners,
-            **batch,
-            **blocks,
+            F=latents,
+            **decoder,
         )
-    group_db_dec = buffer(groups, width)
-    kernel[(groups,)](
-        W_enc_ptr=_bits(W_enc.weight),
-        W_enc_remainder_ptr=W_enc.remainder,
-        W_dec_ptr=_bits(W_dec.weight),
-        W_dec_remainder_ptr=W_dec.remainder,
-        slots_ptr=None if extra is None else extra.slots,
+    more_decoder, more_encoder = ({**more, "squares_ptr": s} for s in more.pop("squares"))
+    _decoder_kernel[(latents,)](
+        **_row_pointers("W_dec", W_dec),
         extra_dW_dec_ptr=None if extra is None else extra.W_dec,
+        **slots,
+        **decoder,
+        **more_decoder,
+    )
+    # The decoder's chunk sums have been read: the encoder's take their place.
+    launch_chunk_sums(dz, csc.rows, csc.offsets, x, long, chunk_sums)
+    b_enc = b_enc or Vector(None, None, None)
+    _encoder_kernel[(groups,)](
+        **_row_pointers("W_enc", W_enc),
+        b_enc_ptr=b_enc.weight,
+        b_enc_m_ptr=b_enc.m,
+        b_enc_v_ptr=b_enc.v,
+        b_dec_ptr=b_dec,
+        x_ptr=x,
+        chunk_dW_enc_ptr=chunk_sums,
         extra_dW_enc_ptr=None if extra is None else extra.W_enc,
         extra_db_enc_ptr=None if extra is None else extra.b_enc,
         group_db_dec_ptr=group_db_dec,
+        F=latents,
         GROUP=GROUP,
-        **batch,
-        **blocks,
-        **more,
+        **slots,
+        **common,
+        **more_encoder,
     )
     return dY.sum(0, dtype=torch.float32) * dY_scale - group_db_dec.sum(0)
 
@@ -522,11 +452,15 @@ def _bits(weight: Tensor) -> Tensor:
     return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
 
 
+def _row_pointers(name: str, rows: Rows) -> dict[str, Tensor | None]:
+    rest = {f"{name}_{part}_ptr": getattr(rows, part) for part in Rows._fields[1:]}
+    return {f"{name}_ptr": _bits(rows.weight), **rest}
+
+
 def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
-    groups = triton.cdiv(len(W_dec.weight), GROUP)
-    squares = torch.empty(groups, dtype=torch.float32, device=x.device)
+    squares = torch.empty(2, len(W_dec.weight), dtype=torch.float32, device=x.device)
+    unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
     db_dec = _launch(
-        _gradient_norm_kernel,
         W_enc,
         W_dec,
         b_dec,
@@ -536,7 +470,11 @@ def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, ext
         dY,
         dY_scale,
         extra,
-        group_squares_ptr=squares,
+        squares=squares,
+        eps=0.0,
+        BETA1=0.0,
+        BETA2=0.0,
+        **unused,
     )
     return (squares.sum() + db_dec.square().sum()).sqrt()
 
@@ -555,17 +493,7 @@ def _fused_update_triton(
         "BETA1": betas[0],
         "BETA2": betas[1],
     }
-    rows = {}
-    for name, state in (("W_enc", W_enc), ("W_dec", W_dec)):
-        rows |= {
-            f"{name}_m_ptr": state.m,
-            f"{name}_v_ptr": state.v,
-            f"{name}_copy_ptr": state.copy,
-            f"{name}_m_scale_ptr": state.m_scale,
-            f"{name}_v_scale_ptr": state.v_scale,
-        }
     db_dec = _launch(
-        _fused_update_kernel,
         W_enc,
         W_dec,
         b_dec.weight,
@@ -575,11 +503,9 @@ def _fused_update_triton(
         dY,
         dY_scale,
         extra,
-        b_enc_ptr=b_enc.weight,
-        b_enc_m_ptr=b_enc.m,
-        b_enc_v_ptr=b_enc.v,
+        b_enc,
+        squares=(None, None),
         step_ptr=step,
-        **rows,
         **adam,
     )
     width = len(db_dec)
@@ -981,3 +907,65 @@ def fused_update_(
         eps,
     )
 
+
+
+# --- ahead of time ------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[Case]:
+    """Every kernel at every width, over the state's storage forms, with and without options."""
+    types = {f"{name}_ptr": "*i32" for name in "rows positions offsets starts owners".split()}
+    types |= {f"{name}_ptr": "*fp32" for name in "b_enc b_enc_m b_enc_v b_dec b_dec_m b_dec_v".split()}
+    types |= {f"{name}_ptr": "*fp32" for name in "values dz chunk_dW_dec chunk_dW_enc".split()}
+    types |= {f"{name}_ptr": "*fp32" for name in "group_db_dec db_dec scalars lr".split()}
+    types |= {"step_ptr": "*i64", "F": "i32", "D": "i32", "dY_scale": "fp32", "eps": "fp32"}
+    options = {f"extra_{name}_ptr": "*fp32" for name in ("dW_dec", "dW_enc", "db_enc")}
+    options |= {"slots_ptr": "*i32", "clip_ptr": "*fp32"}
+    norm = {"squares_ptr": "*fp32"}
+    blocks = {"CHUNK": CHUNK, "GROUP": GROUP, "BLOCK_T": BLOCK_T, "BETA1": 0.9, "BETA2": 0.999}
+    blocks |= {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999)}
+
+    def case(label: str, kernel, types: dict[str, str], constants: dict, **more) -> Case:
+        """``constants`` count where the kernel has them; an argument of neither kind is None."""
+        names = getattr(kernel, "arg_names", ())
+        signature = {name: types[name] for name in names if name in types}
+        constexprs = {name: constants.get(name) for name in names if name not in types}
+        return Case(label, kernel, signature, constexprs, ("F", "D"), **more)
+
+    small = {"vector_loads": False, "representative": True}
+    cases = [
+        case("fused_update scalars", _step_scalars_kernel, types | options, blocks, **small),
+        case(
+            "fused_update b_dec", _bias_update_kernel, types | options, blocks | {"BLOCK_D": 256}, **small
+        ),
+    ]
+    forms = ("fp32", "bf16 copy", "bf16 split", "fp32 8-bit", "bf16 split 8-bit")
+    for width, form in itertools.product(WIDTHS, forms):
+        constants = blocks | {"BLOCK_D": row_blocks(width)["BLOCK_D"]}
+        more = {"num_warps": row_blocks(width)["num_warps"]}
+        more["representative"] = width == 1536 and "split" in form
+        low = "*bf16" if "bf16" in form else "*fp32"
+        here = types | {"x_ptr": low, "dY_ptr": low}
+        for name in ("W_enc", "W_dec"):
+            here |= {f"{name}_{part}_ptr": "*fp32" for part in "mv"}
+            here[f"{name}_ptr"] = "*fp32"
+            if "split" in form:
+                here |= {f"{name}_ptr": "*i16", f"{name}_remainder_ptr": "*i16"}
+            if "copy" in form:
+                here[f"{name}_copy_ptr"] = "*bf16"
+            if "8-bit" in form:
+                here |= {f"{name}_m_ptr": "*i8", f"{name}_v_ptr": "*u8"}
+                here |= {f"{name}_{part}_scale_ptr": "*fp32" for part in "mv"}
+        shape = f"D={width} {form}"
+        sides = {"decoder": _decoder_kernel, "encoder": _encoder_kernel}
+        for side, kernel in sides.items():
+            label = f"fused_update {side}, aux-k and clipping, {shape}"
+            cases.append(case(label, kernel, here | options, constants, **more))
+            if "8-bit" not in form:
+                cases.append(case(f"fused_update {side}, {shape}", kernel, here, constants, **more))
+                kinds = here | options | norm
+                cases.append(case(f"gradient_norm {side}, {shape}", kernel, kinds, constants, **more))
+        if "8-bit" not in form:
+            label = f"fused_update decoder chunks, {shape}"
+            cases.append(case(label, _decoder_chunks_kernel, here, constants, **more))
+    return cases

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch_topk import csr_to_csc
 from .dispatch import implementation, jit, register, tl, triton
 from .rounding import rounded
-from .segments import CHUNK, chunk_capacity, long_segments
-from .sparse import CSR, csr_to_csc
+from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
+from .sparse import CSR
 
 # Entries and columns of one tile, and warps: 32 float32 accumulators a thread.
 BLOCK_N = 8
@@ -41,7 +42,7 @@ def _block_d(width: int) -> int:
 
 
 @jit
-def _weighted_sum(
+def weighted_sum(
     values_ptr,
     indices_ptr,
     table_ptr,
@@ -92,7 +93,7 @@ def _chunk_sums_kernel(
             tl.load(offsets_ptr + segment) + (chunk - tl.load(starts_ptr + segment)) * CHUNK
         )
         end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + segment + 1))
-        total = _weighted_sum(
+        total = weighted_sum(
             values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
         )
         tl.store(sums_ptr + chunk.to(tl.int64) * D + columns, total, mask=columns < D)
@@ -117,7 +118,7 @@ def _segment_sum(
     begin = tl.load(offsets_ptr + segment)
     end = tl.load(offsets_ptr + segment + 1)
     end = tl.where(end - begin > CHUNK, begin, end)
-    total = _weighted_sum(
+    total = weighted_sum(
         values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
     )
     for chunk in range(tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)):
@@ -241,22 +242,36 @@ def _value_gradients_kernel(
 # --- launchers ----------------------------------------------------------------------------------
 
 
-def _launch_segment_sums(kernel, values, indices, offsets, table, between, after):
+def _blocks(width: int) -> dict[str, int]:
+    return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": _block_d(width), "num_warps": WARPS}
+
+
+def launch_chunk_sums(
+    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, long: LongSegments, out: Tensor
+) -> None:
+    """Write the weighted sum of ``table``'s rows over each chunk of a long segment to ``out``.
+
+    ``out [chunk_capacity(K), D]`` float32.
+    """
+    width = table.shape[1]
+    if len(out):
+        _chunk_sums_kernel[(len(out), triton.cdiv(width, _block_d(width)))](
+            values, indices, offsets, table, *long, out, len(offsets) - 1, width, **_blocks(width)
+        )
+
+
+def _launch_segment_sums(kernel, values, indices, offsets, table, between, after) -> None:
     """Launch ``kernel`` over (segments, column tiles), the long segments' chunks before it."""
     segments, width = len(offsets) - 1, table.shape[1]
     if not segments * width:
         return
-    blocks = {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": _block_d(width), "num_warps": WARPS}
-    tiles = triton.cdiv(width, blocks["BLOCK_D"])
     long = long_segments(offsets, len(indices))
-    capacity = chunk_capacity(len(indices))
-    sums = torch.empty(capacity, width, dtype=torch.float32, device=table.device)
-    if capacity:
-        _chunk_sums_kernel[(capacity, tiles)](
-            values, indices, offsets, table, *long, sums, segments, width, **blocks
-        )
-    kernel[(segments, tiles)](
-        values, indices, offsets, table, *between, long.starts, sums, *after, width, **blocks
+    sums = torch.empty(
+        chunk_capacity(len(indices)), width, dtype=torch.float32, device=table.device
+    )
+    launch_chunk_sums(values, indices, offsets, table, long, sums)
+    kernel[(segments, triton.cdiv(width, _block_d(width)))](
+        values, indices, offsets, table, *between, long.starts, sums, *after, width, **_blocks(width)
     )
 
 
