@@ -58,6 +58,7 @@ from .sparse_decoder import launch_chunk_sums, weighted_sum
 # Entries of a segment taken together, and latents a program updates one after another.
 BLOCK_T = 2
 GROUP = 8
+BLOCK_BIAS = 256
 # Latents the torch path updates together: both gradients of a block stay in the cache.
 TORCH_BLOCK = 512
 
@@ -272,9 +273,6 @@ def _encoder_kernel(
     W_enc_copy_ptr,
     W_enc_m_scale_ptr,
     W_enc_v_scale_ptr,
-    b_enc_ptr,
-    b_enc_m_ptr,
-    b_enc_v_ptr,
     b_dec_ptr,
     rows_ptr,
     offsets_ptr,
@@ -285,6 +283,7 @@ def _encoder_kernel(
     extra_dW_enc_ptr,
     extra_db_enc_ptr,
     dz_ptr,
+    db_enc_ptr,
     group_db_dec_ptr,
     squares_ptr,
     scalars_ptr,
@@ -300,9 +299,9 @@ def _encoder_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``GROUP`` latents a program, one after another, and their part of ``db_dec``.
+    """``GROUP`` latents a program, one after another: also ``db_enc``, and their part of ``db_dec``.
 
-    With ``squares_ptr`` only the gradients' norm is taken, and nothing is updated.
+    With ``squares_ptr`` only the gradient's norm is taken, and nothing is updated.
     """
     group = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
@@ -331,11 +330,13 @@ def _encoder_kernel(
             gradient += tl.load(extra_dW_enc_ptr + slot * D + columns, mask=there, other=0.0)
             db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
 
+        tl.store(db_enc_ptr + f, db_enc)
+
         at = f * D + columns
         w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
         db_dec += db_enc * w
         if squares_ptr is not None:
-            tl.store(squares_ptr + f, tl.sum(gradient * gradient, 0) + db_enc * db_enc)
+            tl.store(squares_ptr + f, tl.sum(gradient * gradient, 0))
         else:
             step = tl.load(step_ptr).to(tl.int32)
             m = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside, 127)
@@ -344,52 +345,50 @@ def _encoder_kernel(
             store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
             store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
             store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
-
-            b, m, v = tl.load(b_enc_ptr + f), tl.load(b_enc_m_ptr + f), tl.load(b_enc_v_ptr + f)
-            b, m, v = _adam(b, db_enc, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
-            tl.store(b_enc_ptr + f, b)
-            tl.store(b_enc_m_ptr + f, m)
-            tl.store(b_enc_v_ptr + f, v)
     tl.store(group_db_dec_ptr + group.to(tl.int64) * D + columns, db_dec, mask=inside)
 
 
 @jit
 def _bias_update_kernel(
-    b_dec_ptr,
-    b_dec_m_ptr,
-    b_dec_v_ptr,
-    db_dec_ptr,
+    bias_ptr,
+    m_ptr,
+    v_ptr,
+    gradient_ptr,
     scalars_ptr,
     clip_ptr,
-    D,
+    length,
     eps,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < D
-    b = tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
-    m = tl.load(b_dec_m_ptr + columns, mask=inside, other=0.0)
-    v = tl.load(b_dec_v_ptr + columns, mask=inside, other=0.0)
-    db_dec = tl.load(db_dec_ptr + columns, mask=inside, other=0.0)
-    b, m, v = _adam(b, db_dec, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
-    tl.store(b_dec_ptr + columns, b, mask=inside)
-    tl.store(b_dec_m_ptr + columns, m, mask=inside)
-    tl.store(b_dec_v_ptr + columns, v, mask=inside)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length
+    bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    bias, m, v = _adam(bias, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
+    tl.store(bias_ptr + at, bias, mask=inside)
+    tl.store(m_ptr + at, m, mask=inside)
+    tl.store(v_ptr + at, v, mask=inside)
 
 
 # --- launchers ----------------------------------------------------------------------------------
 
 
 def _launch(
-    W_enc: Rows, W_dec: Rows, b_dec, values, csc, x, dY, dY_scale, extra, b_enc=None, **more
-) -> Tensor:
-    """Launch the kernels over all rows, in the mode that ``more`` sets; returns ``db_dec [D]``."""
+    W_enc: Rows, W_dec: Rows, b_dec, values, csc, x, dY, dY_scale, extra, squares, **more
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels over all rows; returns ``db_enc [F]`` and ``db_dec [D]``.
+
+    With ``squares`` (two ``[F]``) they take the gradients' norms, else they update.
+    """
     latents, width = W_dec.weight.shape
     groups, capacity = triton.cdiv(latents, GROUP), chunk_capacity(len(csc.rows))
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-    dz, chunk_sums, group_db_dec = new(len(csc.rows)), new(capacity, width), new(groups, width)
+    dz, chunk_sums = new(len(csc.rows)), new(capacity, width)
+    db_enc, group_db_dec = new(latents), new(groups, width)
     long = long_segments(csc.offsets, len(csc.rows))
     blocks = {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, **row_blocks(width)}
     common = {
@@ -417,35 +416,33 @@ def _launch(
             F=latents,
             **decoder,
         )
-    more_decoder, more_encoder = ({**more, "squares_ptr": s} for s in more.pop("squares"))
     _decoder_kernel[(latents,)](
         **_row_pointers("W_dec", W_dec),
         extra_dW_dec_ptr=None if extra is None else extra.W_dec,
+        squares_ptr=squares[0],
         **slots,
         **decoder,
-        **more_decoder,
+        **more,
     )
     # The decoder's chunk sums have been read: the encoder's take their place.
     launch_chunk_sums(dz, csc.rows, csc.offsets, x, long, chunk_sums)
-    b_enc = b_enc or Vector(None, None, None)
     _encoder_kernel[(groups,)](
         **_row_pointers("W_enc", W_enc),
-        b_enc_ptr=b_enc.weight,
-        b_enc_m_ptr=b_enc.m,
-        b_enc_v_ptr=b_enc.v,
         b_dec_ptr=b_dec,
         x_ptr=x,
         chunk_dW_enc_ptr=chunk_sums,
         extra_dW_enc_ptr=None if extra is None else extra.W_enc,
         extra_db_enc_ptr=None if extra is None else extra.b_enc,
+        db_enc_ptr=db_enc,
         group_db_dec_ptr=group_db_dec,
         F=latents,
         GROUP=GROUP,
+        squares_ptr=squares[1],
         **slots,
         **common,
-        **more_encoder,
+        **more,
     )
-    return dY.sum(0, dtype=torch.float32) * dY_scale - group_db_dec.sum(0)
+    return db_enc, dY.sum(0, dtype=torch.float32) * dY_scale - group_db_dec.sum(0)
 
 
 def _bits(weight: Tensor) -> Tensor:
@@ -460,7 +457,7 @@ def _row_pointers(name: str, rows: Rows) -> dict[str, Tensor | None]:
 def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
     squares = torch.empty(2, len(W_dec.weight), dtype=torch.float32, device=x.device)
     unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
-    db_dec = _launch(
+    db_enc, db_dec = _launch(
         W_enc,
         W_dec,
         b_dec,
@@ -470,13 +467,13 @@ def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, ext
         dY,
         dY_scale,
         extra,
-        squares=squares,
+        squares,
         eps=0.0,
         BETA1=0.0,
         BETA2=0.0,
         **unused,
     )
-    return (squares.sum() + db_dec.square().sum()).sqrt()
+    return (squares.sum() + db_enc.square().sum() + db_dec.square().sum()).sqrt()
 
 
 def _fused_update_triton(
@@ -493,7 +490,7 @@ def _fused_update_triton(
         "BETA1": betas[0],
         "BETA2": betas[1],
     }
-    db_dec = _launch(
+    gradients = _launch(
         W_enc,
         W_dec,
         b_dec.weight,
@@ -503,21 +500,14 @@ def _fused_update_triton(
         dY,
         dY_scale,
         extra,
-        b_enc,
-        squares=(None, None),
+        (None, None),
         step_ptr=step,
         **adam,
     )
-    width = len(db_dec)
-    _bias_update_kernel[(triton.cdiv(width, 256),)](
-        b_dec_ptr=b_dec.weight,
-        b_dec_m_ptr=b_dec.m,
-        b_dec_v_ptr=b_dec.v,
-        db_dec_ptr=db_dec,
-        D=width,
-        BLOCK_D=256,
-        **adam,
-    )
+    for bias, gradient in zip((b_enc, b_dec), gradients, strict=True):
+        _bias_update_kernel[(triton.cdiv(len(gradient), BLOCK_BIAS),)](
+            *bias, gradient, length=len(gradient), BLOCK=BLOCK_BIAS, **adam
+        )
 
 
 # --- torch --------------------------------------------------------------------------------------
@@ -915,9 +905,9 @@ def fused_update_(
 def aot_cases() -> list[Case]:
     """Every kernel at every width, over the state's storage forms, with and without options."""
     types = {f"{name}_ptr": "*i32" for name in "rows positions offsets starts owners".split()}
-    types |= {f"{name}_ptr": "*fp32" for name in "b_enc b_enc_m b_enc_v b_dec b_dec_m b_dec_v".split()}
+    types |= {f"{name}_ptr": "*fp32" for name in "b_dec bias m v gradient".split()}
     types |= {f"{name}_ptr": "*fp32" for name in "values dz chunk_dW_dec chunk_dW_enc".split()}
-    types |= {f"{name}_ptr": "*fp32" for name in "group_db_dec db_dec scalars lr".split()}
+    types |= {f"{name}_ptr": "*fp32" for name in "group_db_dec db_enc scalars lr".split()}
     types |= {"step_ptr": "*i64", "F": "i32", "D": "i32", "dY_scale": "fp32", "eps": "fp32"}
     options = {f"extra_{name}_ptr": "*fp32" for name in ("dW_dec", "dW_enc", "db_enc")}
     options |= {"slots_ptr": "*i32", "clip_ptr": "*fp32"}
@@ -936,7 +926,11 @@ def aot_cases() -> list[Case]:
     cases = [
         case("fused_update scalars", _step_scalars_kernel, types | options, blocks, **small),
         case(
-            "fused_update b_dec", _bias_update_kernel, types | options, blocks | {"BLOCK_D": 256}, **small
+            "fused_update biases",
+            _bias_update_kernel,
+            types | options | {"length": "i32"},
+            blocks | {"BLOCK": BLOCK_BIAS},
+            **small,
         ),
     ]
     forms = ("fp32", "bf16 copy", "bf16 split", "fp32 8-bit", "bf16 split 8-bit")
