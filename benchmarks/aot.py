@@ -25,12 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 
+import fastsae_kernels  # noqa: E402
 import triton  # noqa: E402
+from fastsae_kernels.aot import Case  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-import fastsae_kernels  # noqa: E402
-from fastsae_kernels.aot import Case  # noqa: E402
 
 # Bytes of shared memory one program can have.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -103,7 +102,7 @@ def check(index: int, capability: int) -> Result:
     try:
         compiled = compile_case(case, capability)
     except Exception as error:
-        reason = f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}"
+        reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         return Result(case.label, capability, case.num_warps, 0, 0, 0, (reason,))
     registers, spills = resource_usage(compiled.asm["cubin"])
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]

@@ -1,6 +1,8 @@
 """What all tests share: where kernels run, and poisoned memory for the kernel tests."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -9,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+# Test modules share tolerances.py and selection_cases.py.
+sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -23,6 +28,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, device) -> str:
+    """Each implementation in turn, in force while the test runs; CPU kernels are interpreted."""
+    dispatch = pytest.importorskip("fastsae_kernels.dispatch")
+    if request.param == "triton" and not dispatch.HAS_TRITON:
+        pytest.skip("triton is not installed")
+    if request.param == "triton" and device.type == "cpu" and not dispatch.INTERPRETED:
+        pytest.skip("kernels run on CPU tensors under TRITON_INTERPRET=1 alone")
+    with dispatch.use(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from .groups import (
     DIGIT_PASSES,
     GROUP,
     GroupMax,
-    before_in_tile,
     cdiv,
     check_pre,
     clear_tail,
@@ -48,7 +47,11 @@ from .sparse import CSC, CSR, scatter_values
 _MAX_COUNTING_PROGRAMS = 1024
 _BLOCK_KEYS = 1024  # group maxima a program reads at a time
 _BLOCK_GROUPS = 64  # groups, of 32 entries, a program reads at a time
+_BLOCK_EMIT = 32  # the same, where two running counts take registers too
+_EMIT_WARPS = 8
 _BLOCK_SORT = 256
+_STEP_SORT = 16
+_SORT_WARPS = 8
 _MAX_CAPACITY = 2**31 - 1
 
 
@@ -133,7 +136,7 @@ def _count_groups_kernel(
     max_ptr, histograms_ptr, state_ptr, counts_ptr, B, G, PASSES: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Per token, the groups above the threshold and level with it, into ``counts [2, B + 1]``."""
-    threshold_key, _ = _narrow(histograms_ptr, state_ptr, 0, PASSES)
+    threshold_key, _quota = _narrow(histograms_ptr, state_ptr, 0, PASSES)
     row = tl.program_id(0)
     greater = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -190,7 +193,7 @@ def _count_entries_kernel(
     BLOCK: tl.constexpr,
 ):
     """Per token, the entries above the threshold and level with it, into ``counts [2, B + 1]``."""
-    threshold_key, _ = _narrow(histograms_ptr, state_ptr, 0, PASSES)
+    threshold_key, _quota = _narrow(histograms_ptr, state_ptr, 0, PASSES)
     row = tl.program_id(0)
     stop = tl.load(list_offsets_ptr + row + 1)
     greater = tl.zeros([BLOCK], tl.int32)
@@ -332,7 +335,9 @@ def _select_triton(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, ..
         F,
         G,
         budget,
-        **blocks,
+        GROUP=GROUP,
+        BLOCK=_BLOCK_EMIT,
+        num_warps=_EMIT_WARPS,
     )
     return values, indices, offsets, threshold
 
@@ -409,10 +414,7 @@ def batch_topk(pre: Tensor, budget: int, maxima: GroupMax | None = None) -> Sele
 @jit
 def _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, FIRST: tl.constexpr):
     """CSR place and latent of the sort's slots; empty places have latent ``F`` and so come last."""
-    if FIRST:
-        place = slots
-    else:
-        place = tl.load(order_ptr + slots, mask=slots < capacity, other=0)
+    place = slots if FIRST else tl.load(order_ptr + slots, mask=slots < capacity, other=0)
     latent = tl.load(indices_ptr + place, mask=(slots < capacity) & (place < nnz), other=0)
     return place, tl.where(place < nnz, latent, F)
 
@@ -470,9 +472,9 @@ def _scatter_latents_kernel(
     target = tl.load(starts_ptr + digit * tl.num_programs(0) + block, mask=inside, other=0)
     for start in range(0, BLOCK, STEP):
         others = block * BLOCK + start + tl.arange(0, STEP)
-        _, latent = _sort_keys(others, order_ptr, indices_ptr, nnz, capacity, F, SHIFT == 0)
+        _, other = _sort_keys(others, order_ptr, indices_ptr, nnz, capacity, F, SHIFT == 0)
         # [BLOCK, STEP]
-        same = digit[:, None] == ((latent >> SHIFT) & 255)[None, :]
+        same = digit[:, None] == ((other >> SHIFT) & 255)[None, :]
         target += tl.sum((same & (others[None, :] < slots[:, None])).to(tl.int32), 1)
 
     if LAST:
@@ -530,7 +532,8 @@ def _csr_to_csc_triton(indices: Tensor, row_offsets: Tensor, latents: int) -> tu
             SHIFT=shift,
             LAST=shift == shifts[-1],
             BLOCK=_BLOCK_SORT,
-            STEP=32,
+            STEP=_STEP_SORT,
+            num_warps=_SORT_WARPS,
         )
     return rows, positions, offsets.cumsum(0, dtype=torch.int32)
 
@@ -640,7 +643,9 @@ def aot_cases() -> list[Case]:
                 f"batch_topk emit {dtype}",
                 _emit_kernel,
                 pointers | {"threshold_ptr": "*fp32"},
-                groups,
+                {"GROUP": GROUP, "BLOCK": _BLOCK_EMIT},
+                num_warps=_EMIT_WARPS,
+                vector_loads=dtype == "fp32",  # a thread holds 4 entries
                 representative=dtype == "bf16",
             ),
         ]
@@ -670,7 +675,8 @@ def aot_cases() -> list[Case]:
                 f"csr_to_csc scatter, digit {shift // 8}",
                 _scatter_latents_kernel,
                 sort | {"search_steps": "i32"},
-                {"SHIFT": shift, "LAST": shift == 8, "BLOCK": _BLOCK_SORT, "STEP": 32},
+                {"SHIFT": shift, "LAST": shift == 8, "BLOCK": _BLOCK_SORT, "STEP": _STEP_SORT},
+                num_warps=_SORT_WARPS,
                 vector_loads=False,
                 representative=shift == 8,
             ),

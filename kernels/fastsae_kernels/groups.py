@@ -162,7 +162,10 @@ def _group_max_kernel(
 
 def _blocks(pre: Tensor) -> Tensor:
     """``pre`` as its groups ``[B * G, 32]``, zeros after the last latent."""
-    return torch.nn.functional.pad(pre, (0, -pre.shape[1] % GROUP)).reshape(-1, GROUP)
+    missing = -pre.shape[1] % GROUP
+    # Padding copies even where there is nothing to pad.
+    padded = torch.nn.functional.pad(pre, (0, missing)) if missing else pre
+    return padded.reshape(-1, GROUP)
 
 
 def _group_max_torch(pre: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,37 +177,34 @@ def _group_max_torch(pre: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.promote_types(pre.dtype, torch.float32)), nonfinite
 
 
+def _keep_largest(rows: Tensor, k: int) -> Tensor:
+    """Mask of the ``k`` largest entries along the last dimension, ties to the lower index."""
+    size = rows.shape[-1]
+    if k >= size:
+        return torch.ones_like(rows, dtype=torch.bool)
+    kth = rows.kthvalue(size - k + 1, dim=-1, keepdim=True).values
+    greater, equal = rows > kth, rows == kth
+    quota = k - greater.sum(-1, keepdim=True, dtype=torch.int32)
+    return greater | (equal & (equal.cumsum(-1, dtype=torch.int32) <= quota))
+
+
 def largest_positive(pre: Tensor, maxima: Tensor, k: int, per_token: bool) -> Tensor:
-    """Flat indices, ascending, of the ``k`` largest positive entries, of the batch or of each token.
-
-    For CPU tensors: a lower bound from the group maxima leaves few candidates, which are sorted.
-    """
-    tokens, latents = pre.shape
-    rows = maxima if per_token else maxima.reshape(1, -1)
-    chosen = rows > 0
-    if k < rows.shape[1]:
-        bound = rows.kthvalue(rows.shape[1] - k + 1, dim=-1, keepdim=True).values
-        chosen &= rows >= bound
+    """Flat indices, ascending, of the ``k`` largest positive entries, of the batch or of each token."""
+    G = maxima.shape[1]
+    listed = _keep_largest(maxima if per_token else maxima.view(-1), k)
+    group = listed.view(-1).nonzero().squeeze(1)
+    entries = _blocks(pre).index_select(0, group)
+    if per_token:
+        entries = entries.nan_to_num_(0, torch.inf, 0)
+        kept = _keep_largest(entries.view(len(pre), -1), k).view(-1).nonzero().squeeze(1)
     else:
-        bound = rows.new_zeros(len(rows), 1)
-    group = chosen.view(-1).nonzero().squeeze(1)
-    row = group // maxima.shape[1]
-    blocks = _blocks(pre)[group]
-    bound = bound.expand(tokens, 1)[row]
-    listed, lane = ((blocks > 0) & (blocks >= bound)).nonzero(as_tuple=True)
-    candidate = blocks[listed, lane]
-    row = row[listed]
-    flat = row * latents + (group[listed] % maxima.shape[1]) * GROUP + lane
-
-    # Both sorts are stable, so equal values stay in index order: the tie rule.
-    order = candidate.sort(descending=True, stable=True).indices
-    if not per_token:
-        return flat[order[:k]].sort().values
-    order = order[row[order].sort(stable=True).indices]
-    row = row[order]
-    counts = torch.bincount(row, minlength=tokens)
-    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    return flat[order[rank < k]].sort().values
+        # Where K maxima reach a bound, entries below it need not be looked at again. NaN fails it.
+        bound = maxima.view(-1)[group].min().to(entries.dtype) if len(group) == k else 0.0
+        near = (entries >= bound).view(-1).nonzero().squeeze(1)
+        kept = near[_keep_largest(entries.view(-1)[near], k)]
+    kept = kept[entries.view(-1)[kept] > 0]
+    group = group[kept // GROUP]
+    return (group // G) * pre.shape[1] + (group % G) * GROUP + kept % GROUP
 
 
 def padded_csr(pre: Tensor, flat: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

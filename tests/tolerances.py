@@ -1,0 +1,18 @@
+"""Every tolerance of the test suite, with its reason. Selections have none: they are compared exactly."""
+
+import torch
+
+# A sum of n products in float32, in any order, has rounding errors that add up like a random walk:
+# about sqrt(n) half-units of the sum of magnitudes. 4 of them leave room for the unlucky entry among
+# thousands and for matrix units, which align products before they add.
+FLOAT32_UNIT = torch.finfo(torch.float32).eps / 2
+
+
+def summation_bound(length: int) -> float:
+    """Error of a float32 sum of ``length`` products, relative to the sum of their magnitudes."""
+    return 4 * max(length, 1) ** 0.5 * FLOAT32_UNIT
+
+
+# Gradients of the encoder in bfloat16 operands: the incoming gradient is rounded to 8 bits (2^-9), and
+# the library rounds the result to 8 bits again; float16 rounds to 11 bits.
+ENCODER_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
