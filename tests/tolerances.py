@@ -16,3 +16,10 @@ def summation_bound(length: int) -> float:
 # Gradients of the encoder in bfloat16 operands: the incoming gradient is rounded to 8 bits (2^-9), and
 # the library rounds the result to 8 bits again; float16 rounds to 11 bits.
 ENCODER_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+# Rounding to nearest, once, at a store: half a unit in the last place, relative.
+HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+# Gradients of the decoder, relative to the largest. float32: sums of up to 150 products. The others:
+# the residual is stored rounded, its products and the gradient are rounded once more each.
+GRADIENT_OF_ROUNDED_INPUT = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

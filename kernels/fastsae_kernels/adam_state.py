@@ -60,7 +60,9 @@ class Rows(NamedTuple):
         split master, whose upper half is the copy.
         """
         if (split or quantized_moments) and master.dtype != torch.float32:
-            raise ValueError(f"split masters and 8-bit moments: expected float32, got {master.dtype}")
+            raise ValueError(
+                f"split masters and 8-bit moments: expected float32, got {master.dtype}"
+            )
         if split and copy_dtype is not None:
             raise ValueError("a split master is its own bfloat16 copy: expected copy_dtype=None")
         weight, remainder = split_master(master) if split else (master, None)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aot import Case
-from .dispatch import implementation, jit, register, tl, triton
+from .dispatch import implementation, jit, register, tl
 from .fused_update import ExtraGradient
 
 Normalization = Literal["residual_variance", "total_variance", "none"]

@@ -11,9 +11,12 @@ Bytes moved, ``e`` an element: projection ``3·F·D·e``, normalisation ``2·F·
 moves none of them: :mod:`.fused_update` does both while it holds the row.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from .aot import WIDTHS, Case
 from .dispatch import implementation, jit, register, tl, triton
 from .rounding import rounded
 
@@ -205,3 +208,25 @@ def normalize_rows_(W_dec: Tensor) -> Tensor:
     _check_rows("W_dec", W_dec, in_place=True)
     _normalize_rows_(W_dec)
     return W_dec
+
+
+# --- ahead of time ------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[Case]:
+    """Both kernels at every width and in every dtype."""
+    cases = []
+    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
+        pointer = f"*{dtype}"
+        blocks = row_blocks(width)
+        warps = blocks.pop("num_warps")
+        more = {"num_warps": warps, "representative": width == 1536 and dtype == "fp32"}
+        project = {"W_dec_ptr": pointer, "gradient_ptr": pointer, "out_ptr": pointer, "D": "i32"}
+        normalize = {"W_dec_ptr": pointer, "out_ptr": pointer, "D": "i32"}
+        for name, kernel, signature in (
+            ("project_gradient", _project_gradient_kernel, project),
+            ("normalize_rows", _normalize_rows_kernel, normalize),
+        ):
+            label = f"{name}, D={width} {dtype}"
+            cases.append(Case(label, kernel, signature, blocks, ("D",), **more))
+    return cases

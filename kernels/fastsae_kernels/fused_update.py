@@ -53,12 +53,14 @@ from .decoder_norm import row_blocks, tangent, unit
 from .dispatch import implementation, jit, register, tl, triton
 from .segments import CHUNK, chunk_capacity, long_segments
 from .sparse import CSC, CSR
-from .sparse_decoder import launch_chunk_sums, weighted_sum
+from .sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 
 # Entries of a segment taken together, and latents a program updates one after another.
-BLOCK_T = 2
+BLOCK_T = 1
 GROUP = 8
 BLOCK_BIAS = 256
+# Said aloud, or the assembler spills a few registers to reach the next step of occupancy.
+MAX_REGISTERS = 128
 # Latents the torch path updates together: both gradients of a block stay in the cache.
 TORCH_BLOCK = 512
 
@@ -299,12 +301,13 @@ def _encoder_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``GROUP`` latents a program, one after another: also ``db_enc``, and their part of ``db_dec``.
+    """``GROUP`` latents and a tile of columns a program: also ``db_enc``, and their part of ``db_dec``.
 
-    With ``squares_ptr`` only the gradient's norm is taken, and nothing is updated.
+    Columns are independent here, but for the scale of 8-bit moments, which needs whole rows. With ``squares_ptr`` only the gradient's norm is taken, and nothing is updated.
     """
     group = tl.program_id(0)
-    columns = tl.arange(0, BLOCK_D)
+    tile = tl.program_id(1)
+    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     db_dec = tl.zeros((BLOCK_D,), tl.float32)
     for latent in range(group * GROUP, tl.minimum(group * GROUP + GROUP, F)):
@@ -316,9 +319,7 @@ def _encoder_kernel(
             entry = first + tl.arange(0, CHUNK)
             db_enc += tl.sum(tl.load(dz_ptr + entry, mask=entry < end, other=0.0), 0)
         end = tl.where(end - begin > CHUNK, begin, end)
-        gradient = weighted_sum(
-            dz_ptr, rows_ptr, x_ptr, begin, end, columns, D, BLOCK_T, BLOCK_D
-        )
+        gradient = weighted_sum(dz_ptr, rows_ptr, x_ptr, begin, end, columns, D, BLOCK_T, BLOCK_D)
         for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
             there = tl.cast(chunk, tl.int64) * D + columns
             gradient += tl.load(chunk_dW_enc_ptr + there, mask=inside, other=0.0)
@@ -330,13 +331,13 @@ def _encoder_kernel(
             gradient += tl.load(extra_dW_enc_ptr + slot * D + columns, mask=there, other=0.0)
             db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
 
-        tl.store(db_enc_ptr + f, db_enc)
+        tl.store(db_enc_ptr + f, db_enc, mask=tile == 0)
 
         at = f * D + columns
         w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
         db_dec += db_enc * w
         if squares_ptr is not None:
-            tl.store(squares_ptr + f, tl.sum(gradient * gradient, 0))
+            tl.store(squares_ptr + tile.to(tl.int64) * F + f, tl.sum(gradient * gradient, 0))
         else:
             step = tl.load(step_ptr).to(tl.int32)
             m = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside, 127)
@@ -382,7 +383,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels over all rows; returns ``db_enc [F]`` and ``db_dec [D]``.
 
-    With ``squares`` (two ``[F]``) they take the gradients' norms, else they update.
+    With ``squares`` (``[F]`` and ``[tiles, F]``) they take the gradients' norms, else they update.
     """
     latents, width = W_dec.weight.shape
     groups, capacity = triton.cdiv(latents, GROUP), chunk_capacity(len(csc.rows))
@@ -390,14 +391,16 @@ def _launch(
     dz, chunk_sums = new(len(csc.rows)), new(capacity, width)
     db_enc, group_db_dec = new(latents), new(groups, width)
     long = long_segments(csc.offsets, len(csc.rows))
-    blocks = {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, **row_blocks(width)}
+    tiles = encoder_blocks(width, W_enc.m_scale is not None)
     common = {
         "rows_ptr": csc.rows,
         "offsets_ptr": csc.offsets,
         "starts_ptr": long.starts,
         "dz_ptr": dz,
         "D": width,
-        **blocks,
+        "CHUNK": CHUNK,
+        "BLOCK_T": BLOCK_T,
+        "maxnreg": MAX_REGISTERS,
     }
     decoder = {
         "values_ptr": values,
@@ -406,6 +409,7 @@ def _launch(
         "chunk_dW_dec_ptr": chunk_sums,
         "dY_scale": dY_scale,
         **common,
+        **row_blocks(width),
     }
     slots = {"slots_ptr": None if extra is None else extra.slots}
     if capacity:
@@ -426,7 +430,7 @@ def _launch(
     )
     # The decoder's chunk sums have been read: the encoder's take their place.
     launch_chunk_sums(dz, csc.rows, csc.offsets, x, long, chunk_sums)
-    _encoder_kernel[(groups,)](
+    _encoder_kernel[(groups, triton.cdiv(width, tiles["BLOCK_D"]))](
         **_row_pointers("W_enc", W_enc),
         b_dec_ptr=b_dec,
         x_ptr=x,
@@ -440,9 +444,19 @@ def _launch(
         squares_ptr=squares[1],
         **slots,
         **common,
+        **tiles,
         **more,
     )
     return db_enc, dY.sum(0, dtype=torch.float32) * dY_scale - group_db_dec.sum(0)
+
+
+def encoder_blocks(width: int, quantized: bool) -> dict[str, int]:
+    """Tiles of columns, four elements a thread; whole rows where a row has one scale."""
+    if quantized:
+        block = row_blocks(width)["BLOCK_D"]
+        return {"BLOCK_D": block, "num_warps": min(16, max(4, block // 128))}
+    block = column_block(width)
+    return {"BLOCK_D": block, "num_warps": max(1, block // 128)}
 
 
 def _bits(weight: Tensor) -> Tensor:
@@ -455,7 +469,9 @@ def _row_pointers(name: str, rows: Rows) -> dict[str, Tensor | None]:
 
 
 def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
-    squares = torch.empty(2, len(W_dec.weight), dtype=torch.float32, device=x.device)
+    latents, width = W_dec.weight.shape
+    tiles = triton.cdiv(width, encoder_blocks(width, False)["BLOCK_D"])
+    squares = torch.empty(1 + tiles, latents, dtype=torch.float32, device=x.device)
     unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
     db_enc, db_dec = _launch(
         W_enc,
@@ -467,7 +483,7 @@ def _gradient_norm_triton(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, ext
         dY,
         dY_scale,
         extra,
-        squares,
+        (squares[0], squares[1:]),
         eps=0.0,
         BETA1=0.0,
         BETA2=0.0,
@@ -531,7 +547,7 @@ def _gradient_blocks(
     work = b_dec.dtype
     centred, dY = x.to(work) - b_dec, dY.to(work) * dY_scale
     z = values[csc.positions].to(work)
-    starts = csc.offsets[::TORCH_BLOCK].tolist() + [int(csc.offsets[-1])]
+    starts = [*csc.offsets[::TORCH_BLOCK].tolist(), int(csc.offsets[-1])]
     latents = len(W_dec.weight)
     for i, first in enumerate(range(0, latents, TORCH_BLOCK)):
         at = slice(first, min(first + TORCH_BLOCK, latents))
@@ -566,7 +582,11 @@ def _sampled_products(w_dec: Tensor, dY: Tensor, tokens: Tensor, offsets: Tensor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         places = torch.sparse_csr_tensor(
-            offsets, tokens, dY.new_zeros(len(tokens)), (len(w_dec), len(dY)), check_invariants=False
+            offsets,
+            tokens,
+            dY.new_zeros(len(tokens)),
+            (len(w_dec), len(dY)),
+            check_invariants=False,
         )
     return torch.sparse.sampled_addmm(places, w_dec, dY.T, beta=0.0).values()
 
@@ -637,7 +657,9 @@ def _moment_block(state: Rows, at: slice) -> tuple[Tensor, Tensor]:
     )
 
 
-def _store_block(state: Rows, at: slice, master: Tensor, m: Tensor, v: Tensor, step: Tensor) -> None:
+def _store_block(
+    state: Rows, at: slice, master: Tensor, m: Tensor, v: Tensor, step: Tensor
+) -> None:
     """Write back what is not a view of the state, and the copy."""
     if state.remainder is not None:
         state.weight[at], state.remainder[at] = split_master(master)
@@ -656,7 +678,9 @@ def _extra(W_enc, b_enc, W_dec, slots) -> ExtraGradient | None:
     return ExtraGradient(W_enc, b_enc, W_dec, slots) if slots is not None and len(b_enc) else None
 
 
-@register(fake=lambda W_enc, W_enc_remainder, W_dec, W_dec_remainder, b_dec, *_: b_dec.new_empty(()))
+@register(
+    fake=lambda W_enc, W_enc_remainder, W_dec, W_dec_remainder, b_dec, *_: b_dec.new_empty(())
+)
 def _gradient_norm(
     W_enc: Tensor,
     W_enc_remainder: Tensor | None,
@@ -689,11 +713,11 @@ def _gradient_norm(
     )
 
 
+_PARTS = ("", "_m", "_v", "_remainder", "_copy", "_m_scale", "_v_scale")
 _STATE = tuple(
-    f"{name}{part}"
-    for name in ("W_enc", "W_dec")
-    for part in ("", "_m", "_v", "_remainder", "_copy", "_m_scale", "_v_scale")
-) + ("b_enc", "b_enc_m", "b_enc_v", "b_dec", "b_dec_m", "b_dec_v")
+    [f"{name}{part}" for name in ("W_enc", "W_dec") for part in _PARTS]
+    + [f"{name}{part}" for name in ("b_enc", "b_dec") for part in _PARTS[:3]]
+)
 
 
 @register(fake=lambda *_: None, mutates_args=_STATE)
@@ -898,16 +922,15 @@ def fused_update_(
     )
 
 
-
 # --- ahead of time ------------------------------------------------------------------------------
 
 
 def aot_cases() -> list[Case]:
     """Every kernel at every width, over the state's storage forms, with and without options."""
-    types = {f"{name}_ptr": "*i32" for name in "rows positions offsets starts owners".split()}
-    types |= {f"{name}_ptr": "*fp32" for name in "b_dec bias m v gradient".split()}
-    types |= {f"{name}_ptr": "*fp32" for name in "values dz chunk_dW_dec chunk_dW_enc".split()}
-    types |= {f"{name}_ptr": "*fp32" for name in "group_db_dec db_enc scalars lr".split()}
+    types = {f"{name}_ptr": "*i32" for name in ["rows", "positions", "offsets", "starts", "owners"]}
+    types |= {f"{name}_ptr": "*fp32" for name in ["b_dec", "bias", "m", "v", "gradient"]}
+    types |= {f"{name}_ptr": "*fp32" for name in ["values", "dz", "chunk_dW_dec", "chunk_dW_enc"]}
+    types |= {f"{name}_ptr": "*fp32" for name in ["group_db_dec", "db_enc", "scalars", "lr"]}
     types |= {"step_ptr": "*i64", "F": "i32", "D": "i32", "dY_scale": "fp32", "eps": "fp32"}
     options = {f"extra_{name}_ptr": "*fp32" for name in ("dW_dec", "dW_enc", "db_enc")}
     options |= {"slots_ptr": "*i32", "clip_ptr": "*fp32"}
@@ -935,9 +958,12 @@ def aot_cases() -> list[Case]:
     ]
     forms = ("fp32", "bf16 copy", "bf16 split", "fp32 8-bit", "bf16 split 8-bit")
     for width, form in itertools.product(WIDTHS, forms):
-        constants = blocks | {"BLOCK_D": row_blocks(width)["BLOCK_D"]}
-        more = {"num_warps": row_blocks(width)["num_warps"]}
-        more["representative"] = width == 1536 and "split" in form
+        rows = row_blocks(width)
+        sides = {
+            "decoder": (_decoder_kernel, rows),
+            "encoder": (_encoder_kernel, encoder_blocks(width, "8-bit" in form)),
+        }
+        chosen = {"representative": width == 1536 and "split" in form, "maxnreg": MAX_REGISTERS}
         low = "*bf16" if "bf16" in form else "*fp32"
         here = types | {"x_ptr": low, "dY_ptr": low}
         for name in ("W_enc", "W_dec"):
@@ -950,16 +976,17 @@ def aot_cases() -> list[Case]:
             if "8-bit" in form:
                 here |= {f"{name}_m_ptr": "*i8", f"{name}_v_ptr": "*u8"}
                 here |= {f"{name}_{part}_scale_ptr": "*fp32" for part in "mv"}
-        shape = f"D={width} {form}"
-        sides = {"decoder": _decoder_kernel, "encoder": _encoder_kernel}
-        for side, kernel in sides.items():
-            label = f"fused_update {side}, aux-k and clipping, {shape}"
+        for side, (kernel, shape) in sides.items():
+            constants, more = blocks | shape, chosen | {"num_warps": shape["num_warps"]}
+            label = f"fused_update {side}, aux-k and clipping, D={width} {form}"
             cases.append(case(label, kernel, here | options, constants, **more))
             if "8-bit" not in form:
-                cases.append(case(f"fused_update {side}, {shape}", kernel, here, constants, **more))
-                kinds = here | options | norm
-                cases.append(case(f"gradient_norm {side}, {shape}", kernel, kinds, constants, **more))
+                label = f"fused_update {side}, D={width} {form}"
+                cases.append(case(label, kernel, here, constants, **more))
+                label = f"gradient_norm {side}, D={width} {form}"
+                cases.append(case(label, kernel, here | options | norm, constants, **more))
         if "8-bit" not in form:
-            label = f"fused_update decoder chunks, {shape}"
-            cases.append(case(label, _decoder_chunks_kernel, here, constants, **more))
+            label = f"fused_update decoder chunks, D={width} {form}"
+            more = chosen | {"num_warps": rows["num_warps"]}
+            cases.append(case(label, _decoder_chunks_kernel, here, blocks | rows, **more))
     return cases

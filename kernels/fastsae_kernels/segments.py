@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .aot import Case
 from .dispatch import jit, tl
 
 CHUNK = 128
@@ -70,3 +71,18 @@ def long_segments(offsets: Tensor, entries: int) -> LongSegments:
         offsets, found.starts, found.owners, segments, CHUNK=CHUNK, BLOCK=SCAN_BLOCK
     )
     return found
+
+
+def aot_cases() -> list[Case]:
+    signature = {f"{name}_ptr": "*i32" for name in ("offsets", "starts", "owners")}
+    return [
+        Case(
+            "long segments",
+            _long_segments_kernel,
+            signature | {"segments": "i32"},
+            {"CHUNK": CHUNK, "BLOCK": SCAN_BLOCK},
+            ("segments",),
+            vector_loads=False,  # the ends are the beginnings, one further
+            representative=True,
+        )
+    ]

@@ -16,12 +16,14 @@ from memory) plus ``B·D·e`` written; the loss reads and writes ``B·D·e`` mor
 gathered. ``dW_dec``: ``nnz·D·e`` gathered and ``F·D·e`` written.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .aot import WIDTHS, Case
 from .batch_topk import csr_to_csc
 from .dispatch import implementation, jit, register, tl, triton
 from .rounding import rounded
@@ -33,7 +35,7 @@ BLOCK_N = 8
 WARPS = 4
 
 
-def _block_d(width: int) -> int:
+def column_block(width: int) -> int:
     """Columns of a tile: 512 where it divides D, else 256 (768 and 2304 are multiples of it)."""
     return 512 if width % 512 == 0 else min(256, max(16, triton.next_power_of_2(width)))
 
@@ -89,9 +91,7 @@ def _chunk_sums_kernel(
     if chunk < tl.load(starts_ptr + segments):
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         segment = tl.load(owners_ptr + chunk)
-        begin = (
-            tl.load(offsets_ptr + segment) + (chunk - tl.load(starts_ptr + segment)) * CHUNK
-        )
+        begin = tl.load(offsets_ptr + segment) + (chunk - tl.load(starts_ptr + segment)) * CHUNK
         end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + segment + 1))
         total = weighted_sum(
             values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
@@ -243,7 +243,7 @@ def _value_gradients_kernel(
 
 
 def _blocks(width: int) -> dict[str, int]:
-    return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": _block_d(width), "num_warps": WARPS}
+    return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": column_block(width), "num_warps": WARPS}
 
 
 def launch_chunk_sums(
@@ -255,7 +255,7 @@ def launch_chunk_sums(
     """
     width = table.shape[1]
     if len(out):
-        _chunk_sums_kernel[(len(out), triton.cdiv(width, _block_d(width)))](
+        _chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
             values, indices, offsets, table, *long, out, len(offsets) - 1, width, **_blocks(width)
         )
 
@@ -270,8 +270,17 @@ def _launch_segment_sums(kernel, values, indices, offsets, table, between, after
         chunk_capacity(len(indices)), width, dtype=torch.float32, device=table.device
     )
     launch_chunk_sums(values, indices, offsets, table, long, sums)
-    kernel[(segments, triton.cdiv(width, _block_d(width)))](
-        values, indices, offsets, table, *between, long.starts, sums, *after, width, **_blocks(width)
+    kernel[(segments, triton.cdiv(width, column_block(width)))](
+        values,
+        indices,
+        offsets,
+        table,
+        *between,
+        long.starts,
+        sums,
+        *after,
+        width,
+        **_blocks(width),
     )
 
 
@@ -282,15 +291,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _bag(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """The weighted row sums ``[n, D]`` by torch, in the accumulator's type."""
     if table.shape[1] == 0 or len(table) == 0:
-        return table.new_zeros(
-            len(offsets) - 1, table.shape[1], dtype=_accumulator(table.dtype)
-        )
+        return table.new_zeros(len(offsets) - 1, table.shape[1], dtype=_accumulator(table.dtype))
+    # embedding_bag would count the unused slots to the last row.
+    nnz = int(offsets[-1])
     return F.embedding_bag(
-        indices,
+        indices[:nnz],
         table.to(_accumulator(table.dtype)),
         offsets,
         mode="sum",
-        per_sample_weights=values.to(_accumulator(table.dtype)),
+        per_sample_weights=values[:nnz].to(_accumulator(table.dtype)),
         include_last_offset=True,
     )
 
@@ -343,7 +352,7 @@ def _value_gradients(
             len(values),
             W_dec.shape[1],
             BLOCK_N=BLOCK_N,
-            BLOCK_D=_block_d(W_dec.shape[1]),
+            BLOCK_D=column_block(W_dec.shape[1]),
             num_warps=WARPS,
         )
     return out
@@ -357,7 +366,9 @@ def _value_gradients_torch(dx_hat, values, indices, tokens, W_dec):
         token = tokens[at]
         real = (token < len(dx_hat)).to(accumulate)
         left = dx_hat[token.clamp(max=len(dx_hat) - 1)].to(accumulate)
-        out[at] = (real * torch.linalg.vecdot(left, W_dec[indices[at]].to(accumulate))).to(out.dtype)
+        out[at] = (real * torch.linalg.vecdot(left, W_dec[indices[at]].to(accumulate))).to(
+            out.dtype
+        )
     return out
 
 
@@ -426,7 +437,7 @@ def _sparse_decode_loss(
         residual = x - (_bag(values, indices, offsets, W_dec) + b_dec)
         return residual.to(x.dtype), residual.square().sum(1).to(_accumulator(x.dtype))
     residual, squared_error = _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x)
-    tiles = triton.cdiv(x.shape[1], _block_d(x.shape[1]))
+    tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
     squares = squared_error.new_empty(len(x), tiles)
     _launch_segment_sums(
         _decode_loss_kernel,
@@ -495,3 +506,39 @@ def sparse_decode_loss(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Dec
             f"got {list(x.shape)}"
         )
     return DecodeLoss(*_sparse_decode_loss(*csr, W_dec, b_dec, x))
+
+
+# --- ahead of time ------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[Case]:
+    """Every kernel at every width: the table and the values float32, bfloat16 and float16."""
+    types = {f"{name}_ptr": "*i32" for name in ["indices", "offsets", "starts", "owners"]}
+    types |= {"tokens_ptr": "*i64", "squares_ptr": "*fp32", "sums_ptr": "*fp32"}
+    types |= {name: "i32" for name in ("segments", "B", "K", "D")}
+    kernels = {
+        "chunks": _chunk_sums_kernel,
+        "rows": _weighted_row_sums_kernel,
+        "loss": _decode_loss_kernel,
+        "value gradients": _value_gradients_kernel,
+    }
+    cases = []
+    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
+        tables = ("table", "W_dec", "x", "dx_hat", "out", "residual", "values", "bias", "b_dec")
+        here = types | {f"{name}_ptr": f"*{dtype}" for name in tables}
+        for part, kernel in kernels.items():
+            names = getattr(kernel, "arg_names", ())
+            constants = _blocks(width)
+            warps = constants.pop("num_warps")
+            cases.append(
+                Case(
+                    f"sparse_decode {part}, D={width} {dtype}",
+                    kernel,
+                    {name: here[name] for name in names if name in here},
+                    {name: value for name, value in constants.items() if name in names},
+                    ("D", "B", "K", "segments"),
+                    num_warps=warps,
+                    representative=width == 1536 and dtype == "bf16",
+                )
+            )
+    return cases
