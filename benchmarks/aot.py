@@ -79,6 +79,7 @@ def compile_case(case: Case, capability: int):
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options |= {"maxnreg": case.maxnreg} if case.maxnreg else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

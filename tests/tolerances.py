@@ -26,3 +26,11 @@ matrix product each cost a few units in the last place (1.2e-7) of the largest t
 
 FOLDED_FLOAT64 = 1e-12
 """Of the largest value: the same in fp64, where a unit in the last place is 2.2e-16."""
+
+
+# Rounding to nearest, once, at a store: half a unit in the last place, relative.
+HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+# Gradients of the decoder, relative to the largest. float32: sums of up to 150 products. The others:
+# the residual is stored rounded, its products and the gradient are rounded once more each.
+GRADIENT_OF_ROUNDED_INPUT = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -27,6 +27,7 @@ class Case:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     capabilities: range = range(80, 1000)
     vector_loads: bool = True  # 128-bit global loads (or bulk tensor copies) are expected
     matrix: bool = False  # matrix instructions are expected: wgmma on sm_90, mma elsewhere
