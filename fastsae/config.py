@@ -72,6 +72,8 @@ class TrainConfig:
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Matrix products of the SAE; weights stay fp32. [bf16 on CUDA, fp32 on a CPU]"""
+    step: Literal["fused", "autograd"] = "fused"
+    """How a step is computed: on the sparse kernels, or by plain autograd; same result."""
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
     eval_tokens: int = 65_536
@@ -205,6 +207,7 @@ _CHOICES = {
     "normalize": ("scalar", "none", "layer_norm"),
     "aux_normalization": ("residual_variance", "total_variance", "none"),
     "precision": ("auto", "fp32", "tf32", "bf16"),
+    "step": ("fused", "autograd"),
     "resume": ("auto", "never"),
     "wandb": ("auto", "online", "offline", "disabled"),
 }

@@ -21,7 +21,7 @@ from .config import MAY_CHANGE_ON_RESUME, TrainConfig
 from .device import resolve_device
 from .errors import CheckpointError, ConfigError, StreamError
 from .sae import SAE
-from .step import AutogradStep
+from .step import STEPS
 from .tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -148,10 +148,10 @@ class Trainer:
                     self._text_ended()
                     break
                 started = time.perf_counter()
-                loss = self.step(batch)
+                result = self.step(batch)
                 self.steps += 1
                 if self._crossed(self.config.log_every_tokens, len(batch)):
-                    tracker.log(self.step.metrics(batch, loss) | self._progress())
+                    tracker.log(self.step.metrics(batch, result) | self._progress())
                 self._step_seconds += time.perf_counter() - started
                 tracker.advance(self.step.tokens_seen)
                 if stopped_by:
@@ -175,9 +175,8 @@ class Trainer:
         if not self._pending:
             raise StreamError("there is nothing to train on: the stream gave no batch at all")
         self._drawn_ahead = len(self._pending)
-        self.step = AutogradStep(
-            initial_sae(self.config, torch.cat(self._pending), self._metadata), self.config
-        )
+        sae = initial_sae(self.config, torch.cat(self._pending), self._metadata)
+        self.step = STEPS[self.config.step](sae, self.config)
         self.steps = 0
 
     def _next_batch(self) -> Tensor | None:
@@ -283,7 +282,7 @@ class Trainer:
         self._refuse_changes(path, saved.meta["config"])
         d_sae, d_in = saved.tensors["sae.W_dec"].shape
         sae = new_sae(self.config, d_in, d_sae, self._metadata)
-        self.step = AutogradStep(sae, self.config)
+        self.step = STEPS[self.config.step](sae, self.config)
         try:
             self.step.load_state_dict(saved.tensors)
         except (KeyError, RuntimeError) as error:
@@ -380,7 +379,7 @@ def initial_sae(config: TrainConfig, rows: Tensor, metadata: dict[str, Any]) -> 
                     "the first activations are all zero: there is nothing to scale by"
                 )
             sae.scale.copy_(constant)
-        sae.b_dec.copy_(reference.geometric_median(sae._scale_input(rows)[0]))
+        sae.b_dec.copy_(reference.geometric_median(sae.scale_input(rows)[0]))
     return sae
 
 

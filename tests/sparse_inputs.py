@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastsae_kernels.reference import to_csc, to_csr
 from fastsae_kernels.sparse import CSC, CSR
-from torch import Tensor
 
 # What the ``device`` fixtures of these tests go through: where the tensors are, and what runs on them.
 BACKENDS = [

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastsae_kernels.adam_state import (
     Rows,
     decode_moment,
@@ -7,8 +10,6 @@ from fastsae_kernels.adam_state import (
     join_master,
     split_master,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def bits(values):

@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
+from tolerances import GRADIENT_OF_ROUNDED_INPUT, HALF_UNIT, summation_bound
+
 from fastsae_kernels import reference
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.segments import CHUNK, chunk_capacity, long_segments
@@ -10,10 +15,6 @@ from fastsae_kernels.sparse_decoder import (
     sparse_decode,
     sparse_decode_loss,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
-from tolerances import GRADIENT_OF_ROUNDED_INPUT, HALF_UNIT, summation_bound
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS, LATENTS, WIDTH = 7, 150, 24
