@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsae_kernels import reference
-from fastsae_kernels.reference import CSR, AuxNormalization, TokenStatistics
+from fastsae_kernels import CSR, reference
+from fastsae_kernels.reference import AuxNormalization, TokenStatistics
 
 from .activation import BatchTopK, Inference, JumpReLU, TopK
 from .errors import ConfigError
@@ -153,7 +153,9 @@ class SAE(nn.Module):
         and row ``offsets [B + 1]``, B being the number of tokens. For inference; not differentiable."""
         with torch.no_grad():
             z = self.encode(x, inference).reshape(-1, self.d_sae)
-            return reference.to_csr(z, z > 0)
+            token, latent = z.nonzero(as_tuple=True)
+            rows = torch.arange(len(z) + 1, device=z.device)
+            return CSR(z[token, latent], latent.int(), torch.searchsorted(token, rows).int())
 
     def decode(self, z: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
         """Reconstruction ``[..., D]`` of latents ``z [..., F]``.

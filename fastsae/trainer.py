@@ -126,9 +126,14 @@ class Trainer:
         """
         self._set_precision()
         with ExitStack() as stack:
+            # A run that exists is held before anything is done with it; a new one gets its folder when
+            # the first activations have shown that there is something to train on.
+            existed = self.directory is not None and self.directory.exists()
+            if self.directory is not None and existed:
+                stack.enter_context(checkpoint.locked(self.directory))
             if not self._restore():
                 self._start()
-            if self.directory is not None:
+            if self.directory is not None and not existed:
                 stack.enter_context(checkpoint.locked(self.directory))
             tracker = stack.enter_context(
                 Tracker(self.directory, self.config, self.step.tokens_seen, self._wandb_id)

@@ -251,7 +251,7 @@ def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(language_model.importlib, "import_module", broken)
     with pytest.raises(
-        StreamError, match="does not work here: libbitsandbytes.*--quantization none"
+        StreamError, match=r"does not work here: libbitsandbytes.*--quantization none"
     ):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
