@@ -110,13 +110,16 @@ def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     assert torch.equal(part.residual(tokens()), kept[0])
 
 
-def test_half_precision_on_disk_is_computed_in_float32_on_a_cpu(tmp_path: Path):
-    half = whole_model(models.llama(), "none").bfloat16()
-    half.save_pretrained(tmp_path)
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool):
+    whole_model(models.llama(), "none").bfloat16().save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(language_model, "_cpu_has_bf16", lambda: fast)
+    dtype = torch.bfloat16 if fast else torch.float32
     part = LanguageModel.load(str(tmp_path), 1)
-    assert part.dtype == torch.float32
-    assert torch.equal(part.residual(tokens()), residuals(half.float(), tokens())[1])
+    assert part.dtype == dtype
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert torch.equal(part.residual(tokens()), residuals(whole, tokens())[1])
 
 
 def parameters(model: LanguageModel) -> int:
@@ -251,7 +254,7 @@ def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(language_model.importlib, "import_module", broken)
     with pytest.raises(
-        StreamError, match="does not work here: libbitsandbytes.*--quantization none"
+        StreamError, match=r"does not work here: libbitsandbytes.*--quantization none"
     ):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 

@@ -104,10 +104,10 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load from the hub or from a local directory.
 
-        ``quantization``: ``none`` keeps the dtype on disk (on a CPU: computes in float32); ``nf4``
-        stores the linear layers in 4 bits through bitsandbytes, computes in fp16, and keeps all
-        else in bf16. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that lacks
-        a weight of the decoder is an error.
+        ``quantization``: ``none`` keeps the dtype on disk (but takes float32 on a CPU without
+        instructions for bf16); ``nf4`` stores the linear layers in 4 bits through bitsandbytes,
+        computes in fp16, and keeps all else in bf16. The towers of a multimodal Gemma 4 are not
+        loaded, and a checkpoint that lacks a weight of the decoder is an error.
 
         Raises StreamError or ConfigError, each with what to do.
         """
@@ -115,8 +115,8 @@ class LanguageModel:
 
         device = resolve_device(device)
         config = load_config(name, layer)
-        # Few CPUs have instructions for half precision; without them it is many times slower.
-        options: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
+        stored = device.type == "cuda" or _cpu_has_bf16()
+        options: dict[str, Any] = {"dtype": "auto" if stored else torch.float32}
         if quantization == "nf4":
             options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config()}
         if config.model_type == "gemma4":
@@ -177,6 +177,12 @@ class LanguageModel:
                 f"layer {self.layer} of {self.name!r} gives {list(residual.shape)} for 8 tokens, expected "
                 f"[1, 8, {self.d_model}]: not an ordinary residual stream; use another model"
             )
+
+
+def _cpu_has_bf16() -> bool:
+    """Without instructions for it, bf16 is many times slower on a CPU than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def _local_only(name: str) -> bool:
