@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
 from fastsae_kernels.batch_topk import _batch_topk, _csr_to_csc
 from fastsae_kernels.dispatch import use

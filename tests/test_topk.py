@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsae_kernels import group_max, reference, topk
 from fastsae_kernels.topk import _topk
 from hypothesis import given, settings
@@ -86,8 +87,12 @@ def test_compiles_whole_for_any_number_of_tokens(device, impl):
         lambda pre: topk(pre, 5).dense(pre.shape[1]), fullgraph=True, dynamic=True, backend=counter
     )
     for B in (3, 5, 8):
-        pre = torch.randn(B, 75, device=device)
-        assert torch.equal(run(pre).cpu(), pre.cpu() * reference.topk_mask(pre.cpu(), 5))
+        pre = torch.randn(B, 75, device=device, requires_grad=True)
+        mask = reference.topk_mask(pre.detach().cpu(), 5)
+        z = run(pre)
+        assert torch.equal(z.cpu(), pre.detach().cpu() * mask)
+        z.sum().backward()
+        assert torch.equal(pre.grad.cpu(), mask.float())
     assert counter.frame_count == 1
 
 
