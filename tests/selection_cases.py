@@ -1,6 +1,7 @@
 """Pre-activations on which a selection goes wrong if it can, and what makes one right."""
 
 import torch
+
 from fastsae_kernels import batch_topk, csr_to_csc, reference, topk
 
 

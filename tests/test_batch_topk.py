@@ -1,11 +1,12 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from selection_cases import assert_batch_topk, cases
+
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
 from fastsae_kernels.batch_topk import _batch_topk, _csr_to_csc
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.groups import GROUP, _group_max
-from selection_cases import assert_batch_topk, cases
 
 CASES = cases()
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from tolerances import ENCODER_GRADIENT, summation_bound
+
 from fastsae_kernels import batch_topk, encode_with_group_max, encoder, group_max, reference
 from fastsae_kernels.encoder import _encode
-from tolerances import ENCODER_GRADIENT, summation_bound
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

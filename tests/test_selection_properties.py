@@ -3,8 +3,9 @@ those run where Hypothesis is not installed."""
 
 import pytest
 import torch
-from fastsae_kernels import batch_topk
 from selection_cases import assert_batch_topk, assert_topk
+
+from fastsae_kernels import batch_topk
 
 pytest.importorskip("hypothesis")
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from selection_cases import assert_topk, cases
+
 from fastsae_kernels import group_max, reference, topk
 from fastsae_kernels.topk import _topk
-from selection_cases import assert_topk, cases
 
 CASES = cases()
 
