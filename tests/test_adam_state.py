@@ -41,9 +41,7 @@ def test_split_of_special_values():
     inf, largest, smallest = float("inf"), 3.4028235e38, 1e-45
     master = torch.tensor([0.0, -0.0, inf, -inf, largest, -largest, smallest, -smallest])
     weight, remainder = split_master(master)
-    assert torch.equal(
-        join_master(weight, remainder).view(torch.int32), master.view(torch.int32)
-    )
+    assert torch.equal(join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
     # The largest numbers round to infinity, as in any conversion to bfloat16.
     assert weight.tolist() == [0.0, 0.0, inf, -inf, inf, -inf, 0.0, 0.0]
 
@@ -94,7 +92,7 @@ def test_start_takes_the_master_in_place_or_splits_it():
     split = Rows.start(master, split=True, quantized_moments=True)
     assert torch.equal(split.master(), master) and split.compute().dtype == torch.bfloat16
     assert all(not moment.any() for moment in split.moments())
-    with pytest.raises(ValueError, match="expected float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"expected float32, got torch.float64"):
         Rows.start(master.double(), split=True)
-    with pytest.raises(ValueError, match="expected copy_dtype=None"):
+    with pytest.raises(ValueError, match=r"expected copy_dtype=None"):
         Rows.start(master, split=True, copy_dtype=torch.bfloat16)
