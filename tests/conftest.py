@@ -15,7 +15,8 @@ import pytest
 # Test modules share tolerances.py and selection_cases.py.
 sys.path.insert(0, str(Path(__file__).parent))
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# The tensors are small: a second thread only waits for the first.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,16 +45,28 @@ def impl(request, device) -> str:
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Uninitialised memory holds NaN (the largest integer in integer tensors), so reading it shows."""
-
-    def fill(tensor):
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
+    """Uninitialised memory holds NaN (the largest integer in integer tensors), so reading it shows;
+    behind it stands a guard, so writing past the end shows too."""
+    empty, guards = torch.empty, []
 
     def poisoned(allocate):
-        return lambda *args, **kwargs: fill(allocate(*args, **kwargs))
+        def guarded(*args, **kwargs):
+            plain = allocate(*args, **kwargs)
+            if plain.is_meta or plain.dtype == torch.bool or not plain.is_contiguous():
+                return plain
+            floating = plain.is_floating_point()
+            value = float("nan") if floating else torch.iinfo(plain.dtype).max
+            memory = empty(plain.numel() + 64, dtype=plain.dtype, device=plain.device).fill_(value)
+            guards.append(memory[plain.numel() :])
+            return memory[: plain.numel()].view(plain.shape)
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        return guarded
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    yield
+    for guard in guards:
+        whole = (
+            guard.isnan() if guard.is_floating_point() else guard == torch.iinfo(guard.dtype).max
+        )
+        assert whole.all(), "a kernel wrote past the end of what it was given"

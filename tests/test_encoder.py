@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsae_kernels import batch_topk, encode_with_group_max, encoder, group_max, reference
 from fastsae_kernels.encoder import _encode
 from tolerances import ENCODER_GRADIENT, summation_bound

@@ -19,7 +19,8 @@ class CSR(NamedTuple):
 
     def tokens(self) -> Tensor:
         """Token of each slot ``[K]`` int64; ``B`` in the slots beyond ``nnz``."""
-        slot = torch.arange(len(self.indices), dtype=torch.int32, device=self.indices.device)
+        # shape[0] and not len(): only the former stays symbolic where a compiler traces a backward.
+        slot = torch.arange(self.indices.shape[0], dtype=torch.int32, device=self.indices.device)
         return torch.searchsorted(self.offsets, slot, right=True) - 1
 
     def dense(self, latents: int) -> Tensor:
@@ -41,7 +42,7 @@ class CSC(NamedTuple):
 
 def scatter_values(values: Tensor, indices: Tensor, offsets: Tensor, latents: int) -> Tensor:
     """The dense ``[B, F]`` matrix with ``values`` at their places and zero elsewhere."""
-    tokens = len(offsets) - 1
+    tokens = offsets.shape[0] - 1
     flat = CSR(values, indices, offsets).tokens() * latents + indices
     # Empty slots have token B, hence index B * F: one place more than the matrix takes them all.
     dense = values.new_zeros(tokens * latents + 1).scatter(0, flat, values)
