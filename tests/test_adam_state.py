@@ -93,7 +93,7 @@ def test_start_takes_the_master_in_place_or_splits_it():
     split = Rows.start(master, split=True, quantized_moments=True)
     assert torch.equal(split.master(), master) and split.compute().dtype == torch.bfloat16
     assert all(not moment.any() for moment in split.moments())
-    with pytest.raises(ValueError, match="expected float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"expected float32, got torch.float64"):
         Rows.start(master.double(), split=True)
-    with pytest.raises(ValueError, match="expected copy_dtype=None"):
+    with pytest.raises(ValueError, match=r"expected copy_dtype=None"):
         Rows.start(master, split=True, copy_dtype=torch.bfloat16)

@@ -218,11 +218,11 @@ def test_refusals():
     csr, W_dec, b_dec, x, _ = inputs()
     with pytest.raises(ValueError, match=r"W_dec and b_dec: expected \[F, D\] and \[D\], got"):
         sparse_decode(csr, W_dec, b_dec[:-1])
-    with pytest.raises(ValueError, match="expected int32, got torch.int64"):
+    with pytest.raises(ValueError, match=r"expected int32, got torch.int64"):
         sparse_decode(csr._replace(indices=csr.indices.long()), W_dec, b_dec)
-    with pytest.raises(ValueError, match="vectors of one length"):
+    with pytest.raises(ValueError, match=r"vectors of one length"):
         sparse_decode(csr._replace(values=csr.values[1:]), W_dec, b_dec)
     with pytest.raises(ValueError, match=r"x: expected \[B, D\] = \[7, 24\]"):
         sparse_decode_loss(csr, W_dec, b_dec, x[:-1])
-    with pytest.raises(ValueError, match="expected contiguous"):
+    with pytest.raises(ValueError, match=r"expected contiguous"):
         sparse_decode(csr._replace(offsets=csr.offsets.repeat_interleave(2)[::2]), W_dec, b_dec)

@@ -34,3 +34,23 @@ HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11
 # Gradients of the decoder, relative to the largest. float32: sums of up to 150 products. The others:
 # the residual is stored rounded, its products and the gradient are rounded once more each.
 GRADIENT_OF_ROUNDED_INPUT = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+# One fused step in float32, relative to the largest element: gradients are sums of up to 130 + 11
+# products (1e-6), and Adam, with v kept far above eps², passes relative errors on unamplified.
+FUSED_STEP = 4e-6
+
+# A hundred steps in float64 against the reference, relative: 100 · 1e-16 per step, amplified where a
+# v near zero divides.
+FUSED_STEP_SHORT_RUN = 1e-9
+
+# A float32 row divided by its own norm: the error of the norm's sum and of one division.
+UNIT_NORM = 4e-7
+
+# Aux-k, relative to the largest element: three chained sums of at most 24 products. In 16 bits each
+# operand of each product is rounded once.
+AUX_K = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.bfloat16: 2**-5,
+    torch.float16: 2**-8,
+}

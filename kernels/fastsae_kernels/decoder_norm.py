@@ -120,10 +120,10 @@ def _project_gradient_backward(ctx, dP):
     backward=_project_gradient_backward,
 )
 def _project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    W_dec, gradient = W_dec.contiguous(), gradient.contiguous()
     if implementation(W_dec) == "torch":
-        return _tangent_torch(W_dec, gradient).contiguous()
-    out = _contiguous_like(gradient)
-    return _launch(_project_gradient_kernel, out, W_dec.contiguous(), gradient.contiguous())
+        return _tangent_torch(W_dec, gradient)
+    return _launch(_project_gradient_kernel, _contiguous_like(gradient), W_dec, gradient)
 
 
 def _normalize_rows_backward(ctx, dN):
@@ -135,9 +135,10 @@ def _normalize_rows_backward(ctx, dN):
 
 @register(fake=_contiguous_like, setup_context=_save, backward=_normalize_rows_backward)
 def _normalize_rows(W_dec: Tensor) -> Tensor:
+    W_dec = W_dec.contiguous()
     if implementation(W_dec) == "torch":
-        return _unit_torch(W_dec).contiguous()
-    return _launch(_normalize_rows_kernel, _contiguous_like(W_dec), W_dec.contiguous())
+        return _unit_torch(W_dec)
+    return _launch(_normalize_rows_kernel, _contiguous_like(W_dec), W_dec)
 
 
 @register(fake=lambda W_dec, gradient: None, mutates_args=("gradient",))
