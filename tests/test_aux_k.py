@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_inputs import BACKENDS
+from tolerances import AUX_K
+
 from fastsae_kernels import aux_k as module
 from fastsae_kernels import reference
 from fastsae_kernels.aux_k import (
@@ -11,10 +16,6 @@ from fastsae_kernels.aux_k import (
 )
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import Gradients
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sparse_inputs import BACKENDS
-from tolerances import AUX_K
 
 TOKENS, LATENTS, WIDTH, K_AUX = 5, 24, 8, 4
 DEAD = (0, 1, K_AUX - 1, K_AUX, 11, LATENTS)

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from sparse_inputs import BACKENDS
+from tolerances import HALF_UNIT, summation_bound
+
 from fastsae_kernels import reference
 from fastsae_kernels.decoder_norm import (
     _normalize_rows,
@@ -12,8 +15,6 @@ from fastsae_kernels.decoder_norm import (
     project_gradient_,
 )
 from fastsae_kernels.dispatch import use
-from sparse_inputs import BACKENDS
-from tolerances import HALF_UNIT, summation_bound
 
 LATENTS, WIDTH = 6, 40
 

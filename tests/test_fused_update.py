@@ -2,6 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
+from tolerances import FUSED_STEP, FUSED_STEP_SHORT_RUN, UNIT_NORM
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from fastsae_kernels import fused_update, reference
 from fastsae_kernels.adam_state import Rows, Vector
 from fastsae_kernels.aux_k import aux_k_gradients
@@ -15,9 +19,6 @@ from fastsae_kernels.fused_update import (
 )
 from fastsae_kernels.reference import AdamMoments, Gradients
 from fastsae_kernels.sparse_decoder import sparse_decode_loss
-from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
-from tolerances import FUSED_STEP, FUSED_STEP_SHORT_RUN, UNIT_NORM
-from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
