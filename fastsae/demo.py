@@ -104,8 +104,8 @@ def load_language_model(config: TrainConfig, device: torch.device) -> LanguageMo
             f"quantize; use --quantization none"
         )
     model, tokenizer = load_model()
-    require_fit(model.config, MODEL, config.layer, config.context_length)
-    return LanguageModel(model.to(device), tokenizer, config.layer, name=MODEL)
+    require_fit(model.config, MODEL, config.hooked_layer, config.context_length)
+    return LanguageModel(model.to(device), tokenizer, config.hooked_layer, name=MODEL)
 
 
 def _llama_weights(weights: dict, config) -> dict:

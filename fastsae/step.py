@@ -216,7 +216,7 @@ class FusedStep(TrainStep):
         scaled, statistics = sae.scale_input(x)
 
         encoded = encode_with_group_max(scaled, W_enc.compute().T, b_enc.weight, b_dec.weight)
-        selection = batch_topk(encoded.pre, int(config.k * len(x)), encoded.maxima)
+        selection = batch_topk(encoded.pre, int(config.mean_active * len(x)), encoded.maxima)
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)

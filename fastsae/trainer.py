@@ -389,7 +389,7 @@ def new_sae(config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any]
     sae = SAE(
         d_in,
         d_sae,
-        config.k,
+        config.mean_active,
         normalize=config.normalize,
         metadata=metadata,
         device=device,

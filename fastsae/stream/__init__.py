@@ -111,7 +111,7 @@ def open_stream(config: TrainConfig) -> Stream:
     device = resolve_device(config.device)
     embedded = config.demo and config.model == demo.MODEL
     if not embedded:
-        load_config(config.model, config.layer, config.context_length)
+        load_config(config.model, config.hooked_layer, config.context_length)
 
     if config.text_files:
         text = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
@@ -130,7 +130,7 @@ def open_stream(config: TrainConfig) -> Stream:
         model = demo.load_language_model(config, device)
     else:
         model = LanguageModel.load(
-            config.model, config.layer, quantization=config.quantization, device=device
+            config.model, config.hooked_layer, quantization=config.quantization, device=device
         )
 
     packer = TokenPacker(text, model.tokenizer, config.context_length)
