@@ -58,6 +58,8 @@ class TrainConfig:
     """Tokens per step."""
     lr: float = 3e-4
     """Adam's learning rate."""
+    scale_gradient: bool = True
+    """Divide gradients by the batch's root mean squared error: Adam's steps do not shrink with the error."""
     aux_coefficient: float = 0.0625
     """Weight of the aux-k loss, which revives dead latents."""
     aux_normalization: Literal["residual_variance", "total_variance", "none"] = "residual_variance"

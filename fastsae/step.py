@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae_kernels import reference
 from fastsae_kernels.adam_state import Rows, Vector
 from fastsae_kernels.aux_k import aux_k_gradients
 from fastsae_kernels.batch_topk import batch_topk, csr_to_csc
@@ -162,7 +163,10 @@ class AutogradStep(TrainStep):
             aux_normalization=config.aux_normalization,
         )
         self._optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()
+        objective = loss.loss
+        if config.scale_gradient:
+            objective = objective * reference.gradient_scale(loss.mse.detach())
+        objective.backward()
         with torch.no_grad():
             assert sae.W_dec.grad is not None
             project_gradient_(sae.W_dec, sae.W_dec.grad)
@@ -246,6 +250,7 @@ class FusedStep(TrainStep):
             W_enc, b_enc, W_dec, b_dec, csr, csc,
             scaled.to(operand), decoded.residual.to(operand), self._lr, self.updates,
             dY_scale=-2 / scaled.numel(), extra=extra,
+            clip=reference.gradient_scale(mse) if config.scale_gradient else None,
         )  # fmt: skip
         self.activation.track(selection.threshold)
         residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)

@@ -279,7 +279,7 @@ class TestUpdate:
                 ref.replace(state, params=ref.Gradients(*params)), x, result.mask, s
             )
             for p, gradient in zip(params, gradients, strict=True):
-                p.grad = gradient
+                p.grad = gradient / result.mse.sqrt()
             W_dec = params[2]
             along = (W_dec.grad * W_dec).sum(1, keepdim=True)
             W_dec.grad = W_dec.grad - (along * W_dec).detach()

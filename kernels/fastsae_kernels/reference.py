@@ -249,6 +249,15 @@ def normalize_rows(W_dec: Tensor) -> Tensor:
     return W_dec / norm.clamp_min(torch.finfo(W_dec.dtype).tiny)
 
 
+def gradient_scale(mse: Tensor) -> Tensor:
+    """``1 / sqrt(mse)``, or 1 where the error is 0: makes of mse's gradient that of the RMS error, times 2.
+
+    The gradient of mse shrinks with the error, and Adam, whose second moments remember a thousand steps,
+    takes ever smaller steps while it does. The gradient of the root does not.
+    """
+    return torch.where(mse > 0, mse, 1).rsqrt()
+
+
 def clip_factor(gradient_list: Gradients, max_norm: float | None) -> float:
     """What to multiply all gradients by so that their joint norm is at most ``max_norm``."""
     if max_norm is None:
@@ -332,6 +341,7 @@ class Settings:
     aux_normalization: AuxNormalization = "residual_variance"
     dead_after_tokens: int = 10_000_000
     threshold_rate: float = 0.01
+    scale_gradient: bool = True
     max_gradient_norm: float | None = None
 
 
@@ -359,7 +369,7 @@ def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
 def train_step(
     state: State, x: Tensor, settings: Settings, mask: Tensor | None = None
 ) -> StepResult:
-    """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
+    """Encode, select (or take ``mask``), decode, lose, differentiate, scale, project, clip, Adam, renormalise."""
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)
     if mask is None:
@@ -378,6 +388,8 @@ def train_step(
         k_aux=settings.k_aux,
         normalization=settings.aux_normalization,
     )
+    if settings.scale_gradient:
+        g = Gradients(*(gradient_scale(mse) * gradient for gradient in g))
     g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
     clip = clip_factor(g, settings.max_gradient_norm)
     updated = [
