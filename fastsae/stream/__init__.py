@@ -1,0 +1,132 @@
+"""The stream: text, tokens, language model, buffer. One room a stage, each with its own state.
+
+    stream = open_stream(config)
+    while (batch := stream.next_batch()) is not None:   # [batch_size, D] float32
+        ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import TrainConfig
+    from .buffer import ActivationBuffer, Chunk
+    from .language_model import LanguageModel
+    from .tokens import TokenPacker
+
+__all__ = ["Stream", "open_stream"]
+
+
+class Stream:
+    """A language model and the buffer of its activations, with some held out for evaluation.
+
+    ``model`` tells d_model, num_layers, hook_name and the like; ``held_out`` are the held-out rows of
+    tokens, which are never trained on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LanguageModel,
+        packer: TokenPacker,
+        buffer: ActivationBuffer,
+        held_out: Chunk,
+    ) -> None:
+        self.model = model
+        self.buffer = buffer
+        self.held_out = held_out
+        self._packer = packer
+        self._config = config
+
+    def next_batch(self) -> Tensor | None:
+        """``[batch_size, D]`` float32 on the model's device; fewer rows in the last batch; then None."""
+        return self.buffer.next_batch()
+
+    def held_out_activations(self) -> Tensor:
+        """``[eval_tokens, D]`` float32 on the model's device (less any rows that are not finite)."""
+        from .buffer import activations
+
+        return activations(
+            self.model, self.held_out, self._config.harvest_batch, self._config.eval_tokens
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Activations harvested, and dropped as special or non-finite, since the start of the run."""
+        return asdict(self.buffer.counts)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in each stage since this process opened the stream."""
+        return {"tokenise": self._packer.seconds, "harvest": self.buffer.harvest_seconds}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """``tensors`` (for safetensors) and ``meta`` (for JSON): the next batch will be the next batch."""
+        state = self.buffer.state_dict()
+        state["tensors"] |= {
+            "held_out.tokens": self.held_out.tokens,
+            "held_out.lengths": self.held_out.lengths,
+        }
+        return state
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on where ``state`` was taken. Raises CheckpointError if text or model do not fit it."""
+        from .buffer import Chunk
+
+        tensors = dict(state["tensors"])
+        self.held_out = Chunk(tensors.pop("held_out.tokens"), tensors.pop("held_out.lengths"))
+        self.buffer.load_state_dict({"tensors": tensors, "meta": state["meta"]})
+
+
+def open_stream(config: TrainConfig) -> Stream:
+    """Open model and text, and take the held-out rows. What is quick to check is checked first.
+
+    Raises ConfigError and StreamError for everything a user can get wrong about device, model and
+    text; nothing is written.
+    """
+    from .. import demo
+    from .buffer import ActivationBuffer, hold_out
+    from .language_model import LanguageModel, load_config, resolve_device
+    from .text import open_dataset, open_files
+    from .tokens import TokenPacker
+
+    device = resolve_device(config.device)
+    embedded = config.demo and config.model == demo.MODEL
+    if not embedded:
+        load_config(config.model, config.layer, config.context_length)
+
+    if config.text_files:
+        text = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
+    elif config.demo and config.dataset == demo.TEXT:
+        text = demo.open_text(config.seed)
+    else:
+        text = open_dataset(
+            config.dataset,
+            config.dataset_config,
+            config.dataset_split,
+            text_column=config.text_column,
+            seed=config.seed,
+        )
+
+    if embedded:
+        model = demo.load_language_model(config, device)
+    else:
+        model = LanguageModel.load(
+            config.model, config.layer, quantization=config.quantization, device=device
+        )
+
+    packer = TokenPacker(text, model.tokenizer, config.context_length)
+    held_out = hold_out(packer, model, config.eval_tokens)
+    buffer = ActivationBuffer(
+        packer,
+        model,
+        batch_size=config.batch_size,
+        pool_tokens=config.pool_tokens,
+        harvest_batch=config.harvest_batch,
+        seed=config.seed,
+    )
+    return Stream(config, model, packer, buffer, held_out)

@@ -1,0 +1,85 @@
+"""Reaching models and data sets on the Hugging Face hub, and saying why one cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..errors import StreamError
+
+
+def hub_is_reachable() -> bool:
+    """False in offline mode and without a network: then only what is in the local cache can be had.
+
+    One short request, because the hub's client retries for half a minute before it gives up.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the client library decides which exceptions a lost network raises
+        return False
+    return True
+
+
+def access_error(kind: str, name: str, error: Exception) -> StreamError:
+    """What ``error``, raised while opening a ``kind`` ("model" or "data set"), means and how to mend it."""
+    from huggingface_hub import constants, errors, get_token
+
+    local = {
+        "model": "--model DIR for a local directory",
+        "data set": "--text-files FILE ... for local text",
+    }[kind]
+    chain = list(_chain(error))
+    words = " ".join(str(e) for e in chain).lower()
+    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+
+    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in words or status & {401, 403}:
+        path = name if kind == "model" else f"datasets/{name}"
+        token = (
+            "no access token was found: log in with `hf auth login` or set HF_TOKEN"
+            if get_token() is None
+            else "the access token in use was not granted it"
+        )
+        return StreamError(
+            f"the {kind} {name!r} is gated or private, and {token}; accept its licence at "
+            f"{constants.ENDPOINT}/{path} with the account you log in with"
+        )
+    if _unknown(chain, words):
+        return StreamError(
+            f"there is no {kind} {name!r} on the Hugging Face hub, nor a local directory of that name; "
+            f"check the spelling (owner/name), log in with `hf auth login` if it is private, or give {local}"
+        )
+    if _unreachable(chain, words):
+        return StreamError(
+            f"the {kind} {name!r} is not in the local cache and {constants.ENDPOINT} cannot be reached; "
+            f"check the network, or run offline: {local}, or --demo, which needs nothing"
+        )
+    return StreamError(f"the {kind} {name!r} cannot be opened: {error}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown(chain: list[BaseException], words: str) -> bool:
+    from huggingface_hub import errors
+
+    return (
+        any(isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError)) for e in chain)
+        or "not a valid model identifier" in words
+        or "doesn't exist on the hub" in words
+    )
+
+
+def _unreachable(chain: list[BaseException], words: str) -> bool:
+    from huggingface_hub import errors
+
+    return (
+        any(isinstance(e, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)) for e in chain)
+        or "couldn't connect" in words
+        or "offline" in words
+    )
