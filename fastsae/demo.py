@@ -60,7 +60,9 @@ def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
     with np.load(_package_file("en.npz")) as data:
         shape = json.loads(str(data["__config__"]))
-        weights = {name: torch.from_numpy(data[name]).float() for name in data if name != "__config__"}
+        weights = {
+            name: torch.from_numpy(data[name]).float() for name in data if name != "__config__"
+        }
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=shape["vocab_size"],

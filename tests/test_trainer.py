@@ -144,9 +144,7 @@ class TestWithOut:
             "training.png",
         }
         checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
-        assert [path.name for path in checkpoints] == ["step_40", "step_50", "step_60"][:0] or len(
-            checkpoints
-        ) == 3
+        assert [path.name for path in checkpoints] == ["step_20", "step_40", "step_50"]
         assert all((path / "sae_weights.safetensors").is_file() for path in checkpoints)
         loaded = fastsae.load(tmp_path / "run")
         x = Source(seed=5).batch(50)
@@ -217,10 +215,7 @@ def test_unusable_batches(batches: list[torch.Tensor], message: str) -> None:
 
 
 def test_cuda_asked_for_and_absent() -> None:
-    if torch.cuda.is_available():
-        device = f"cuda:{torch.cuda.device_count()}"
-    else:
-        device = "cuda"
+    device = f"cuda:{torch.cuda.device_count()}"  # one beyond the last
     with pytest.raises(fastsae.ConfigError, match="usable CUDA devices"):
         fastsae.train(Source(), dataclasses.replace(CONFIG, device=device))
 

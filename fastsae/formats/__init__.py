@@ -27,7 +27,7 @@ from ..activation import Inference
 from ..errors import ConfigError, FormatError
 from ..sae import SAE
 from . import dictionary_learning, saelens, sparsify
-from .files import read_json, read_tensors, replace_files
+from .files import first_line, read_json, read_tensors, replace_files
 from .portable import export
 
 FORMATS = {
@@ -165,10 +165,10 @@ def _download(repository: str, folder: str) -> Path:
         )
     except Exception as error:  # what the hub's client raises has no common base
         raise FormatError(
-            f"{repository}/{folder} is no folder here and cannot be had from the Hugging Face hub "
-            f"({type(error).__name__}: {error}). Check the name and the connection, log in with `hf "
-            f"auth login` if the repository is private or gated, or download it where there is a "
-            f"connection and give the folder"
+            f"there is no such folder here, and {repository} cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}: {first_line(error)}). Check the name and the connection, log in "
+            f"with `hf auth login` if the repository is private or gated, or download it where there "
+            f"is a connection and give the folder"
         ) from error
     directory = Path(snapshot, folder)
     if not _formats_in(directory):

@@ -48,8 +48,9 @@ def to_files(sae: Portable) -> dict[str, Any]:
             "dictionary_learning's BatchTopKSAE has a k and one threshold for all latents; this "
             "JumpReLU SAE has no k and may have a threshold for each latent. Save it as 'saelens'"
         )
-    tracked = sae.threshold is not None and sae.provenance.get("threshold_updates") != 0
-    threshold = sae.threshold if tracked or sae.selection == "jumprelu" else torch.tensor(-1.0)
+    threshold = sae.threshold
+    if threshold is None or (sae.selection == "topk" and not sae.provenance["threshold_updates"]):
+        threshold = torch.tensor(-1.0)  # not known
     d_in, d_sae = sae.W_enc.shape
     config = {
         "trainer": {

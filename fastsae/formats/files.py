@@ -43,10 +43,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"{path.name} is damaged, or holds more than tensors, which would mean running code from "
-            f"it ({_first_line(error)}); get it again, or save its state_dict alone"
+            f"it ({first_line(error)}); get it again, or save its state_dict alone"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
-        raise FormatError(f"{path.name} is damaged ({_first_line(error)}); get it again") from error
+        raise FormatError(f"{path.name} is damaged ({first_line(error)}); get it again") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path.name} holds a {type(content).__name__}, not a dict of tensors")
     strangers = [name for name, value in content.items() if not isinstance(value, Tensor)]
@@ -58,7 +58,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without its paragraphs of advice."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

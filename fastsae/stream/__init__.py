@@ -1,9 +1,4 @@
-"""The stream: text, tokens, language model, buffer. One room a stage, each with its own state.
-
-    stream = open_stream(config)
-    while (batch := stream.next_batch()) is not None:   # [batch_size, D] float32
-        ...
-"""
+"""The stream: text, tokens, language model, buffer. One room a stage, each with its own state."""
 
 from __future__ import annotations
 
@@ -22,10 +17,10 @@ __all__ = ["Stream", "open_stream"]
 
 
 class Stream:
-    """A language model and the buffer of its activations, with some held out for evaluation.
+    """Activations of a language model on a text: what ``Trainer`` draws from.
 
-    ``model`` tells d_model, num_layers, hook_name and the like; ``held_out`` are the held-out rows of
-    tokens, which are never trained on.
+    Attributes: ``model``; ``buffer``; ``held_out_rows``: the first rows of the text, which are kept
+    for evaluation and never trained on.
     """
 
     def __init__(
@@ -34,29 +29,47 @@ class Stream:
         model: LanguageModel,
         packer: TokenPacker,
         buffer: ActivationBuffer,
-        held_out: Chunk,
+        held_out_rows: Chunk,
     ) -> None:
         self.model = model
         self.buffer = buffer
-        self.held_out = held_out
+        self.held_out_rows = held_out_rows
         self._packer = packer
         self._config = config
 
     def next_batch(self) -> Tensor | None:
-        """``[batch_size, D]`` float32 on the model's device; fewer rows in the last batch; then None."""
+        """``[batch_size, D]`` float32 on the model's device; the last may be shorter; then None."""
         return self.buffer.next_batch()
 
-    def held_out_activations(self) -> Tensor:
-        """``[eval_tokens, D]`` float32 on the model's device (less any rows that are not finite)."""
+    def held_out(self) -> Tensor:
+        """``[eval_tokens, D]`` float32 on the model's device; rows that are not finite are left out."""
         from .buffer import activations
 
-        return activations(
-            self.model, self.held_out, self._config.harvest_batch, self._config.eval_tokens
-        )
+        config = self._config
+        return activations(self.model, self.held_out_rows, config.harvest_batch, config.eval_tokens)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where the activations come from, under the names SAELens has for it."""
+        return {
+            "model_name": self.model.name,
+            "model_class_name": self.model.model_class_name,
+            "hook_name": self.model.hook_name,
+            "hook_head_index": None,
+            "context_size": self._config.context_length,
+            "prepend_bos": self.model.tokenizer.bos_token_id is not None,
+            "seqpos_slice": [None],
+            "exclude_special_tokens": True,
+            "sequence_separator_token": self._packer.separator,
+            "disable_concat_sequences": False,
+            "dataset_path": self._packer.text.name,
+            "model_layers": self.model.num_layers,
+            "quantization": self.model.quantization,
+        }
 
     @property
     def counts(self) -> dict[str, int]:
-        """Activations harvested, and dropped as special or non-finite, since the start of the run."""
+        """Activations kept, and dropped as special or non-finite, since the start of the run."""
         return asdict(self.buffer.counts)
 
     @property
@@ -65,20 +78,20 @@ class Stream:
         return {"tokenise": self._packer.seconds, "harvest": self.buffer.harvest_seconds}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """``tensors`` (for safetensors) and ``meta`` (for JSON): the next batch will be the next batch."""
+        """All that the next batches depend on: ``tensors`` for safetensors, ``meta`` for JSON."""
         state = self.buffer.state_dict()
         state["tensors"] |= {
-            "held_out.tokens": self.held_out.tokens,
-            "held_out.lengths": self.held_out.lengths,
+            "held_out.tokens": self.held_out_rows.tokens,
+            "held_out.lengths": self.held_out_rows.lengths,
         }
         return state
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on where ``state`` was taken. Raises CheckpointError if text or model do not fit it."""
+        """Go on where ``state`` was taken. Raises CheckpointError if text or model do not fit."""
         from .buffer import Chunk
 
         tensors = dict(state["tensors"])
-        self.held_out = Chunk(tensors.pop("held_out.tokens"), tensors.pop("held_out.lengths"))
+        self.held_out_rows = Chunk(tensors.pop("held_out.tokens"), tensors.pop("held_out.lengths"))
         self.buffer.load_state_dict({"tensors": tensors, "meta": state["meta"]})
 
 
@@ -120,7 +133,7 @@ def open_stream(config: TrainConfig) -> Stream:
         )
 
     packer = TokenPacker(text, model.tokenizer, config.context_length)
-    held_out = hold_out(packer, model, config.eval_tokens)
+    held_out_rows = hold_out(packer, model, config.eval_tokens)
     buffer = ActivationBuffer(
         packer,
         model,
@@ -129,4 +142,4 @@ def open_stream(config: TrainConfig) -> Stream:
         harvest_batch=config.harvest_batch,
         seed=config.seed,
     )
-    return Stream(config, model, packer, buffer, held_out)
+    return Stream(config, model, packer, buffer, held_out_rows)

@@ -24,7 +24,7 @@ def hub_is_reachable() -> bool:
 
 
 def access_error(kind: str, name: str, error: Exception) -> StreamError:
-    """What ``error``, raised while opening a ``kind`` ("model" or "data set"), means and how to mend it."""
+    """What ``error``, raised on opening a ``kind`` ("model" or "data set"), means and what to do."""
     from huggingface_hub import constants, errors, get_token
 
     local = {
@@ -33,9 +33,20 @@ def access_error(kind: str, name: str, error: Exception) -> StreamError:
     }[kind]
     chain = list(_chain(error))
     words = " ".join(str(e) for e in chain).lower()
-    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
 
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in words or status & {401, 403}:
+    def raised(*kinds: type[Exception]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    def says(*phrases: str) -> bool:
+        return any(phrase in words for phrase in phrases)
+
+    # The hub answers 401 to an unknown name too, and mentions gates then: the order matters.
+    gated = raised(errors.GatedRepoError) or says("access a gated repo", "is a gated")
+    unknown = raised(errors.RepositoryNotFoundError, errors.HFValidationError) or says(
+        "not a valid model identifier", "doesn't exist on the hub"
+    )
+    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+    if gated or (not unknown and status & {401, 403}):
         path = name if kind == "model" else f"datasets/{name}"
         token = (
             "no access token was found: log in with `hf auth login` or set HF_TOKEN"
@@ -46,15 +57,18 @@ def access_error(kind: str, name: str, error: Exception) -> StreamError:
             f"the {kind} {name!r} is gated or private, and {token}; accept its licence at "
             f"{constants.ENDPOINT}/{path} with the account you log in with"
         )
-    if _unknown(chain, words):
+    if unknown:
         return StreamError(
-            f"there is no {kind} {name!r} on the Hugging Face hub, nor a local directory of that name; "
-            f"check the spelling (owner/name), log in with `hf auth login` if it is private, or give {local}"
+            f"there is no {kind} {name!r} on the Hugging Face hub, nor a local directory of that "
+            f"name; check the spelling (owner/name), log in with `hf auth login` if it is private, "
+            f"or give {local}"
         )
-    if _unreachable(chain, words):
+    if raised(ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) or says(
+        "couldn't connect", "offline mode"
+    ):
         return StreamError(
-            f"the {kind} {name!r} is not in the local cache and {constants.ENDPOINT} cannot be reached; "
-            f"check the network, or run offline: {local}, or --demo, which needs nothing"
+            f"the {kind} {name!r} is not in the local cache and {constants.ENDPOINT} cannot be "
+            f"reached; check the network, or run offline: {local}, or --demo, which needs nothing"
         )
     return StreamError(f"the {kind} {name!r} cannot be opened: {error}")
 
@@ -63,23 +77,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _unknown(chain: list[BaseException], words: str) -> bool:
-    from huggingface_hub import errors
-
-    return (
-        any(isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError)) for e in chain)
-        or "not a valid model identifier" in words
-        or "doesn't exist on the hub" in words
-    )
-
-
-def _unreachable(chain: list[BaseException], words: str) -> bool:
-    from huggingface_hub import errors
-
-    return (
-        any(isinstance(e, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)) for e in chain)
-        or "couldn't connect" in words
-        or "offline" in words
-    )

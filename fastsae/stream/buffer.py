@@ -29,7 +29,10 @@ from .tokens import TokenPacker
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of text for one forward pass: ``tokens`` [n, context] int32, of which row i uses ``lengths[i]``."""
+    """Rows of text for one forward pass.
+
+    ``tokens`` [n, context] int32, of which row i uses the first ``lengths[i]``; the rest is padding.
+    """
 
     tokens: Tensor
     lengths: Tensor
@@ -171,8 +174,7 @@ class ActivationBuffer:
         self._free = torch.arange(slots, device=model.device)
         self._free_count = slots
         self._packer_state = packer.state_dict()  # after the last live chunk
-        self._older = self._generation(-1, [])
-        self._newer = self._generation(-1, [])
+        self._older = self._newer = self._generation(0, [])  # the first real one is generation 1
         self._order = self._newer.slots
         self._position = 0
 
@@ -183,8 +185,10 @@ class ActivationBuffer:
         parts: list[Tensor] = []
         missing = self._batch_size
         while missing:
-            if self._position == len(self._order) and not self._next_stage():
-                break
+            if self._position == len(self._order):
+                if not self._next_stage():
+                    break
+                continue  # a stage may be empty
             slots = self._order[self._position : self._position + missing]
             parts.append(self._pool[slots])
             self._release(slots)
@@ -247,7 +251,11 @@ class ActivationBuffer:
                 "stage": self._newer.index,
                 "position": self._position,
                 "generations": [
-                    {"index": g.index, "chunks": [len(c) for c in g.chunks], "activations": len(g.slots)}
+                    {
+                        "index": g.index,
+                        "chunks": [len(c) for c in g.chunks],
+                        "activations": len(g.slots),
+                    }
                     for g in (self._older, self._newer)
                 ],
                 "counts": dict(vars(self.counts)),
@@ -261,7 +269,9 @@ class ActivationBuffer:
         Raises CheckpointError if they do not give as many activations as they did.
         """
         tensors, meta = state["tensors"], state["meta"]
-        packer = {k.removeprefix("packer."): v for k, v in tensors.items() if k.startswith("packer.")}
+        packer = {
+            k.removeprefix("packer."): v for k, v in tensors.items() if k.startswith("packer.")
+        }
         self._packer_state = {"tensors": packer, "meta": meta["packer"]}
         self._packer.load_state_dict(self._packer_state)
         self._free = torch.arange(len(self._pool), device=self._pool.device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +53,9 @@ def load_config(name: str, layer: int, context_length: int | None = None) -> Pre
     return config
 
 
-def require_fit(config: PreTrainedConfig, name: str, layer: int, context_length: int | None) -> None:
+def require_fit(
+    config: PreTrainedConfig, name: str, layer: int, context_length: int | None
+) -> None:
     """Raise ConfigError if the model has no such layer, or cannot handle rows that long."""
     text = config.get_text_config(decoder=True)
     _require_layer(layer, text.num_hidden_layers, name)
@@ -132,15 +137,16 @@ class LanguageModel:
             config.vision_config = config.audio_config = None
         local_only = _local_only(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                device_map={"": device},
-                output_loading_info=True,
-                local_files_only=local_only,
-                **options,
-            )
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    config=config,
+                    device_map={"": device},
+                    output_loading_info=True,
+                    local_files_only=local_only,
+                    **options,
+                )
         except Exception as error:  # transformers, bitsandbytes and the hub raise many kinds
             raise access_error("model", name, error) from error
         missing = sorted(key for key in report["missing_keys"] if not key.startswith("lm_head"))
@@ -189,6 +195,24 @@ class LanguageModel:
 
 def _local_only(name: str) -> bool:
     return Path(name).is_dir() or not hub_is_reachable()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No list of the weights that were left out on purpose; a progress bar on a terminal alone."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _require_layer(layer: int, num_layers: int, name: str) -> None:
@@ -254,7 +278,9 @@ def _nf4_config() -> Any:
             bnb_4bit_compute_dtype=torch.float16,
             llm_int8_skip_modules=_NEVER_QUANTIZED,
         )
-    except Exception as error:  # a broken native library raises OSError, RuntimeError or ImportError
+    except (
+        Exception
+    ) as error:  # a broken native library raises OSError, RuntimeError or ImportError
         raise StreamError(
             f"quantization = 'nf4' cannot be used, bitsandbytes does not work here: {error}; use "
             f"--quantization none"

@@ -94,7 +94,7 @@ def open_files(paths: Sequence[str], *, text_column: str = "text", seed: int = 0
     files = [file for path in paths for file in _expand(Path(path))]
     for file in files:
         _check(file, text_column)
-    name = ", ".join(str(file) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    name = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
     return TextSource(files, lambda file: _read_file(file, text_column), name=name, seed=seed)
 
 
@@ -137,7 +137,11 @@ def _check(path: Path, text_column: str) -> None:
             return
         _check_utf8(path)
         next(_read_file(path, text_column), None)
-    except (OSError, EOFError, ValueError) as error:  # ValueError: what pyarrow raises for a bad file
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+    ) as error:  # ValueError: what pyarrow raises for a bad file
         raise StreamError(f"the text file {str(path)!r} cannot be read: {error}") from error
 
 
@@ -253,7 +257,7 @@ def open_dataset(
         columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))
     except Exception as error:  # the library raises many kinds; the message keeps what it says
         raise access_error("data set", name, error) from error
-    where = f"the data set {name!r}" + (f" ({config})" if config else "") + f", split {split!r},"
+    where = f"the data set {name!r}, configuration {config!r}, split {split!r},"
     if text_column not in columns:
         raise _no_column(where, text_column, columns)
     dataset = dataset.select_columns([text_column])
@@ -263,4 +267,4 @@ def open_dataset(
         for record in dataset.shard(shards, shard):
             yield _text(record[text_column], where, text_column)
 
-    return TextSource(range(shards), read, name=where.rstrip(","), seed=seed)
+    return TextSource(range(shards), read, name=name, seed=seed)

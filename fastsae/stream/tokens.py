@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 class TokenPacker:
-    """An iterator of rows of token ids: int64 tensors of ``context_length``, the last one maybe shorter.
+    """An iterator of rows of token ids: int64 tensors of ``context_length``, maybe a shorter last one.
 
-    With a BOS token, every row and every document begins with it (a document that fills a row and
-    goes on in the next one meets it there again, and it is one token where the two fall together).
-    Without one, every document ends with EOS, if there is that. All other tokens of the text come
-    out exactly once, in order. ``seconds`` is the time spent on reading and tokenising so far.
+    With a BOS token, every row and every document begins with it; where the two fall together it is
+    one token. Without, every document ends with EOS, if there is one. All other tokens of the text
+    come out exactly once, in order.
+
+    ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent on reading and tokenising so far.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TokenPacker:
         has_only_eos = self._bos is None and tokenizer.eos_token_id is not None
         self._prefix = [] if self._bos is None else [self._bos]
         self._suffix = [tokenizer.eos_token_id] if has_only_eos else []
+        self.separator = "bos" if self._prefix else "eos" if self._suffix else None
         self._ids = np.empty(0, np.int32)  # tokenised; those before _taken are given out already
         self._taken = 0
 
@@ -83,11 +85,11 @@ class TokenPacker:
         return bool(documents)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """``tensors``: the ids tokenised and not given out (int32); ``meta``: the position in the text."""
+        """``tensors``: the int32 ids not given out yet; ``meta``: the position in the text after them."""
         leftover = torch.from_numpy(self._ids[self._taken :].copy())
         return {"tensors": {"leftover": leftover}, "meta": {"text": self.text.state_dict()}}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on with the row that came next when ``state`` was taken; nothing is tokenised again."""
+        """Go on with the row that came next at ``state``; nothing is tokenised again."""
         self.text.load_state_dict(state["meta"]["text"])
         self._ids, self._taken = state["tensors"]["leftover"].numpy().astype(np.int32), 0

@@ -1,0 +1,126 @@
+"""Small language models on disk, built in code: a Llama and a Gemma 4 in both checkpoint classes.
+
+Sizes are multiples of 64, which bitsandbytes needs for NF4 on some CPUs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 512
+LLAMA_LAYERS = 4
+GEMMA_LAYERS = 8
+GEMMA_KV_SHARED = 4  # the last four layers use the keys and values of earlier ones
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="fastsae-models-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte, after the special tokens: what goes in can be read off the ids."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>" if bos else None,
+        unk_token="<unk>",
+    )
+
+
+def _save(model, name: str) -> str:
+    directory = _folder() / name
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@functools.cache
+def llama() -> str:
+    """Directory of a random Llama: 4 layers, width 64, untied LM head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LLAMA_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    return _save(LlamaForCausalLM(config), "llama")
+
+
+def _gemma_text_config() -> Gemma4TextConfig:
+    return Gemma4TextConfig(
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size=128,
+        hidden_size_per_layer_input=64,
+        intermediate_size=128,
+        use_double_wide_mlp=True,
+        num_hidden_layers=GEMMA_LAYERS,
+        num_kv_shared_layers=GEMMA_KV_SHARED,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        global_head_dim=64,
+        sliding_window=16,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * (GEMMA_LAYERS // 4),
+        max_position_embeddings=256,
+        final_logit_softcapping=30.0,
+    )
+
+
+@functools.cache
+def gemma4_text() -> str:
+    """Directory of a random Gemma 4 in the text-only class."""
+    torch.manual_seed(1)
+    return _save(Gemma4ForCausalLM(_gemma_text_config()), "gemma4-text")
+
+
+@functools.cache
+def gemma4_multimodal() -> str:
+    """Directory of a random Gemma 4 in the class of the published checkpoints, with an image tower."""
+    torch.manual_seed(2)
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "position_embedding_size": 16,
+    }
+    config = Gemma4Config(text_config=_gemma_text_config().to_dict(), vision_config=vision)
+    return _save(Gemma4ForConditionalGeneration(config), "gemma4")

@@ -1,0 +1,325 @@
+"""The buffer: each activation once, mixed, never old, and the same after any interruption."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastsae.errors import CheckpointError, StreamError
+from fastsae.stream.buffer import ActivationBuffer, Chunk, Counts, activations, harvest, hold_out
+from fastsae.stream.language_model import LanguageModel
+from fastsae.stream.text import TextSource
+from fastsae.stream.tokens import TokenPacker
+
+CONTEXT = 8
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+class FakeModel:
+    """Activation = (token, position in the row, a number that tells the row); NaN at ``poisoned``."""
+
+    name, layer, quantization = "fake", 3, "none"
+    d_model, dtype, device = 3, torch.float32, torch.device("cpu")
+    special_ids = torch.tensor([0, 1, 2, 3])
+
+    def __init__(self, poisoned: str = "") -> None:
+        self.poisoned = torch.tensor([ids(c)[0] for c in poisoned] or [-1])
+
+    def residual(self, tokens: Tensor) -> Tensor:
+        n, length = tokens.shape
+        position = torch.arange(length)
+        row = (tokens * (7919 * (position + 1) ** 5 % 8191)).sum(1, keepdim=True)
+        columns = [tokens, position.expand(n, length), row.expand(n, length)]
+        out = torch.stack(columns, dim=2).float()
+        out[torch.isin(tokens, self.poisoned)] = float("nan")
+        return out
+
+
+def ids(text: str) -> list[int]:
+    return models.tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def text_of(documents: int) -> list[str]:
+    """Documents of random letters, so that a row of tokens is unlike every other."""
+    letters = random.Random(0)
+    return ["".join(letters.choices(ALPHABET, k=5 + i % 11)) for i in range(documents)]
+
+
+def packer(documents: list[str]) -> TokenPacker:
+    source = TextSource([documents], iter, name="test text", seed=0)
+    return TokenPacker(source, models.tokenizer(), CONTEXT)
+
+
+def buffer(documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0):
+    return ActivationBuffer(
+        packer(documents),
+        model or FakeModel(),
+        batch_size=batch_size,
+        pool_tokens=pool_tokens,
+        harvest_batch=harvest_batch,
+        seed=seed,
+    )
+
+
+def drain(source: ActivationBuffer) -> list[Tensor]:
+    return list(iter(source.next_batch, None))
+
+
+def everything(documents: list[str], model=None) -> Tensor:
+    """All activations of the text in order, harvested in one go."""
+    rows = list(packer(documents))
+    if not rows:
+        return torch.empty(0, 3)
+    return harvest(model or FakeModel(), Chunk.of(rows, CONTEXT), Counts())
+
+
+def bag(rows: Tensor) -> Counter:
+    return Counter(map(tuple, rows.tolist()))
+
+
+shapes = {
+    "documents": st.integers(0, 40),
+    "batch_size": st.integers(1, 90),
+    "pool_tokens": st.integers(1, 300),
+    "harvest_batch": st.integers(1, 5),
+}
+
+
+@settings(deadline=None, max_examples=80)
+@given(**shapes)
+def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch):
+    texts = text_of(documents)
+    source = buffer(
+        texts, batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch
+    )
+    batches = drain(source)
+    assert all(len(b) == batch_size and b.dtype == torch.float32 for b in batches[:-1])
+    assert all(0 < len(b) <= batch_size for b in batches)
+    served = torch.cat(batches) if batches else torch.empty(0, 3)
+    assert bag(served) == bag(everything(texts))
+    assert source.counts.harvested == len(served)
+    assert source._free_count == len(source._pool)
+    assert len(set(source._free.tolist())) == len(source._pool)
+    assert source.next_batch() is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(**shapes, taken=st.integers(0, 40), more=st.integers(0, 20))
+def test_the_next_batch_is_the_next_batch(
+    documents, batch_size, pool_tokens, harvest_batch, taken, more
+):
+    options = dict(batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch)
+    texts = text_of(documents)
+    whole = drain(buffer(texts, **options))
+    source = buffer(texts, **options)
+    list(islice(iter(source.next_batch, None), taken))
+    state = through_disk(source.state_dict())
+    counts = dict(vars(source.counts))
+    resumed = buffer(texts, **options)
+    resumed.load_state_dict(state)
+    assert vars(resumed.counts) == counts
+    assert_batches_equal(list(islice(iter(resumed.next_batch, None), more)), whole[taken:][:more])
+    again = buffer(texts, **options)  # a resumed run is interrupted and resumed like any other
+    again.load_state_dict(through_disk(resumed.state_dict()))
+    assert_batches_equal(drain(again), whole[taken + more :])
+    assert_batches_equal(drain(source), whole[taken:])
+    assert vars(again.counts) == vars(source.counts)
+    assert again._free_count == len(again._pool)
+
+
+def through_disk(state: dict) -> dict:
+    """As the trainer keeps it: tensors that safetensors takes, and JSON."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(safetensors.torch.save(state["tensors"]))
+    return {"tensors": tensors, "meta": json.loads(json.dumps(state["meta"]))}
+
+
+def assert_batches_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_on_a_real_model(tmp_path: Path):
+    model = LanguageModel.load(models.gemma4_multimodal(), 5)
+    texts = text_of(90)
+
+    def start() -> ActivationBuffer:
+        return buffer(texts, model, batch_size=64, pool_tokens=512, harvest_batch=4)
+
+    whole = drain(start())
+    assert len(whole) > 12
+    for taken in (0, 6, len(whole) - 1):
+        source = start()
+        for _ in range(taken):
+            source.next_batch()
+        state = source.state_dict()
+        save_file(state["tensors"], tmp_path / "state.safetensors")
+        resumed = start()
+        resumed.load_state_dict(
+            {"tensors": load_file(tmp_path / "state.safetensors"), "meta": state["meta"]}
+        )
+        assert_batches_equal(drain(resumed), whole[taken:])
+
+
+def test_the_state_is_small():
+    source = buffer(text_of(180), pool_tokens=128)
+    sizes = []
+    while source.next_batch() is not None:
+        sizes.append(source.state_dict()["tensors"]["tokens"].numel())
+    assert max(sizes) == 128  # two generations of half a pool
+
+
+def test_order_follows_from_the_seed():
+    texts = text_of(60)
+    first, again, other = (torch.cat(drain(buffer(texts, seed=s))) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert bag(first) == bag(other)
+
+
+def test_batches_mix_the_documents_of_a_pool():
+    texts = text_of(180)
+    batches = drain(buffer(texts, batch_size=32, pool_tokens=512))
+    rows = [batch[:, 2].unique().numel() for batch in batches[:-1]]
+    assert everything(texts)[:32, 2].unique().numel() < 7
+    assert min(rows) > 15
+
+
+def test_no_activation_outlives_two_generations():
+    texts = text_of(180)
+    in_order = [tuple(row) for row in everything(texts).tolist()]
+    assert len(set(in_order)) == len(in_order)
+    source = buffer(texts, batch_size=1, pool_tokens=128, harvest_batch=2)
+    generation_of: dict[tuple, int] = {}
+    ages = Counter()
+    harvested = 0
+    while (batch := source.next_batch()) is not None:
+        for row in in_order[harvested : source.counts.harvested]:
+            generation_of[row] = source._newer.index
+        harvested = source.counts.harvested
+        ages[source._newer.index - generation_of[tuple(batch[0].tolist())]] += 1
+    assert set(ages) == {0, 1}
+    assert abs(ages[0] - ages[1]) <= source._newer.index + 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_halves_are_a_random_split(first: bool):
+    source = buffer(text_of(100), pool_tokens=1024)
+    source.next_batch()
+    generation = source._newer
+    half = generation.halves(0)[not first]
+    assert len(half) in (len(generation.slots) // 2, -(-len(generation.slots) // 2))
+    places = torch.isin(generation.slots, half)
+    runs = int((places[1:] != places[:-1]).sum()) + 1
+    assert runs > len(generation.slots) / 3  # neither the first half of the text nor the second
+
+
+def test_special_tokens_and_padding_are_never_served():
+    texts = text_of(40)
+    source = buffer(texts)
+    served = torch.cat(drain(source))
+    assert not torch.isin(served[:, 0].long(), FakeModel.special_ids).any()
+    rows = list(packer(texts))
+    special = sum(int(torch.isin(row, FakeModel.special_ids).sum()) for row in rows)
+    assert special >= len(rows)
+    assert len(rows[-1]) < CONTEXT  # there is padding
+    assert source.counts.special == special
+    assert source.counts.harvested + special == sum(map(len, rows))
+
+
+def test_nonfinite_rows_are_dropped_and_counted():
+    texts = ["abcabc", "hello", "banana"] * 10
+    model = FakeModel(poisoned="b")
+    source = buffer(texts, model)
+    served = torch.cat(drain(source))
+    assert served.isfinite().all()
+    bad = sum(text.count("b") for text in texts)
+    assert source.counts.nonfinite == bad
+    assert bag(served) == bag(everything(texts, model))
+    assert len(served) == len(everything(texts)) - bad
+
+
+@pytest.mark.parametrize(("quantization", "remedy"), [("nf4", "quantization none"), ("none", "bfloat16")])
+def test_all_nonfinite_stops_with_layer_and_dtype(quantization: str, remedy: str):
+    model = FakeModel(poisoned=ALPHABET)
+    model.quantization = quantization
+    with pytest.raises(StreamError, match=rf"layer 3 of fake.*float32.*{remedy}"):
+        buffer(["hello", "world"], model).next_batch()
+
+
+def test_a_model_that_gives_other_rows_is_refused_on_resume():
+    texts = ["abcabc", "hello", "banana"] * 10
+    source = buffer(texts)
+    source.next_batch()
+    resumed = buffer(texts, FakeModel(poisoned="b"))
+    with pytest.raises(CheckpointError, match="harvesting again gives"):
+        resumed.load_state_dict(source.state_dict())
+
+
+def test_pool_size_and_dtype():
+    source = buffer(text_of(5), pool_tokens=100, harvest_batch=2)
+    assert source._pool.shape == (96, 3)  # two generations of three chunks of two rows of eight
+    assert source._pool.dtype == torch.float32
+    assert buffer(text_of(5), pool_tokens=1)._pool.shape == (32, 3)
+    stored = ActivationBuffer(
+        packer(text_of(30)), FakeModel(), batch_size=4, pool_tokens=64, harvest_batch=2, seed=0,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert stored._pool.dtype == torch.bfloat16
+    assert stored.next_batch().dtype == torch.float32
+
+
+def test_harvest_seconds_grow():
+    source = buffer(text_of(5))
+    assert source.harvest_seconds == 0.0
+    source.next_batch()
+    assert source.harvest_seconds > 0.0
+
+
+# --- held out ---
+
+
+def test_held_out_rows_are_not_trained_on():
+    texts = text_of(80)
+    model = FakeModel()
+    tokens = packer(texts)
+    rows = hold_out(tokens, model, 50)
+    held_out = activations(model, rows, 2, 50)
+    assert held_out.shape == (50, 3)
+    assert torch.equal(held_out, everything(texts)[:50])
+    source = ActivationBuffer(tokens, model, batch_size=7, pool_tokens=64, harvest_batch=2, seed=0)
+    trained = torch.cat(drain(source))
+    taken = len(harvest(model, rows, Counts()))
+    assert 50 <= taken < 50 + CONTEXT
+    assert bag(trained) == bag(everything(texts)[taken:])
+
+
+def test_held_out_leaves_out_nonfinite_rows():
+    rows = hold_out(packer(["abcabc", "hello"] * 20), FakeModel(), 40)
+    assert activations(FakeModel("b"), rows, 3, 40).isfinite().all()
+
+
+def test_empty_text():
+    with pytest.raises(StreamError, match="the text is empty: test text"):
+        hold_out(packer(["", " \n"]), FakeModel(), 10)
+
+
+@pytest.mark.parametrize("tokens", [19, 20, 1000])
+def test_too_little_text_to_hold_out(tokens: int):
+    texts = ["abcdefghij"] * 2
+    with pytest.raises(StreamError, match=rf"holds only 20 tokens.*first {tokens:,}.*--eval-tokens"):
+        hold_out(packer(texts), FakeModel(), tokens)
+    assert len(hold_out(packer(texts), FakeModel(), 7)) == 1

@@ -1,0 +1,232 @@
+"""Text: every document once, in an order that the seed gives, from any position on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsae.errors import CheckpointError, ConfigError, StreamError
+from fastsae.stream import text as text_module
+from fastsae.stream.text import LONGEST_DOCUMENT, TextSource, open_dataset, open_files
+
+
+def shards(*sizes: int) -> TextSource:
+    content = [[f"shard {s} document {i}" for i in range(n)] for s, n in enumerate(sizes)]
+    return TextSource(content, iter, name="test", seed=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 30))
+def test_resumes_at_any_document(sizes: list[int], position: int):
+    whole = list(shards(*sizes))
+    assert sorted(whole) == sorted(d for s in range(len(sizes)) for d in list(shards(*sizes)) if d.startswith(f"shard {s} "))
+    source = shards(*sizes)
+    assert list(islice(source, position)) == whole[:position]
+    resumed = shards(*sizes)
+    resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert list(resumed) == whole[position:]
+
+
+def test_every_document_once_in_an_order_of_the_seed():
+    content = [[f"{s}.{i}" for i in range(3)] for s in range(20)]
+    orders = [list(TextSource(content, iter, name="test", seed=seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(d for shard in content for d in shard)
+    assert orders[0] != [d for shard in content for d in shard]
+
+
+def test_blank_documents_are_skipped_and_counted_in_the_position():
+    source = TextSource([["", "a", " \n", "b"]], iter, name="test", seed=0)
+    assert next(source) == "a"
+    assert source.state_dict()["document"] == 2
+    assert list(source) == ["b"]
+
+
+def test_other_text_is_refused_on_resume():
+    with pytest.raises(CheckpointError, match="started on 3 shards"):
+        shards(1, 2).load_state_dict(shards(1, 2, 3).state_dict())
+
+
+# --- local files ---
+
+RECORDS = ["first", "", "zweiter Übergang\nmit Zeile", None, "last"]
+
+
+def write(folder: Path, kind: str) -> str:
+    path = folder / f"text{kind}"
+    lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(RECORDS))
+    if kind == ".parquet":
+        pq.write_table(pa.table({"id": range(len(RECORDS)), "text": RECORDS}), path, row_group_size=2)
+    elif kind == ".jsonl":
+        path.write_text(lines, encoding="utf-8")
+    else:
+        path.write_bytes(gzip.compress(lines.encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_records(tmp_path: Path, kind: str):
+    expected = [t for t in RECORDS if t]
+    assert list(open_files([write(tmp_path, kind)])) == expected
+    source = open_files([write(tmp_path, kind)])
+    next(source), next(source)
+    resumed = open_files([write(tmp_path, kind)])
+    resumed.load_state_dict(source.state_dict())
+    assert list(resumed) == expected[2:]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_txt_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path, compressed: bool):
+    paragraphs = [f"Paragraph {i}: " + "naïve words " * (i % 40) + "\n\n" for i in range(400)]
+    content = "".join(paragraphs).replace("Paragraph 7", "\r\n\x85\u2028Paragraph 7")
+    path = tmp_path / ("a.txt.gz" if compressed else "a.txt")
+    path.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    documents = list(open_files([str(path)]))
+    assert "".join(documents) == content
+    assert len(documents) > 5
+    assert all(d.endswith("\n\n") and len(d) < 10_000 for d in documents)
+
+
+def test_txt_without_any_line_end(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    content = "ü" * (3 * LONGEST_DOCUMENT + 5)
+    path.write_text(content, encoding="utf-8")
+    documents = list(open_files([str(path)]))
+    assert "".join(documents) == content
+    assert max(map(len, documents)) <= LONGEST_DOCUMENT
+
+
+def test_directories_are_searched(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "deep" / "b.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "picture.png").write_bytes(b"\x89")
+    assert sorted(open_files([str(tmp_path)])) == ["one", "two"]
+
+
+@pytest.mark.parametrize("before", [0, 5, (1 << 20) - 1, (1 << 20) + 1])
+@pytest.mark.parametrize("bad", [b"\xff rest", b"\xc3("])
+def test_not_utf8_names_the_byte(tmp_path: Path, before: int, bad: bytes):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"a" * before + bad)
+    with pytest.raises(StreamError, match=rf"not UTF-8: byte {bad[0]:#04x} at position {before};.*iconv"):
+        open_files([str(path)])
+
+
+def test_utf8_across_the_blocks_it_is_checked_in(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * ((1 << 20) - 1) + "ü".encode())
+    assert "".join(open_files([str(path)])).endswith("ü")
+    path.write_bytes(b"a\n\xc3")
+    with pytest.raises(StreamError, match="0xc3 at position 2;"):
+        open_files([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("absent.txt", None, StreamError, "'.*absent.txt' does not exist; check the path"),
+        ("a.docx", b"x", ConfigError, r"unknown kind; expected an ending among \.txt"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', StreamError, "line 1 has no column 'text'; its columns are 'body', 'id': choose"),
+        ("a.jsonl", b'{"text": "x"\n', StreamError, "line 1: not JSON"),
+        ("a.jsonl", b'"x"\n', StreamError, "line 1: expected a JSON object, found str"),
+        ("a.jsonl", b'{"text": 5}\n', StreamError, "'text' holds int, expected text"),
+        ("a.parquet", b"not parquet", StreamError, "a.parquet' cannot be read"),
+        ("a.txt.gz", b"not gzip", StreamError, "a.txt.gz' cannot be read"),
+    ],
+)  # fmt: skip
+def test_wrong_files(tmp_path: Path, name: str, content: bytes | None, error: type, message: str):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        open_files([str(tmp_path / name)])
+
+
+def test_a_bad_line_further_on_is_named(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": "y"}\n{"title": "z"}\n')
+    source = open_files([str(path)])
+    assert [next(source), next(source)] == ["x", "y"]
+    with pytest.raises(StreamError, match="line 3 has no column 'text'; its columns are 'title'"):
+        next(source)
+
+
+def test_parquet_without_the_column(tmp_path: Path):
+    with pytest.raises(StreamError, match="no column 'body'; its columns are 'id', 'text': choose"):
+        open_files([write(tmp_path, ".parquet")], text_column="body")
+
+
+def test_empty_directory(tmp_path: Path):
+    with pytest.raises(StreamError, match="holds no text"):
+        open_files([str(tmp_path)])
+
+
+# --- data sets ---
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """A data set directory of 5 shards of 7 documents."""
+    for shard in range(5):
+        rows = [f"shard {shard} row {i}" for i in range(7)]
+        pq.write_table(
+            pa.table({"text": rows, "id": range(7)}),
+            tmp_path / f"train-{shard:05}-of-00005.parquet",
+            row_group_size=3,
+        )
+    return str(tmp_path)
+
+
+def test_dataset_is_streamed_by_shards_and_resumed(dataset: str):
+    whole = list(open_dataset(dataset, seed=1))
+    assert sorted(whole) == sorted(f"shard {s} row {i}" for s in range(5) for i in range(7))
+    assert whole != sorted(whole)
+    assert whole != list(open_dataset(dataset, seed=2))
+    for position in (0, 3, 7, 13, 35):
+        source = open_dataset(dataset, seed=1)
+        list(islice(source, position))
+        resumed = open_dataset(dataset, seed=1)
+        resumed.load_state_dict(source.state_dict())
+        assert list(resumed) == whole[position:]
+
+
+def test_dataset_without_the_column_or_split(dataset: str):
+    with pytest.raises(StreamError, match="no column 'body'; its columns are 'text', 'id': choose"):
+        open_dataset(dataset, text_column="body")
+    with pytest.raises(StreamError, match="cannot be opened.*'train'"):
+        open_dataset(dataset, split="validation")
+
+
+def test_no_network_says_how_to_run_offline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_module, "hub_is_reachable", lambda: False)
+    with pytest.raises(StreamError, match="cannot be reached.*--text-files.*--demo"):
+        open_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+
+@pytest.mark.parametrize(
+    ("raised", "token", "message"),
+    [
+        ("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.", None, "no data set 'a/b'.*spelling"),
+        ("Dataset 'a/b' is a gated dataset on the Hub.", None, "gated.*no access token.*hf auth login.*datasets/a/b"),
+        ("Dataset 'a/b' is a gated dataset on the Hub.", "hf_x", "gated.*was not granted.*licence"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, raised: str, token: str | None, message: str):
+    def refuse(*_args, **_options):
+        raise datasets.exceptions.DatasetNotFoundError(raised)
+
+    monkeypatch.setattr(text_module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(StreamError, match=message):
+        open_dataset("a/b")

@@ -1,0 +1,134 @@
+"""Packing: every token of the text once and in order, and rows that go on after any interruption."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tokenizer
+from torch import Tensor
+
+from fastsae.stream.text import TextSource
+from fastsae.stream.tokens import TokenPacker
+
+BOS, EOS = 2, 1
+documents = st.lists(st.text("abc é", max_size=40), max_size=12)
+
+
+def packer(texts: list[str], context_length: int, bos: bool = True, batch: int = 3) -> TokenPacker:
+    source = TextSource([texts], iter, name="test", seed=0)
+    return TokenPacker(source, tokenizer(bos), context_length, documents_per_batch=batch)
+
+
+def encode(text: str) -> list[int]:
+    return tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def joined(texts: list[str]) -> list[int]:
+    return [i for text in texts if text.strip() for i in encode(text)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(documents, st.integers(2, 30), st.booleans())
+def test_every_token_once_and_in_order(texts: list[str], context_length: int, bos: bool):
+    rows = list(packer(texts, context_length, bos))
+    ids = [i for row in rows for i in row.tolist()]
+    assert [i for i in ids if i not in (BOS, EOS)] == joined(texts)
+    assert all(len(row) == context_length for row in rows[:-1])
+    assert all(1 <= len(row) <= context_length and row.dtype == torch.int64 for row in rows)
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents, st.integers(2, 30))
+def test_rows_and_documents_begin_with_bos(texts: list[str], context_length: int):
+    rows = list(packer(texts, context_length))
+    assert all(row[0] == BOS for row in rows)
+    # Undo the packing: a row's BOS is the document's own where a document begins there.
+    documents_begun = sum(int((row == BOS).sum()) for row in rows)
+    continued = 0
+    left = [len(encode(t)) + 1 for t in texts if t.strip()]
+    flat = []
+    for length in left:
+        flat += [True] + [False] * (length - 1)
+    position = 0
+    while position < len(flat):
+        continues = not flat[position]
+        continued += continues
+        position += context_length - continues
+    assert documents_begun == len(left) + continued
+    assert not any((row[1:] == BOS)[:-1].logical_and((row[1:] == BOS)[1:]).any() for row in rows)
+
+
+def test_by_hand():
+    rows = [row.tolist() for row in packer(["ab", "cde", "f"], 4)]
+    a, b, c, d, e, f = encode("abcdef")
+    assert rows == [[BOS, a, b, BOS], [BOS, c, d, e], [BOS, f]]
+    rows = [row.tolist() for row in packer(["ab", "cde", "f"], 4, bos=False)]
+    assert rows == [[a, b, EOS, c], [d, e, EOS, f], [EOS]]
+
+
+def test_without_bos_documents_end_with_eos():
+    assert packer([], 4).separator == "bos"
+    assert packer([], 4, bos=False).separator == "eos"
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents, st.integers(2, 20), st.integers(0, 12), st.booleans(), st.integers(1, 5))
+def test_the_next_row_is_the_next_row(
+    texts: list[str], context_length: int, taken: int, bos: bool, batch: int
+):
+    whole = list(packer(texts, context_length, bos))
+    interrupted = packer(texts, context_length, bos)
+    for _ in range(min(taken, len(whole))):
+        next(interrupted)
+    state = interrupted.state_dict()
+    resumed = packer(texts, context_length, bos, batch)  # another batching changes nothing
+    resumed.load_state_dict(
+        {"tensors": state["tensors"], "meta": json.loads(json.dumps(state["meta"]))}
+    )
+    assert_rows_equal(list(resumed), whole[taken:])
+    assert_rows_equal(list(interrupted), whole[taken:])
+
+
+def test_nothing_is_tokenised_twice(monkeypatch: pytest.MonkeyPatch):
+    texts = [f"document {i} " * 20 for i in range(20)]
+    first = packer(texts, 16)
+    for _ in range(10):
+        next(first)
+    seen: list[str] = []
+    resumed = packer(texts, 16)
+    real = tokenizer()
+
+    class Recording:
+        bos_token_id, eos_token_id = real.bos_token_id, real.eos_token_id
+
+        def __call__(self, batch, **options):
+            seen.extend(batch)
+            return real(batch, **options)
+
+    resumed = TokenPacker(resumed.text, Recording(), 16, documents_per_batch=3)
+    resumed.load_state_dict(first.state_dict())
+    list(resumed)
+    assert seen == texts[3:]  # the first batch of documents was tokenised before the interruption
+
+
+def test_exhausted():
+    assert packer(["", " "], 4).exhausted
+    one = packer(["abc"], 4)
+    assert not one.exhausted
+    next(one)
+    assert one.exhausted
+
+
+def test_seconds_grow():
+    one = packer(["abc" * 100], 8)
+    assert one.seconds == 0.0
+    next(one)
+    assert one.seconds > 0.0
+
+
+def assert_rows_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
