@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae_kernels import reference
+from fastsae_kernels import batch_topk, topk
 
 from .errors import ConfigError
 
@@ -76,14 +76,14 @@ class BatchTopK(nn.Module):
         mode = inference or ("train" if self.training else self.inference)
         rows = pre.reshape(-1, pre.shape[-1])
         if mode == "topk":
-            mask = reference.topk_mask(rows, self.k_per_token)
+            kept = topk(rows, self.k_per_token).dense(rows.shape[1])
         elif mode == "threshold":
-            mask = rows > self.threshold.clamp_min(0)
+            kept = torch.where(rows > self.threshold.clamp_min(0), rows, 0)
         else:
-            mask = reference.batch_topk_mask(rows, reference.active_budget(self.k, *rows.shape))
-        kept = torch.where(mask, rows, 0)
-        if mode == "train":
-            self._track_threshold(kept)
+            selection = batch_topk(rows, int(self.k * len(rows)))
+            kept = selection.csr.dense(rows.shape[1])
+            if mode == "train":
+                self.track(selection.threshold)
         return kept.reshape(pre.shape)
 
     @property
@@ -92,11 +92,10 @@ class BatchTopK(nn.Module):
         return max(1, round(self.k))
 
     @torch.no_grad()
-    def _track_threshold(self, kept: Tensor) -> None:
+    def track(self, smallest: Tensor) -> None:
+        """Take a batch's smallest kept value into the threshold; +inf (nothing kept) changes nothing."""
         # Written without a branch on the data, so that nothing waits for the device.
-        if kept.numel() == 0:
-            return
-        smallest = torch.where(kept > 0, kept, torch.inf).min().to(self.threshold.dtype)
+        smallest = smallest.to(self.threshold.dtype)
         selected = smallest.isfinite()
         updates = self.threshold_updates + selected
         # The corrected average is the state: its newest value weighs rate / (1 - (1 - rate)^n).
@@ -133,7 +132,7 @@ class TopK(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         rows = pre.reshape(-1, pre.shape[-1])
-        return torch.where(reference.topk_mask(rows, self.k), rows, 0).reshape(pre.shape)
+        return topk(rows, self.k).dense(rows.shape[1]).reshape(pre.shape)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tyro
 
@@ -12,7 +13,7 @@ from .config import TrainConfig
 from .errors import FastsaeError
 
 
-def parse(arguments: Sequence[str], description: str = "") -> TrainConfig:
+def parse(arguments: Sequence[str], description: str | None = None) -> TrainConfig:
     """The settings that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
 
     Raises:
@@ -24,13 +25,16 @@ def parse(arguments: Sequence[str], description: str = "") -> TrainConfig:
         from .demo import demo_config
 
         default = demo_config()
+        if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
+            default = replace(default, d_sae=None)
     return tyro.cli(TrainConfig, args=list(arguments), default=default, description=description)
 
 
-def main(description: str = "", arguments: Sequence[str] | None = None) -> int:
+def main(description: str | None = None, arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for ours in ("fastsae", "fastsae_kernels"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, description)
         from .trainer import Interrupted, Trainer
@@ -43,4 +47,7 @@ def main(description: str = "", arguments: Sequence[str] | None = None) -> int:
     except FastsaeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing was changed", file=sys.stderr)  # noqa: T201
+        return 130
     return 0

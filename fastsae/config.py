@@ -72,6 +72,8 @@ class TrainConfig:
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Matrix products of the SAE; weights stay fp32. [bf16 on CUDA, fp32 on a CPU]"""
+    step: Literal["fused", "autograd"] = "fused"
+    """How a step is computed: on the sparse kernels, or by plain autograd; same result."""
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
     eval_tokens: int = 65_536
@@ -126,9 +128,9 @@ class TrainConfig:
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
                 f"give one of them"
             )
-        if self.d_sae is not None and self.k > self.d_sae:
+        if self.d_sae is not None and self.mean_active > self.d_sae:
             raise ConfigError(
-                f"k = {self.k:g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
+                f"k = {self.mean_active:g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
                 f"than there are; lower k or raise d_sae"
             )
         if self.context_length < 2:
@@ -170,6 +172,18 @@ class TrainConfig:
             raise ConfigError(f"{field} must be a finite number {bound}, got {value!r}")
 
     @property
+    def mean_active(self) -> float:
+        """``k`` as the one number it is after validation."""
+        assert not isinstance(self.k, tuple)
+        return self.k
+
+    @property
+    def hooked_layer(self) -> int:
+        """``layer`` as the one number it is after validation."""
+        assert not isinstance(self.layer, tuple)
+        return self.layer
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run: ``ceil(tokens / batch_size)``."""
         return -(-self.tokens // self.batch_size)
@@ -185,9 +199,9 @@ class TrainConfig:
     def resolve_d_sae(self, d_in: int) -> int:
         """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""
         d_sae = self.d_sae or round((self.expansion or 16) * d_in)
-        if self.k > d_sae:
+        if self.mean_active > d_sae:
             raise ConfigError(
-                f"k = {self.k:g} is more than the dictionary's {d_sae} latents "
+                f"k = {self.mean_active:g} is more than the dictionary's {d_sae} latents "
                 f"({self.expansion or 16:g} x {d_in}); lower k or raise d_sae"
             )
         return d_sae
@@ -205,6 +219,7 @@ _CHOICES = {
     "normalize": ("scalar", "none", "layer_norm"),
     "aux_normalization": ("residual_variance", "total_variance", "none"),
     "precision": ("auto", "fp32", "tf32", "bf16"),
+    "step": ("fused", "autograd"),
     "resume": ("auto", "never"),
     "wandb": ("auto", "online", "offline", "disabled"),
 }

@@ -39,6 +39,15 @@ _SETTINGS: dict[str, Any] = {
     "quantization": "none",
     "context_length": 128,
     "harvest_batch": 32,
+    "k": 16,
+    "d_sae": 1024,
+    "tokens": 768_000,
+    "lr": 1e-3,
+    "dead_after_tokens": 76_800,  # a tenth of the run, as in the recipe
+    "pool_tokens": 65_536,
+    "eval_tokens": 16_384,
+    "checkpoint_every_tokens": 192_000,
+    "log_every_tokens": 16_384,
 }
 
 
@@ -95,8 +104,8 @@ def load_language_model(config: TrainConfig, device: torch.device) -> LanguageMo
             f"quantize; use --quantization none"
         )
     model, tokenizer = load_model()
-    require_fit(model.config, MODEL, config.layer, config.context_length)
-    return LanguageModel(model.to(device), tokenizer, config.layer, name=MODEL)
+    require_fit(model.config, MODEL, config.hooked_layer, config.context_length)
+    return LanguageModel(model.to(device), tokenizer, config.hooked_layer, name=MODEL)
 
 
 def _llama_weights(weights: dict, config) -> dict:
@@ -169,7 +178,7 @@ def _package_file(name: str) -> Path:
 
 # --- text ---
 
-_PACKAGES = ("numpy", "torch", "transformers")
+_PACKAGES = ("numpy", "torch")
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3"}
 _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 _PLAIN = str.maketrans({"`": "", "–": "—", "“": '"', "”": '"'})

@@ -69,7 +69,7 @@ def write_report(
         directory / PICTURE,
         metrics,
         title=f"{config.run_name}: {sae.d_sae:,} latents on {sae.d_in} dimensions",
-        k=config.k,
+        k=config.mean_active,
         density=density,
         pca_explained_variance=summary["pca_explained_variance"],
     )

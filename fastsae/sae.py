@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsae_kernels import reference
-from fastsae_kernels.reference import CSR, AuxNormalization, TokenStatistics
+from fastsae_kernels import CSR, reference
+from fastsae_kernels.reference import AuxNormalization, TokenStatistics
 
 from .activation import BatchTopK, Inference, JumpReLU, TopK
 from .errors import ConfigError
@@ -145,7 +145,7 @@ class SAE(nn.Module):
         Raises:
             ValueError: the last dimension of x is not D.
         """
-        scaled, _ = self._scale_input(x)
+        scaled, _ = self.scale_input(x)
         return self._to_raw_latents(self._select(self._pre_activations(scaled), inference))
 
     def encode_sparse(self, x: Tensor, inference: Inference | None = None) -> CSR:
@@ -153,7 +153,9 @@ class SAE(nn.Module):
         and row ``offsets [B + 1]``, B being the number of tokens. For inference; not differentiable."""
         with torch.no_grad():
             z = self.encode(x, inference).reshape(-1, self.d_sae)
-            return reference.to_csr(z, z > 0)
+            token, latent = z.nonzero(as_tuple=True)
+            rows = torch.arange(len(z) + 1, device=z.device)
+            return CSR(z[token, latent], latent.int(), torch.searchsorted(token, rows).int())
 
     def decode(self, z: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
         """Reconstruction ``[..., D]`` of latents ``z [..., F]``.
@@ -174,7 +176,7 @@ class SAE(nn.Module):
                 "statistics=sae.token_statistics(x), or call sae(x)"
             )
         z = z * self.scale if self.normalize == "scalar" else z
-        return self._to_raw_input(
+        return self.to_raw_input(
             reference.decode(z, self._operand(self.W_dec), self.b_dec), statistics
         )
 
@@ -207,7 +209,7 @@ class SAE(nn.Module):
 
         Source: Gao et al. 2024 (arXiv:2406.04093), sections 2.3 and A.2.
         """
-        scaled, statistics = self._scale_input(x.reshape(-1, x.shape[-1]))
+        scaled, statistics = self.scale_input(x.reshape(-1, x.shape[-1]))
         pre = self._pre_activations(scaled)
         z = self._select(pre, None)
         x_hat = reference.decode(self._operand(z), self._operand(self.W_dec), self.b_dec)
@@ -225,7 +227,7 @@ class SAE(nn.Module):
                 scaled,
             )
             loss = mse + aux_coefficient * aux
-        return Loss(loss, mse, aux, self._to_raw_latents(z), self._to_raw_input(x_hat, statistics))
+        return Loss(loss, mse, aux, self._to_raw_latents(z), self.to_raw_input(x_hat, statistics))
 
     # --- input scaling ---
 
@@ -243,7 +245,8 @@ class SAE(nn.Module):
             self.normalize = "none"
         return self
 
-    def _scale_input(self, x: Tensor) -> tuple[Tensor, TokenStatistics | None]:
+    def scale_input(self, x: Tensor) -> tuple[Tensor, TokenStatistics | None]:
+        """``x`` as the encoder sees it, and the token statistics if layer_norm needs them back."""
         if x.shape[-1] != self.d_in:
             raise ValueError(
                 f"this SAE reads activations [..., {self.d_in}], got shape {tuple(x.shape)}"
@@ -254,7 +257,8 @@ class SAE(nn.Module):
             return reference.layer_norm(x, statistics), statistics
         return (x * self.scale if self.normalize == "scalar" else x), None
 
-    def _to_raw_input(self, x: Tensor, statistics: TokenStatistics | None) -> Tensor:
+    def to_raw_input(self, x: Tensor, statistics: TokenStatistics | None) -> Tensor:
+        """Scaled activations in raw units; the inverse of :meth:`scale_input`."""
         if statistics is not None:
             return reference.undo_layer_norm(x, statistics)
         return x / self.scale if self.normalize == "scalar" else x
@@ -265,9 +269,8 @@ class SAE(nn.Module):
     # --- the two halves of encode ---
 
     def _pre_activations(self, scaled: Tensor) -> Tensor:
-        return reference.pre_activations(
-            self._operand(scaled), self._operand(self.W_enc), self.b_enc, self._operand(self.b_dec)
-        )
+        # The difference is taken in full precision, and only then rounded to the operands'.
+        return self._operand(scaled - self.b_dec) @ self._operand(self.W_enc) + self.b_enc
 
     def _select(self, pre: Tensor, inference: Inference | None) -> Tensor:
         if isinstance(self.activation, BatchTopK):

@@ -38,7 +38,7 @@ class Tracker:
         wandb_id: str | None = None,
     ) -> None:
         self._file = None
-        self._wandb = None
+        self._wandb: Any = None
         self._bar = None
         self._tokens = config.tokens
         if directory is None:

@@ -18,9 +18,10 @@ from fastsae_kernels import reference
 
 from . import checkpoint, hub, report
 from .config import MAY_CHANGE_ON_RESUME, TrainConfig
+from .device import resolve_device
 from .errors import CheckpointError, ConfigError, StreamError
 from .sae import SAE
-from .step import AutogradStep
+from .step import STEPS
 from .tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -126,9 +127,14 @@ class Trainer:
         """
         self._set_precision()
         with ExitStack() as stack:
+            # A run that exists is held before anything is done with it; a new one gets its folder when
+            # the first activations have shown that there is something to train on.
+            existed = self.directory is not None and self.directory.exists()
+            if self.directory is not None and existed:
+                stack.enter_context(checkpoint.locked(self.directory))
             if not self._restore():
                 self._start()
-            if self.directory is not None:
+            if self.directory is not None and not existed:
                 stack.enter_context(checkpoint.locked(self.directory))
             tracker = stack.enter_context(
                 Tracker(self.directory, self.config, self.step.tokens_seen, self._wandb_id)
@@ -142,10 +148,10 @@ class Trainer:
                     self._text_ended()
                     break
                 started = time.perf_counter()
-                loss = self.step(batch)
+                result = self.step(batch)
                 self.steps += 1
                 if self._crossed(self.config.log_every_tokens, len(batch)):
-                    tracker.log(self.step.metrics(batch, loss) | self._progress())
+                    tracker.log(self.step.metrics(batch, result) | self._progress())
                 self._step_seconds += time.perf_counter() - started
                 tracker.advance(self.step.tokens_seen)
                 if stopped_by:
@@ -169,9 +175,8 @@ class Trainer:
         if not self._pending:
             raise StreamError("there is nothing to train on: the stream gave no batch at all")
         self._drawn_ahead = len(self._pending)
-        self.step = AutogradStep(
-            initial_sae(self.config, torch.cat(self._pending), self._metadata), self.config
-        )
+        sae = initial_sae(self.config, torch.cat(self._pending), self._metadata)
+        self.step = STEPS[self.config.step](sae, self.config)
         self.steps = 0
 
     def _next_batch(self) -> Tensor | None:
@@ -277,7 +282,7 @@ class Trainer:
         self._refuse_changes(path, saved.meta["config"])
         d_sae, d_in = saved.tensors["sae.W_dec"].shape
         sae = new_sae(self.config, d_in, d_sae, self._metadata)
-        self.step = AutogradStep(sae, self.config)
+        self.step = STEPS[self.config.step](sae, self.config)
         try:
             self.step.load_state_dict(saved.tensors)
         except (KeyError, RuntimeError) as error:
@@ -374,7 +379,7 @@ def initial_sae(config: TrainConfig, rows: Tensor, metadata: dict[str, Any]) -> 
                     "the first activations are all zero: there is nothing to scale by"
                 )
             sae.scale.copy_(constant)
-        sae.b_dec.copy_(reference.geometric_median(sae._scale_input(rows)[0]))
+        sae.b_dec.copy_(reference.geometric_median(sae.scale_input(rows)[0]))
     return sae
 
 
@@ -384,7 +389,7 @@ def new_sae(config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any]
     sae = SAE(
         d_in,
         d_sae,
-        config.k,
+        config.mean_active,
         normalize=config.normalize,
         metadata=metadata,
         device=device,
@@ -392,21 +397,6 @@ def new_sae(config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any]
     )
     sae.precision = resolve_precision(config.precision, device)
     return sae
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ConfigError if CUDA is asked for and absent."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            raise ConfigError(
-                f"device = {device!r}, but this machine has {count} usable CUDA devices (torch "
-                f"{torch.__version__}); use --device cpu, or install a CUDA build of torch"
-            )
-    return resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> Any:

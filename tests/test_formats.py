@@ -13,12 +13,12 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, ConfigError, FormatError, JumpReLU, TopK, formats
-from tests.small_saes import MODEL, activations, largest_difference, small_sae
-from tests.tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 
 FILES = {
     "saelens": ("cfg.json", "sae_weights.safetensors", "sae_weights.pt"),
@@ -385,7 +385,10 @@ def test_what_is_not_one_sae_is_refused(tmp_path):
         ({"k": None}, "k is None, expected a whole number"),
         ({"k": 3.6}, "k is 3.6, expected a whole number"),
         ({"k": 41}, "k = 41 active latents of d_sae = 40 is not possible"),
-        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
+        (
+            {"normalize_activations": "constant_norm_rescale"},
+            "fastsae reads 'none' and 'layer_norm'",
+        ),
         ({"reshape_activations": "hook_z"}, "flatten the heads"),
     ],
 )

@@ -9,13 +9,13 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_saes import activations, largest_difference, small_sae
+from tolerances import OTHER_PROGRAM
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, TopK
-from tests.small_saes import activations, largest_difference, small_sae
-from tests.tolerances import OTHER_PROGRAM
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ import pytest
 import sae_lens
 import torch
 from safetensors.torch import load_file
+from small_saes import MODEL, activations, largest_difference, small_sae
+from tolerances import OTHER_PROGRAM
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, TopK
-from tests.small_saes import MODEL, activations, largest_difference, small_sae
-from tests.tolerances import OTHER_PROGRAM
 
 SHAPES = [(50, 12), (4, 9, 12)]
 NORMALIZE = ["scalar", "none", "layer_norm"]
@@ -227,9 +227,9 @@ def test_training_checkpoint_of_saelens_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
-        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
-        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ({"normalize_activations": "constant_norm_rescale"}, "fastsae reads 'none'"),
+        ({"normalize_activations": "expected_average_only_in"}, "folds scaling"),
+        ({"normalize_activations": "covariance_whitening"}, "whitening by constants"),
         ({"reshape_activations": "hook_z"}, "flatten the heads"),
     ],
 )

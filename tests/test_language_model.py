@@ -110,6 +110,18 @@ def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     assert torch.equal(part.residual(tokens()), kept[0])
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool):
+    whole_model(models.llama(), "none").bfloat16().save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(language_model, "_cpu_has_bf16", lambda: fast)
+    dtype = torch.bfloat16 if fast else torch.float32
+    part = LanguageModel.load(str(tmp_path), 1)
+    assert part.dtype == dtype
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert torch.equal(part.residual(tokens()), residuals(whole, tokens())[1])
+
+
 def parameters(model: LanguageModel) -> int:
     return sum(p.numel() for p in model._decoder.parameters())
 
@@ -122,7 +134,9 @@ def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
     whole = whole_model(build(), "none").get_decoder()
     assert len(decoder.layers) == 3
     table, full_table = decoder.embed_tokens_per_layer.weight, whole.embed_tokens_per_layer.weight
-    assert table.untyped_storage().nbytes() * num_layers == full_table.untyped_storage().nbytes() * 3
+    assert (
+        table.untyped_storage().nbytes() * num_layers == full_table.untyped_storage().nbytes() * 3
+    )
     projection = decoder.per_layer_model_projection.weight
     full_projection = whole.per_layer_model_projection.weight
     assert projection.shape[0] * num_layers == full_projection.shape[0] * 3
@@ -205,7 +219,7 @@ def test_layer_out_of_range(layer: int):
 
 
 def test_context_too_long():
-    with pytest.raises(ConfigError, match="context_length = 257.*at most 256 positions"):
+    with pytest.raises(ConfigError, match=r"context_length = 257.*at most 256 positions"):
         load_config(models.llama(), 0, 257)
     assert load_config(models.llama(), 0, 256)
 
@@ -226,9 +240,11 @@ def test_cuda_absent(monkeypatch: pytest.MonkeyPatch):
 def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
     )
-    with pytest.raises(StreamError, match="not installed.*--quantization none"):
+    with pytest.raises(StreamError, match=r"not installed.*--quantization none"):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
@@ -237,7 +253,9 @@ def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
         raise OSError("libbitsandbytes.so: cannot open shared object file")
 
     monkeypatch.setattr(language_model.importlib, "import_module", broken)
-    with pytest.raises(StreamError, match="does not work here: libbitsandbytes.*--quantization none"):
+    with pytest.raises(
+        StreamError, match=r"does not work here: libbitsandbytes.*--quantization none"
+    ):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
@@ -248,12 +266,12 @@ def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("blocksize is not supported")
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
-    with pytest.raises(StreamError, match="does not run on cpu: blocksize.*--quantization none"):
+    with pytest.raises(StreamError, match=r"does not run on cpu: blocksize.*--quantization none"):
         LanguageModel.load(models.llama(), 0, quantization="nf4")
 
 
 def test_directory_without_a_model(tmp_path: Path):
-    with pytest.raises(StreamError, match="the model '.*' cannot be opened"):
+    with pytest.raises(StreamError, match=r"the model '.*' cannot be opened"):
         LanguageModel.load(str(tmp_path), 0)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(StreamError, match=r"cannot be opened.*no-such-model"):
@@ -262,7 +280,7 @@ def test_directory_without_a_model(tmp_path: Path):
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(language_model, "hub_is_reachable", lambda: False)
-    with pytest.raises(StreamError, match="cannot be reached.*--model DIR.*--demo"):
+    with pytest.raises(StreamError, match=r"cannot be reached.*--model DIR.*--demo"):
         LanguageModel.load("google/no-such-gemma", 17)
 
 

@@ -156,8 +156,8 @@ class TestLoss:
     def test_bf16_operands_are_rounded_and_accumulated_in_fp32(self) -> None:
         sae, x = make_sae(dtype=torch.float32), make_x(9).float()
         sae.precision = "bf16"
-        rounded = [t.bfloat16().double() for t in (x, sae.W_enc, sae.b_dec)]
-        pre = (rounded[0] - rounded[2]).float() @ rounded[1].float() + sae.b_enc
+        centred = (x - sae.b_dec).bfloat16().double()
+        pre = (centred @ sae.W_enc.bfloat16().double()).float() + sae.b_enc
         expected = torch.where(ref.topk_mask(pre, 4), pre, 0)
         torch.testing.assert_close(sae.encode(x), expected)
         assert not sae.encode(x).equal(make_sae(dtype=torch.float32).encode(x))

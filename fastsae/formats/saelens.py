@@ -71,9 +71,9 @@ def _metadata(sae: Portable) -> dict[str, Any]:
         defaults["training_architecture_details"] = {"k": sae.provenance["k"]}
     filled_in = [name for name in defaults if name not in sae.metadata]
     return {
-        "sae_lens_version": SAE_LENS_VERSION,
         **defaults,
         **sae.metadata,
+        "sae_lens_version": SAE_LENS_VERSION,
         "fastsae": {**sae.provenance, "filled_in": filled_in},
     }
 
@@ -148,9 +148,9 @@ def _normalize(config: dict[str, Any]) -> Any:
     normalize = config.get("normalize_activations", "none")
     if normalize not in ("none", "layer_norm"):
         raise FormatError(
-            f"normalize_activations = {normalize!r}: its constants are not in these files. SAELens's "
-            f"trainer folds them into the weights when it ends; save the SAE from there. fastsae reads "
-            f"'none' and 'layer_norm'"
+            f"normalize_activations = {normalize!r}; fastsae reads 'none' and 'layer_norm'. SAELens's "
+            f"trainer folds scaling and whitening by constants into the weights when it ends: save the "
+            f"SAE from there"
         )
     reshape = config.get("reshape_activations", "none")
     if reshape != "none":

@@ -102,15 +102,16 @@ def open_stream(config: TrainConfig) -> Stream:
     text; nothing is written.
     """
     from .. import demo
+    from ..device import resolve_device
     from .buffer import ActivationBuffer, hold_out
-    from .language_model import LanguageModel, load_config, resolve_device
+    from .language_model import LanguageModel, load_config
     from .text import open_dataset, open_files
     from .tokens import TokenPacker
 
     device = resolve_device(config.device)
     embedded = config.demo and config.model == demo.MODEL
     if not embedded:
-        load_config(config.model, config.layer, config.context_length)
+        load_config(config.model, config.hooked_layer, config.context_length)
 
     if config.text_files:
         text = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
@@ -129,7 +130,7 @@ def open_stream(config: TrainConfig) -> Stream:
         model = demo.load_language_model(config, device)
     else:
         model = LanguageModel.load(
-            config.model, config.layer, quantization=config.quantization, device=device
+            config.model, config.hooked_layer, quantization=config.quantization, device=device
         )
 
     packer = TokenPacker(text, model.tokenizer, config.context_length)

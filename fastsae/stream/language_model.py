@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..device import resolve_device
 from ..errors import ConfigError, StreamError
 from .access import access_error, hub_is_reachable
 
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 
 # Gemma 4's per-layer-embedding projection stays unquantized: its rows are cut to the layers that run.
 _NEVER_QUANTIZED = ["lm_head", "per_layer_model_projection"]
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists, else ConfigError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            raise ConfigError(
-                f"device = {device!r}, but PyTorch {torch.__version__} sees {count} CUDA devices on this "
-                f"machine; use --device cpu (or auto), or install a driver and a CUDA build of PyTorch"
-            )
-        resolved = torch.device("cuda", resolved.index or 0)
-    return resolved
 
 
 def load_config(name: str, layer: int, context_length: int | None = None) -> PreTrainedConfig:
@@ -119,18 +104,19 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load from the hub or from a local directory.
 
-        ``quantization``: ``none`` keeps the dtype on disk; ``nf4`` stores the linear layers in 4 bits
-        through bitsandbytes, computes in fp16, and keeps all else in bf16. The towers of a
-        multimodal Gemma 4 are not loaded, and a checkpoint that lacks a weight of the decoder is an
-        error.
+        ``quantization``: ``none`` keeps the dtype on disk (but takes float32 on a CPU without
+        instructions for bf16); ``nf4`` stores the linear layers in 4 bits through bitsandbytes,
+        computes in fp16, and keeps all else in bf16. The towers of a multimodal Gemma 4 are not
+        loaded, and a checkpoint that lacks a weight of the decoder is an error.
 
         Raises StreamError or ConfigError, each with what to do.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = resolve_device(str(device))
+        device = resolve_device(device)
         config = load_config(name, layer)
-        options: dict[str, Any] = {"dtype": "auto"}
+        stored = device.type == "cuda" or _cpu_has_bf16()
+        options: dict[str, Any] = {"dtype": "auto" if stored else torch.float32}
         if quantization == "nf4":
             options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config()}
         if config.model_type == "gemma4":
@@ -191,6 +177,12 @@ class LanguageModel:
                 f"layer {self.layer} of {self.name!r} gives {list(residual.shape)} for 8 tokens, expected "
                 f"[1, 8, {self.d_model}]: not an ordinary residual stream; use another model"
             )
+
+
+def _cpu_has_bf16() -> bool:
+    """Without instructions for it, bf16 is many times slower on a CPU than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def _local_only(name: str) -> bool:

@@ -1,0 +1,27 @@
+"""Which device a run uses."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ConfigError
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent, or has no such index.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise ConfigError(
+                f"device = {str(device)!r}, but PyTorch {torch.__version__} sees {count} CUDA devices on "
+                f"this machine; use --device cpu (or auto), or install a driver and a CUDA build of PyTorch"
+            )
+        resolved = torch.device("cuda", resolved.index or 0)
+    return resolved

@@ -1,0 +1,233 @@
+"""Keeping decoder rows on the unit sphere: the tangent gradient and the renormalisation.
+
+    P(W, G)[f] = G[f] - (<G[f], W[f]> / ‖W[f]‖²) · W[f]
+    N(W)[f]    = W[f] / ‖W[f]‖
+
+Shapes: ``W_dec [F, D]``, ``gradient [F, D]``; float64, float32, bfloat16 or float16. A zero row projects
+nothing and stays zero. Computed in float32 (float64 for float64) and rounded once. One program a row,
+one fixed order of summation: bitwise reproducible.
+
+Bytes moved, ``e`` an element: projection ``3·F·D·e``, normalisation ``2·F·D·e``. The training step
+moves none of them: :mod:`.fused_update` does both while it holds the row.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .aot import WIDTHS, Case
+from .dispatch import implementation, jit, register, tl, triton
+from .rounding import rounded
+
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@jit
+def tangent(gradient, w):
+    """``gradient`` less its component along the row ``w``, both ``[BLOCK_D]``, zero where masked."""
+    along = tl.sum(gradient * w, 0) / tl.maximum(tl.sum(w * w, 0), TINY)
+    return gradient - along * w
+
+
+@jit
+def unit(w):
+    """``w`` of norm 1, or zero."""
+    return w / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), TINY)
+
+
+@jit
+def _project_gradient_kernel(W_dec_ptr, gradient_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    at = tl.program_id(0).to(tl.int64) * D + columns
+    w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
+    gradient = tl.load(gradient_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
+    projected = rounded(tangent(gradient, w), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, projected, mask=columns < D)
+
+
+@jit
+def _normalize_rows_kernel(W_dec_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    at = tl.program_id(0).to(tl.int64) * D + columns
+    w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, rounded(unit(w), out_ptr.dtype.element_ty), mask=columns < D)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+def row_blocks(width: int) -> dict[str, int]:
+    """A whole row a program: the power of two above it, eight elements a thread."""
+    block = max(16, triton.next_power_of_2(width))
+    return {"BLOCK_D": block, "num_warps": min(16, max(4, block // 256))}
+
+
+def _launch(kernel, out: Tensor, *tensors: Tensor) -> Tensor:
+    if out.numel():
+        kernel[(len(out),)](*tensors, out, out.shape[1], **row_blocks(out.shape[1]))
+    return out
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _tangent_torch(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    w, g = _upcast(W_dec), _upcast(gradient)
+    norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
+    along = torch.linalg.vecdot(g, w) / norm2
+    return torch.addcmul(g, along[:, None], w, value=-1).to(gradient.dtype)
+
+
+def _unit_torch(W_dec: Tensor) -> Tensor:
+    w = _upcast(W_dec)
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    return (w / norm.clamp_min(torch.finfo(w.dtype).tiny)).to(W_dec.dtype)
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _project_gradient_backward(ctx, dP):
+    W_dec, gradient = ctx.saved_tensors
+    # The projection is symmetric: its own transpose.
+    dgradient = project_gradient(W_dec, dP) if ctx.needs_input_grad[1] else None
+    dW_dec = None
+    if ctx.needs_input_grad[0]:
+        w, g, d = (_upcast(t) for t in (W_dec, gradient, dP))
+        norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)[:, None]
+        along = torch.linalg.vecdot(g, w)[:, None] / norm2
+        through = torch.linalg.vecdot(d, w)[:, None] / norm2
+        dW_dec = (-along * d - through * (g - 2 * along * w)).to(W_dec.dtype)
+    return dW_dec, dgradient
+
+
+@register(
+    fake=lambda W_dec, gradient: _contiguous_like(gradient),
+    setup_context=_save,
+    backward=_project_gradient_backward,
+)
+def _project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    W_dec, gradient = W_dec.contiguous(), gradient.contiguous()
+    if implementation(W_dec) == "torch":
+        return _tangent_torch(W_dec, gradient)
+    return _launch(_project_gradient_kernel, _contiguous_like(gradient), W_dec, gradient)
+
+
+def _normalize_rows_backward(ctx, dN):
+    (W_dec,) = ctx.saved_tensors
+    w = _upcast(W_dec)
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    return (_tangent_torch(w, _upcast(dN)) / norm).to(W_dec.dtype)
+
+
+@register(fake=_contiguous_like, setup_context=_save, backward=_normalize_rows_backward)
+def _normalize_rows(W_dec: Tensor) -> Tensor:
+    W_dec = W_dec.contiguous()
+    if implementation(W_dec) == "torch":
+        return _unit_torch(W_dec)
+    return _launch(_normalize_rows_kernel, _contiguous_like(W_dec), W_dec)
+
+
+@register(fake=lambda W_dec, gradient: None, mutates_args=("gradient",))
+def _project_gradient_(W_dec: Tensor, gradient: Tensor) -> None:
+    if implementation(W_dec) == "torch":
+        gradient.copy_(_tangent_torch(W_dec, gradient))
+    else:
+        _launch(_project_gradient_kernel, gradient, W_dec.contiguous(), gradient)
+
+
+@register(fake=lambda W_dec: None, mutates_args=("W_dec",))
+def _normalize_rows_(W_dec: Tensor) -> None:
+    if implementation(W_dec) == "torch":
+        W_dec.copy_(_unit_torch(W_dec))
+    else:
+        _launch(_normalize_rows_kernel, W_dec, W_dec)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check_rows(name: str, tensor: Tensor, *, in_place: bool = False) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected [F, D], got {list(tensor.shape)}")
+    if in_place and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor to update in place, got strides {tensor.stride()}; "
+            "use the form without the underscore"
+        )
+
+
+def _check_pair(W_dec: Tensor, gradient: Tensor, *, in_place: bool = False) -> None:
+    _check_rows("gradient", gradient, in_place=in_place)
+    if W_dec.shape != gradient.shape:
+        raise ValueError(
+            f"gradient: expected the shape of W_dec, {list(W_dec.shape)}, got {list(gradient.shape)}"
+        )
+
+
+def project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient [F, D]`` with the component along each row of ``W_dec [F, D]`` removed.
+
+    Returns a new tensor of ``gradient``'s dtype, orthogonal to ``W_dec`` row by row. Differentiable
+    in both, not twice. Raises ValueError if the shapes differ.
+    """
+    _check_pair(W_dec, gradient)
+    return _project_gradient(W_dec, gradient)
+
+
+def project_gradient_(W_dec: Tensor, gradient: Tensor) -> Tensor:
+    """:func:`project_gradient` in place, on a contiguous ``gradient``, which it returns."""
+    _check_pair(W_dec, gradient, in_place=True)
+    _project_gradient_(W_dec, gradient)
+    return gradient
+
+
+def normalize_rows(W_dec: Tensor) -> Tensor:
+    """``W_dec [F, D]`` with rows of norm 1, as a new tensor; differentiable, not twice.
+
+    Raises ValueError on anything but a matrix.
+    """
+    _check_rows("W_dec", W_dec)
+    return _normalize_rows(W_dec)
+
+
+def normalize_rows_(W_dec: Tensor) -> Tensor:
+    """:func:`normalize_rows` in place, on a contiguous ``W_dec``, which it returns."""
+    _check_rows("W_dec", W_dec, in_place=True)
+    _normalize_rows_(W_dec)
+    return W_dec
+
+
+# --- ahead of time ------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[Case]:
+    """Both kernels at every width and in every dtype."""
+    cases = []
+    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
+        pointer = f"*{dtype}"
+        blocks = row_blocks(width)
+        warps = blocks.pop("num_warps")
+        more = {"num_warps": warps, "representative": width == 1536 and dtype == "fp32"}
+        project = {"W_dec_ptr": pointer, "gradient_ptr": pointer, "out_ptr": pointer, "D": "i32"}
+        normalize = {"W_dec_ptr": pointer, "out_ptr": pointer, "D": "i32"}
+        for name, kernel, signature in (
+            ("project_gradient", _project_gradient_kernel, project),
+            ("normalize_rows", _normalize_rows_kernel, normalize),
+        ):
+            label = f"{name}, D={width} {dtype}"
+            cases.append(Case(label, kernel, signature, blocks, ("D",), **more))
+    return cases

@@ -1,0 +1,128 @@
+"""Triton or torch: the one module that decides, and the one way an operation is registered.
+
+CUDA tensors run on Triton where it is installed; everything else runs on the sparse torch code that
+each operation's module holds beside its kernels. Triton on a machine without a GPU is never touched.
+Kernel files take ``jit``, ``tl`` and ``triton`` from here, so they import where Triton does not exist.
+
+``FASTSAE_KERNELS=auto|triton|torch`` sets the choice for a process, ``use(...)`` for a block. Kernels
+run on CPU tensors, for tests, under ``TRITON_INTERPRET=1`` set before the first import and
+``use("triton")``.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+    jit = triton.jit
+except ImportError:
+    triton = None
+    HAS_TRITON = INTERPRETED = False
+
+    class tl:
+        """What a kernel's definition, as opposed to its body, needs of triton.language."""
+
+        constexpr = staticmethod(lambda value: value)
+
+    def jit(function):
+        return function
+
+
+Implementation = Literal["triton", "torch"]
+Choice = Literal["auto", "triton", "torch"]
+
+logger = logging.getLogger("fastsae_kernels")
+
+
+def _checked(choice: str) -> str:
+    if choice not in get_args(Choice):
+        raise ValueError(
+            f"unknown implementation {choice!r}: expected 'auto', 'triton' or 'torch' "
+            "(in use(...) or the environment variable FASTSAE_KERNELS)"
+        )
+    return choice
+
+
+_choice = _checked(os.environ.get("FASTSAE_KERNELS", "auto"))
+
+
+@contextmanager
+def use(choice: Choice) -> Iterator[None]:
+    """Run the operations inside the block on ``choice``; backward passes inside it included."""
+    # A plain global, not a context variable: autograd runs CUDA backwards on threads of its own.
+    global _choice
+    before, _choice = _choice, _checked(choice)
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def implementation(tensor: Tensor) -> Implementation:
+    """Which code runs on ``tensor``.
+
+    float64 always runs on torch: the kernels compute in float32. Raises RuntimeError if Triton was
+    asked for where it cannot run.
+    """
+    can = HAS_TRITON and tensor.is_cuda != INTERPRETED and tensor.dtype != torch.float64
+    if _choice == "triton" and not can:
+        raise RuntimeError(
+            f"Triton was asked for but cannot run on a {tensor.dtype} tensor on {tensor.device}: "
+            "it needs an installed triton and a CUDA tensor (or TRITON_INTERPRET=1 and a CPU "
+            "tensor), and no float64; use 'auto' or 'torch'"
+        )
+    # The interpreter is for tests, which ask for it by name.
+    picked = (
+        "triton"
+        if _choice == "triton" or (_choice == "auto" and can and not INTERPRETED)
+        else "torch"
+    )
+    _log_once(picked, tensor.device.type)
+    return picked
+
+
+@functools.cache
+def _log_once(picked: Implementation, device: str) -> None:
+    reason = (
+        "" if picked == "triton" or device != "cuda" or HAS_TRITON else " (triton is not installed)"
+    )
+    logger.info("kernels on %s tensors: %s%s", device, picked, reason)
+
+
+def register(
+    *,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    mutates_args: tuple[str, ...] = (),
+) -> Callable[[Callable], Callable]:
+    """Make a function the operation ``fastsae::<its name>`` of torch's library.
+
+    ``fake`` gives the outputs' shapes and dtypes from the inputs'; ``setup_context`` and ``backward``
+    are those of ``torch.library.register_autograd``. The function itself asks ``implementation``.
+
+    Only ``custom_op`` is used: it passes ``opcheck``, ``torch.compile(fullgraph=True)`` and CUDA graph
+    capture alike, on every device and under the interpreter, where ``triton_op`` cannot be traced.
+    What it gives up, a compiler that sees into the launches, has nothing to fuse here.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"fastsae::{function.__name__.lstrip('_')}"
+        op = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        op.register_fake(fake)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
+        return op
+
+    return decorate

@@ -1,0 +1,362 @@
+"""The encoder's matrix product, with the group maxima that the selection needs in its epilogue.
+
+    pre[b, f] = sum_d (x[b, d] - b_dec[d]) * W_enc[d, f] + b_enc[f]
+    m[b, g]   = max of the positive entries of pre[b, 32 g : 32 (g + 1)], 0 where there is none
+
+``W_enc [D, F]`` is feature-major in memory: a transposed view of a contiguous ``[F, D]``. Operands are
+bfloat16, float16 or float32; sums are float32 and so is ``pre``, for the selection must not meet the
+ties that rounding to bfloat16 makes. float32 operands go through the fused kernel only where TF32 is
+allowed (``torch.backends.cuda.matmul.allow_tf32``); exact float32 is the library's product followed
+by ``group_max``.
+
+Bytes: operands once, ``4 B F`` written; taking the maxima here saves reading those back. Arithmetic:
+``2 B D F``. Deterministic: each entry is summed by one program in a fixed order, and the configuration
+depends on dtype and device alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .aot import Case
+from .dispatch import INTERPRETED, implementation, jit, register, tl
+from .groups import GROUP, GroupMax, _group_max, cdiv, float_bits, positive_keys
+
+
+class Encoded(NamedTuple):
+    """Pre-activations and their group maxima."""
+
+    pre: Tensor  # [B, F] float32 (float64 for float64 operands)
+    maxima: GroupMax
+
+
+class _Config(NamedTuple):
+    BLOCK_B: int
+    BLOCK_F: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+# By pointers and by tensor descriptors (the bulk copies of sm_90), for 2 and for 4 byte operands.
+_POINTERS = {2: _Config(128, 128, 32, 8, 3), 4: _Config(128, 64, 32, 8, 2)}
+_DESCRIPTORS = {2: _Config(128, 256, 64, 8, 3), 4: _Config(128, 128, 32, 8, 3)}
+# On sm_100 the tile by descriptors spills, so it is left to pointers.
+_DESCRIPTOR_CAPABILITIES = range(90, 100)
+_ROWS_TOGETHER = 8
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@jit
+def _tile(B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, ROWS_TOGETHER: tl.constexpr):
+    """This program's tile; neighbours share a few row tiles, so that the cache serves the columns."""
+    pid = tl.program_id(0)
+    row_tiles = tl.cdiv(B, BLOCK_B)
+    per_band = ROWS_TOGETHER * tl.cdiv(F, BLOCK_F)
+    first = (pid // per_band) * ROWS_TOGETHER
+    rows = tl.minimum(row_tiles - first, ROWS_TOGETHER)
+    within = pid % per_band
+    return first + within % rows, within // rows
+
+
+@jit
+def _epilogue(
+    accumulator,
+    tile_b,
+    tile_f,
+    bias_ptr,
+    pre_ptr,
+    max_ptr,
+    nonfinite_ptr,
+    B,
+    F,
+    G,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
+    pre = accumulator + bias[None, :]
+    inside = (row[:, None] < B) & (column[None, :] < F)
+    place = row[:, None].to(tl.int64) * F + column[None, :]
+    tl.store(pre_ptr + place, pre, mask=inside)
+
+    bits = tl.where(inside, float_bits(pre), 0)
+    groups = tl.reshape(bits, [BLOCK_B, BLOCK_F // GROUP, GROUP])
+    maximum = tl.max(positive_keys(groups), 2).to(tl.float32, bitcast=True)
+    group = tile_f * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
+    inside = (row[:, None] < B) & (group[None, :] < G)
+    tl.store(max_ptr + row[:, None].to(tl.int64) * G + group[None, :], maximum, mask=inside)
+    # Every program that stores, stores the same.
+    bad = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32), 1)
+    tl.store(nonfinite_ptr + row * 0, bad > 0, mask=bad > 0)
+
+
+@jit
+def _encode_pointers_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    pre_ptr,
+    max_ptr,
+    nonfinite_ptr,
+    B,
+    F,
+    D,
+    G,
+    EVEN_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS_TOGETHER: tl.constexpr,
+):
+    tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
+    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    # Rows and columns past the end read the first one: their results are not stored.
+    row = tl.where(row < B, row, 0).to(tl.int64)
+    column = tl.where(column < F, column, 0).to(tl.int64)
+    width = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + row[:, None] * D + width[None, :]
+    weight_ptrs = weight_ptr + column[None, :] * D + width[:, None]
+    accumulator = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if EVEN_D:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=width[None, :] < D - start, other=0.0)
+            weight = tl.load(weight_ptrs, mask=width[:, None] < D - start, other=0.0)
+        if UPCAST:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        accumulator = tl.dot(x, weight, accumulator)
+        x_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
+    _epilogue(
+        accumulator,
+        tile_b,
+        tile_f,
+        bias_ptr,
+        pre_ptr,
+        max_ptr,
+        nonfinite_ptr,
+        B,
+        F,
+        G,
+        BLOCK_B,
+        BLOCK_F,
+        GROUP,
+    )
+
+
+@jit
+def _encode_descriptors_kernel(
+    x_descriptor,
+    weight_descriptor,
+    bias_ptr,
+    pre_ptr,
+    max_ptr,
+    nonfinite_ptr,
+    B,
+    F,
+    D,
+    G,
+    UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS_TOGETHER: tl.constexpr,
+):
+    tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
+    accumulator = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        # [BLOCK_B, BLOCK_D], [BLOCK_F, BLOCK_D]; zeros past the end
+        x = x_descriptor.load([tile_b * BLOCK_B, start])
+        weight = weight_descriptor.load([tile_f * BLOCK_F, start])
+        if UPCAST:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        accumulator = tl.dot(x, weight.T, accumulator)
+    _epilogue(
+        accumulator,
+        tile_b,
+        tile_f,
+        bias_ptr,
+        pre_ptr,
+        max_ptr,
+        nonfinite_ptr,
+        B,
+        F,
+        G,
+        BLOCK_B,
+        BLOCK_F,
+        GROUP,
+    )
+
+
+# --- launch, torch, operation -------------------------------------------------------------------
+
+
+def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
+    """Whether the device has bulk tensor copies and the operands are laid out for them."""
+    if centred.is_cuda:
+        major, minor = torch.cuda.get_device_capability(centred.device)
+        if 10 * major + minor not in _DESCRIPTOR_CAPABILITIES:
+            return False
+    aligned = all(t.data_ptr() % 16 == 0 for t in (centred, weight))
+    return aligned and centred.shape[1] * centred.element_size() % 16 == 0
+
+
+def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, D), F = centred.shape, len(weight)
+    G = cdiv(F, GROUP)
+    centred, weight, bias = centred.contiguous(), weight.contiguous(), bias.contiguous()
+    pre = torch.empty(B, F, dtype=torch.float32, device=centred.device)
+    maxima = torch.empty(B, G, dtype=torch.float32, device=centred.device)
+    nonfinite = torch.zeros((), dtype=torch.bool, device=centred.device)
+    outputs = (bias, pre, maxima, nonfinite, B, F, D, G)
+    by_descriptors = _descriptors_serve(centred, weight)
+    config = (_DESCRIPTORS if by_descriptors else _POINTERS)[centred.element_size()]
+    grid = (cdiv(B, config.BLOCK_B) * cdiv(F, config.BLOCK_F),)
+    # The interpreter multiplies bfloat16 bit patterns as if they were integers.
+    constants = config._asdict() | {
+        "GROUP": GROUP,
+        "ROWS_TOGETHER": _ROWS_TOGETHER,
+        "UPCAST": INTERPRETED,
+    }
+    if by_descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        x = TensorDescriptor.from_tensor(centred, [config.BLOCK_B, config.BLOCK_D])
+        w = TensorDescriptor.from_tensor(weight, [config.BLOCK_F, config.BLOCK_D])
+        _encode_descriptors_kernel[grid](x, w, *outputs, **constants)
+    else:
+        even = D % config.BLOCK_D == 0
+        _encode_pointers_kernel[grid](centred, weight, *outputs, EVEN_D=even, **constants)
+    return pre, maxima, nonfinite
+
+
+def _encode_torch(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Upcast rather than multiply in low precision: torch would round the sums to it.
+    dtype = torch.promote_types(centred.dtype, torch.float32)
+    pre = torch.addmm(bias.to(dtype), centred.to(dtype), weight.to(dtype).T)
+    return pre, *_group_max(pre)
+
+
+def _fake(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, F = centred.shape[0], weight.shape[0]
+    dtype = torch.promote_types(centred.dtype, torch.float32)
+    return (
+        centred.new_empty(B, F, dtype=dtype),
+        centred.new_empty(B, (F + GROUP - 1) // GROUP, dtype=dtype),
+        centred.new_empty((), dtype=torch.bool),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    centred, weight, bias = inputs
+    ctx.save_for_backward(centred, weight)
+    ctx.bias_dtype = bias.dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, gradient, *_):
+    centred, weight = ctx.saved_tensors
+    low = gradient.to(weight.dtype)
+    needs_centred, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        low @ weight if needs_centred else None,
+        low.T @ centred if needs_weight else None,
+        gradient.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+    )
+
+
+@register(fake=_fake, setup_context=_setup_context, backward=_backward)
+def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # What exact float32 would cost on matrix units that only know TF32 is left to the library.
+    fusible = centred.element_size() == 2 or INTERPRETED or torch.backends.cuda.matmul.allow_tf32
+    if fusible and 0 not in (*centred.shape, len(weight)) and implementation(centred) == "triton":
+        return _encode_triton(centred, weight, bias)
+    return _encode_torch(centred, weight, bias)
+
+
+def encode_with_group_max(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
+) -> Encoded:
+    """``pre = (x - b_dec) @ W_enc + b_enc`` and the group maxima of ``pre``, for ``batch_topk``.
+
+    ``x [B, D]``, ``W_enc [D, F]`` (best as the transposed view of a contiguous ``[F, D]``: any other
+    layout is copied), ``b_enc [F]``, ``b_dec [D]`` or None where ``x`` is centred already. The dtype
+    of ``W_enc`` is the operands'; the difference ``x - b_dec`` is taken in float32 before it is rounded
+    to it. ``pre`` is differentiable in all four; the maxima are not.
+
+    Deterministic. Raises ValueError for shapes that do not fit.
+    """
+    fits = x.ndim == W_enc.ndim == 2 and x.shape[1] == W_enc.shape[0]
+    fits = fits and b_enc.shape == W_enc.shape[1:]
+    if not fits or (b_dec is not None and b_dec.shape != W_enc.shape[:1]):
+        shapes = [tuple(t.shape) for t in (x, W_enc, b_enc, b_dec) if t is not None]
+        raise ValueError(
+            "encode_with_group_max: expected x [B, D], W_enc [D, F], b_enc [F] and b_dec [D], got "
+            f"{', '.join(map(str, shapes))}; flatten leading dimensions of x first"
+        )
+    if b_dec is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) - b_dec.to(wide)
+    pre, maxima, nonfinite = _encode(x.to(W_enc.dtype), W_enc.T, b_enc)
+    return Encoded(pre, GroupMax(maxima, nonfinite))
+
+
+def aot_cases() -> list[Case]:
+    outputs = {"pre_ptr": "*fp32", "max_ptr": "*fp32", "nonfinite_ptr": "*i1"}
+    outputs |= {name: "i32" for name in ("B", "F", "D", "G")}
+    constants = {"GROUP": GROUP, "ROWS_TOGETHER": _ROWS_TOGETHER, "UPCAST": False}
+    types = (("bf16", 2), ("fp16", 2), ("fp32", 4))
+    cases = []
+    for dtype, size in types:
+        blocks = _POINTERS[size]._asdict()
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        cases += [
+            Case(
+                f"encode pointers {dtype}{'' if even else ', ragged D'}",
+                _encode_pointers_kernel,
+                {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": "*fp32"} | outputs,
+                constants | blocks | {"EVEN_D": even},
+                divisible=("B", "F", "D", "G"),
+                matrix=True,
+                representative=dtype == "bf16" and even,
+                **options,
+            )
+            for even in (True, False)
+        ]
+    for dtype, size in types:
+        blocks = _DESCRIPTORS[size]._asdict()
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        x_block, weight_block = (
+            f"{dtype}[{blocks[rows]},{blocks['BLOCK_D']}]" for rows in ("BLOCK_B", "BLOCK_F")
+        )
+        operands = {
+            "x_descriptor": f"tensordesc<{x_block}>",
+            "weight_descriptor": f"tensordesc<{weight_block}>",
+        }
+        cases.append(
+            Case(
+                f"encode descriptors {dtype}",
+                _encode_descriptors_kernel,
+                operands | {"bias_ptr": "*fp32"} | outputs,
+                constants | blocks,
+                divisible=("B", "F", "D", "G"),
+                capabilities=_DESCRIPTOR_CAPABILITIES,
+                matrix=True,
+                representative=dtype == "bf16",
+                **options,
+            )
+        )
+    return cases

@@ -1,0 +1,544 @@
+"""The sparse decoder: reconstructions as weighted sums of the active latents' rows.
+
+    x̂[b]     = Σ_{j in row b} z[j] · W_dec[i[j]] + b_dec        z: CSR values, i: CSR indices
+    dz[j]    = <dx̂[b(j)], W_dec[i[j]]>
+    dW_dec[f] = Σ_{j: i[j] = f} z[j] · dx̂[b(j)]                 the same sum, over the CSC
+    db_dec   = Σ_b dx̂[b]
+
+Shapes: ``values [K]``, ``indices [K]``, ``offsets [B + 1]``, ``W_dec [F, D]``, ``b_dec [D]``,
+``x [B, D]``. Sums are in float32 (float64 for float64 tensors) and rounded once, at the store.
+
+Rows of more than 128 actives are summed in chunks by programs of their own (:mod:`.segments`). No
+atomics: bitwise reproducible.
+
+Bytes moved, ``e`` bytes an element: forward ``nnz·D·e`` gathered (through L2: at most ``F·D·e`` of it
+from memory) plus ``B·D·e`` written; the loss reads and writes ``B·D·e`` more. ``dz``: ``2·nnz·D·e``
+gathered. ``dW_dec``: ``nnz·D·e`` gathered and ``F·D·e`` written.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .aot import WIDTHS, Case
+from .batch_topk import csr_to_csc
+from .dispatch import implementation, jit, register, tl, triton
+from .rounding import rounded
+from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
+from .sparse import CSR
+
+# Entries and columns of one tile, and warps: 32 float32 accumulators a thread.
+BLOCK_N = 8
+WARPS = 4
+
+
+def column_block(width: int) -> int:
+    """Columns of a tile: 512 where it divides D, else 256 (768 and 2304 are multiples of it)."""
+    return 512 if width % 512 == 0 else min(256, max(16, triton.next_power_of_2(width)))
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@jit
+def weighted_sum(
+    values_ptr,
+    indices_ptr,
+    table_ptr,
+    begin,
+    end,
+    columns,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``Σ_{begin <= j < end} values[j] · table[indices[j], columns]``, ``[BLOCK_D]`` float32."""
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        entry = first + tl.arange(0, BLOCK_N)
+        inside = entry < end
+        value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+        index = tl.load(indices_ptr + entry, mask=inside, other=0).to(tl.int64)
+        row = tl.load(  # [BLOCK_N, BLOCK_D]
+            table_ptr + index[:, None] * D + columns[None, :],
+            mask=inside[:, None] & (columns < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += value[:, None] * row
+    return tl.sum(total, 0)
+
+
+@jit
+def _chunk_sums_kernel(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    table_ptr,
+    starts_ptr,
+    owners_ptr,
+    sums_ptr,
+    segments,
+    D,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One chunk of a long segment and one tile of columns a program."""
+    chunk = tl.program_id(0)
+    if chunk < tl.load(starts_ptr + segments):
+        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        segment = tl.load(owners_ptr + chunk)
+        begin = tl.load(offsets_ptr + segment) + (chunk - tl.load(starts_ptr + segment)) * CHUNK
+        end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + segment + 1))
+        total = weighted_sum(
+            values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
+        )
+        tl.store(sums_ptr + chunk.to(tl.int64) * D + columns, total, mask=columns < D)
+
+
+@jit
+def _segment_sum(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    table_ptr,
+    starts_ptr,
+    sums_ptr,
+    segment,
+    columns,
+    D,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The whole of one segment: from its entries if short, from its chunks' sums if long."""
+    begin = tl.load(offsets_ptr + segment)
+    end = tl.load(offsets_ptr + segment + 1)
+    end = tl.where(end - begin > CHUNK, begin, end)
+    total = weighted_sum(
+        values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
+    )
+    for chunk in range(tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)):
+        at = tl.cast(chunk, tl.int64) * D + columns
+        total += tl.load(sums_ptr + at, mask=columns < D, other=0.0)
+    return total
+
+
+@jit
+def _weighted_row_sums_kernel(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    table_ptr,
+    bias_ptr,
+    starts_ptr,
+    sums_ptr,
+    out_ptr,
+    D,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One segment and one tile of columns a program."""
+    segment = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = _segment_sum(
+        values_ptr,
+        indices_ptr,
+        offsets_ptr,
+        table_ptr,
+        starts_ptr,
+        sums_ptr,
+        segment,
+        columns,
+        D,
+        CHUNK,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    at = segment.to(tl.int64) * D + columns
+    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=columns < D)
+
+
+@jit
+def _decode_loss_kernel(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    W_dec_ptr,
+    b_dec_ptr,
+    x_ptr,
+    starts_ptr,
+    sums_ptr,
+    residual_ptr,
+    squares_ptr,
+    D,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token and one tile of columns a program; ``squares [B, tiles]``."""
+    token = tl.program_id(0)
+    tile = tl.program_id(1)
+    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    x_hat = _segment_sum(
+        values_ptr,
+        indices_ptr,
+        offsets_ptr,
+        W_dec_ptr,
+        starts_ptr,
+        sums_ptr,
+        token,
+        columns,
+        D,
+        CHUNK,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    x_hat += tl.load(b_dec_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    at = token.to(tl.int64) * D + columns
+    # Outside D all of x, x̂ and hence the residual are zero.
+    residual = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - x_hat
+    tl.store(residual_ptr + at, rounded(residual, residual_ptr.dtype.element_ty), mask=inside)
+    tl.store(squares_ptr + token * tl.num_programs(1) + tile, tl.sum(residual * residual, 0))
+
+
+@jit
+def _value_gradients_kernel(
+    dx_hat_ptr,
+    indices_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    W_dec_ptr,
+    out_ptr,
+    B,
+    K,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``BLOCK_N`` slots a program; slots beyond ``nnz`` get zero."""
+    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = slot < tl.load(offsets_ptr + B)
+    token = tl.load(tokens_ptr + slot, mask=inside, other=0).to(tl.int64)
+    index = tl.load(indices_ptr + slot, mask=inside, other=0).to(tl.int64)
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < D)[None, :]
+        dx_hat = tl.load(dx_hat_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        row = tl.load(W_dec_ptr + index[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        total += dx_hat.to(tl.float32) * row.to(tl.float32)
+    dz = rounded(tl.sum(total, 1), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + slot, dz, mask=slot < K)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+def _blocks(width: int) -> dict[str, int]:
+    return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": column_block(width), "num_warps": WARPS}
+
+
+def launch_chunk_sums(
+    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, long: LongSegments, out: Tensor
+) -> None:
+    """Write the weighted sum of ``table``'s rows over each chunk of a long segment to ``out``.
+
+    ``out [chunk_capacity(K), D]`` float32.
+    """
+    width = table.shape[1]
+    if len(out):
+        _chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
+            values, indices, offsets, table, *long, out, len(offsets) - 1, width, **_blocks(width)
+        )
+
+
+def _launch_segment_sums(kernel, values, indices, offsets, table, between, after) -> None:
+    """Launch ``kernel`` over (segments, column tiles), the long segments' chunks before it."""
+    segments, width = len(offsets) - 1, table.shape[1]
+    if not segments * width:
+        return
+    long = long_segments(offsets, len(indices))
+    sums = torch.empty(
+        chunk_capacity(len(indices)), width, dtype=torch.float32, device=table.device
+    )
+    launch_chunk_sums(values, indices, offsets, table, long, sums)
+    kernel[(segments, triton.cdiv(width, column_block(width)))](
+        values,
+        indices,
+        offsets,
+        table,
+        *between,
+        long.starts,
+        sums,
+        *after,
+        width,
+        **_blocks(width),
+    )
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bag(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """The weighted row sums ``[n, D]`` by torch, in the accumulator's type."""
+    if table.shape[1] == 0 or len(table) == 0:
+        return table.new_zeros(len(offsets) - 1, table.shape[1], dtype=_accumulator(table.dtype))
+    # embedding_bag would count the unused slots to the last row.
+    nnz = int(offsets[-1])
+    return F.embedding_bag(
+        indices[:nnz],
+        table.to(_accumulator(table.dtype)),
+        offsets,
+        mode="sum",
+        per_sample_weights=values[:nnz].to(_accumulator(table.dtype)),
+        include_last_offset=True,
+    )
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _fake_row_sums(values, indices, offsets, table, bias):
+    return table.new_empty(offsets.shape[0] - 1, table.shape[1])
+
+
+@register(fake=_fake_row_sums)
+def _weighted_row_sums(
+    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None
+) -> Tensor:
+    values, table = values.contiguous(), table.contiguous()
+    if implementation(table) == "torch":
+        total = _bag(values, indices, offsets, table)
+        return (total if bias is None else total + bias).to(table.dtype)
+    out = _fake_row_sums(values, indices, offsets, table, bias)
+    bias = None if bias is None else bias.contiguous()
+    _launch_segment_sums(
+        _weighted_row_sums_kernel, values, indices, offsets, table, (bias,), (out,)
+    )
+    return out
+
+
+def _fake_value_gradients(dx_hat, values, indices, offsets, W_dec):
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+@register(fake=_fake_value_gradients)
+def _value_gradients(
+    dx_hat: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor
+) -> Tensor:
+    dx_hat, W_dec = dx_hat.contiguous(), W_dec.contiguous()
+    tokens = CSR(values, indices, offsets).tokens()
+    if implementation(W_dec) == "torch":
+        return _value_gradients_torch(dx_hat, values, indices, tokens, W_dec)
+    out = _fake_value_gradients(dx_hat, values, indices, offsets, W_dec)
+    if len(values):
+        _value_gradients_kernel[(triton.cdiv(len(values), BLOCK_N),)](
+            dx_hat,
+            indices,
+            tokens,
+            offsets,
+            W_dec,
+            out,
+            len(offsets) - 1,
+            len(values),
+            W_dec.shape[1],
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=column_block(W_dec.shape[1]),
+            num_warps=WARPS,
+        )
+    return out
+
+
+def _value_gradients_torch(dx_hat, values, indices, tokens, W_dec):
+    out = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    accumulate = _accumulator(W_dec.dtype)
+    # Blocks of entries bound the gathered copies to a few megabytes.
+    for at in torch.arange(len(values), device=values.device).split(2048):
+        token = tokens[at]
+        real = (token < len(dx_hat)).to(accumulate)
+        left = dx_hat[token.clamp(max=len(dx_hat) - 1)].to(accumulate)
+        out[at] = (real * torch.linalg.vecdot(left, W_dec[indices[at]].to(accumulate))).to(
+            out.dtype
+        )
+    return out
+
+
+def _save_decode(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_gradients(ctx, values, indices, offsets, W_dec, b_dec, dx_hat):
+    """Gradients of the five inputs from ``dx̂``, each only where it is needed."""
+    need = ctx.needs_input_grad
+    dvalues = dW_dec = db_dec = None
+    if need[0]:
+        dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
+    if need[3]:
+        csc = csr_to_csc(CSR(values, indices, offsets), W_dec.shape[0])
+        dW_dec = _weighted_row_sums(
+            values[csc.positions], csc.rows, csc.offsets, dx_hat.to(W_dec.dtype), None
+        )
+    if need[4]:
+        db_dec = dx_hat.sum(0, dtype=_accumulator(dx_hat.dtype)).to(b_dec.dtype)
+    return dvalues, None, None, dW_dec, db_dec
+
+
+def _decode_backward(ctx, dx_hat):
+    return _decode_gradients(ctx, *ctx.saved_tensors, dx_hat)
+
+
+@register(
+    fake=_fake_row_sums,
+    setup_context=_save_decode,
+    backward=_decode_backward,
+)
+def _sparse_decode(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    return _weighted_row_sums(values, indices, offsets, W_dec, b_dec)
+
+
+def _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x):
+    squared_error = x.new_empty(x.shape[0], dtype=_accumulator(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), squared_error
+
+
+def _save_decode_loss(ctx, inputs, output):
+    values, indices, offsets, W_dec, b_dec, _ = inputs
+    ctx.save_for_backward(values, indices, offsets, W_dec, b_dec, output[0])
+
+
+def _decode_loss_backward(ctx, dresidual, dsquared_error):
+    *inputs, residual = ctx.saved_tensors
+    dx_hat = -dresidual - 2 * dsquared_error.to(residual.dtype)[:, None] * residual
+    dx = -dx_hat if ctx.needs_input_grad[5] else None
+    return *_decode_gradients(ctx, *inputs, dx_hat), dx
+
+
+@register(
+    fake=_fake_decode_loss,
+    setup_context=_save_decode_loss,
+    backward=_decode_loss_backward,
+)
+def _sparse_decode_loss(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    values, W_dec, b_dec, x = (t.contiguous() for t in (values, W_dec, b_dec, x))
+    if implementation(W_dec) == "torch":
+        residual = x - (_bag(values, indices, offsets, W_dec) + b_dec)
+        return residual.to(x.dtype), residual.square().sum(1).to(_accumulator(x.dtype))
+    residual, squared_error = _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x)
+    tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
+    squares = squared_error.new_empty(len(x), tiles)
+    _launch_segment_sums(
+        _decode_loss_kernel,
+        values,
+        indices,
+        offsets,
+        W_dec,
+        (b_dec, x),
+        (residual, squares),
+    )
+    return residual, squares.sum(1)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> None:
+    if csr.values.shape != csr.indices.shape or csr.values.dim() != 1:
+        raise ValueError(
+            "csr.values and csr.indices: expected two vectors of one length, got "
+            f"{list(csr.values.shape)} and {list(csr.indices.shape)}"
+        )
+    if csr.indices.dtype != torch.int32 or csr.offsets.dtype != torch.int32:
+        raise ValueError(
+            "csr.indices and csr.offsets: expected int32, got "
+            f"{csr.indices.dtype} and {csr.offsets.dtype}"
+        )
+    if not (csr.indices.is_contiguous() and csr.offsets.is_contiguous()):
+        raise ValueError("csr.indices and csr.offsets: expected contiguous, got strided tensors")
+    if W_dec.dim() != 2 or b_dec.shape != W_dec.shape[1:]:
+        raise ValueError(
+            "W_dec and b_dec: expected [F, D] and [D], got "
+            f"{list(W_dec.shape)} and {list(b_dec.shape)}"
+        )
+
+
+def sparse_decode(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """``x̂ = z @ W_dec + b_dec``, ``[B, D]`` in ``W_dec``'s dtype, for ``z`` in sparse form.
+
+    ``csr`` holds int32 indices and offsets and values of any float dtype; ``W_dec [F, D]`` and
+    ``b_dec [D]`` are float64, float32, bfloat16 or float16. Strided tensors are copied. Differentiable
+    in ``csr.values``, ``W_dec`` (its gradient is dense ``[F, D]``) and ``b_dec``; not twice.
+    Bitwise reproducible. Bytes: see the module. Raises ValueError on shapes and dtypes that do not fit.
+    """
+    _check(csr, W_dec, b_dec)
+    return _sparse_decode(*csr, W_dec, b_dec)
+
+
+class DecodeLoss(NamedTuple):
+    residual: Tensor  # [B, D] = x - x̂, the dtype of x
+    squared_error: Tensor  # [B] = Σ_d (x - x̂)², float32 (float64 for float64)
+
+
+def sparse_decode_loss(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> DecodeLoss:
+    """Decode, subtract and square in one pass, for ``x [B, D]``; the rest as :func:`sparse_decode`.
+
+    ``mse = squared_error.sum() / (B·D)``, and its gradient is a multiple of what is returned:
+    ``dY = d mse / dx̂ = residual · (-2 / (B·D))``, so no second buffer is written; ``fused_update_``
+    takes the pair. The squares are those of the unrounded residual, summed tile by tile in fixed
+    order. Differentiable in ``csr.values``, ``W_dec``, ``b_dec`` and ``x``.
+    """
+    _check(csr, W_dec, b_dec)
+    if x.shape != (len(csr.offsets) - 1, W_dec.shape[1]):
+        raise ValueError(
+            f"x: expected [B, D] = [{len(csr.offsets) - 1}, {W_dec.shape[1]}] of csr and W_dec, "
+            f"got {list(x.shape)}"
+        )
+    return DecodeLoss(*_sparse_decode_loss(*csr, W_dec, b_dec, x))
+
+
+# --- ahead of time ------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[Case]:
+    """Every kernel at every width: the table and the values float32, bfloat16 and float16."""
+    types = {f"{name}_ptr": "*i32" for name in ["indices", "offsets", "starts", "owners"]}
+    types |= {"tokens_ptr": "*i64", "squares_ptr": "*fp32", "sums_ptr": "*fp32"}
+    types |= {name: "i32" for name in ("segments", "B", "K", "D")}
+    kernels = {
+        "chunks": _chunk_sums_kernel,
+        "rows": _weighted_row_sums_kernel,
+        "loss": _decode_loss_kernel,
+        "value gradients": _value_gradients_kernel,
+    }
+    cases = []
+    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
+        tables = ("table", "W_dec", "x", "dx_hat", "out", "residual", "values", "bias", "b_dec")
+        here = types | {f"{name}_ptr": f"*{dtype}" for name in tables}
+        for part, kernel in kernels.items():
+            names = getattr(kernel, "arg_names", ())
+            constants = _blocks(width)
+            warps = constants.pop("num_warps")
+            cases.append(
+                Case(
+                    f"sparse_decode {part}, D={width} {dtype}",
+                    kernel,
+                    {name: here[name] for name in names if name in here},
+                    {name: value for name, value in constants.items() if name in names},
+                    ("D", "B", "K", "segments"),
+                    num_warps=warps,
+                    representative=width == 1536 and dtype == "bf16",
+                )
+            )
+    return cases

@@ -1,0 +1,68 @@
+"""Kernels compile for GPUs that are not here. In processes of their own: compiling needs kernels that
+were not decorated for the interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_representative_slice():
+    result = run("benchmarks/aot.py", "--slice")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 with faults" in result.stdout
+
+
+@pytest.mark.slow
+def test_faults_are_found():
+    code = """
+import sys
+from dataclasses import replace
+sys.path[:0] = ["benchmarks", "kernels"]
+import aot
+cases = aot.all_cases()
+by_label = {case.label: case for case in cases}
+def faults(case, capability=80):
+    aot.all_cases = lambda: [case]
+    return "; ".join(aot.check(0, capability).faults)
+plain = by_label["group_max fp32"]
+assert faults(plain) == "", faults(plain)
+assert "no 128-bit load" in faults(replace(plain, divisible=()))
+assert "no mma.sync" in faults(replace(plain, matrix=True))
+assert "does not compile" in faults(replace(plain, constexprs={"GROUP": 31, "BLOCK": 64}))
+gemm = by_label["encode descriptors bf16"]
+blocks = dict(gemm.constexprs) | {"BLOCK_F": 256, "BLOCK_D": 64}
+deep = faults(replace(gemm, num_stages=6), 90)
+assert "shared memory" in deep, deep
+narrow = by_label["batch_topk emit fp32"]
+crowded = faults(replace(narrow, num_warps=1, constexprs={"GROUP": 32, "BLOCK": 128}))
+assert "spills" in crowded, crowded
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_interpreted_kernels_are_refused():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "benchmarks/aot.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "unset it" in result.stderr

@@ -1,0 +1,252 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_inputs import BACKENDS
+from tolerances import AUX_K
+
+from fastsae_kernels import aux_k as module
+from fastsae_kernels import reference
+from fastsae_kernels.aux_k import (
+    _aux_k,
+    _aux_k_gradients,
+    _keep_largest_,
+    aux_k,
+    aux_k_gradients,
+)
+from fastsae_kernels.dispatch import use
+from fastsae_kernels.reference import Gradients
+
+TOKENS, LATENTS, WIDTH, K_AUX = 5, 24, 8, 4
+DEAD = (0, 1, K_AUX - 1, K_AUX, 11, LATENTS)
+NORMALIZATIONS = ("residual_variance", "total_variance", "none")
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request, monkeypatch):
+    where, implementation = request.param
+    if where == "cpu":
+        monkeypatch.setattr(module, "BLOCK_COLUMNS", 16)  # two tiles, with a rest
+    with use(implementation):
+        yield torch.device(where)
+
+
+def inputs(n_dead, dtype=torch.float64, device="cpu", seed=0):
+    """``(params, x, residual, tokens_since_active)`` with ``n_dead`` counters at 50 or more."""
+    torch.manual_seed(seed)
+    new = lambda *shape: torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    params = Gradients(new(WIDTH, LATENTS), new(LATENTS), new(LATENTS, WIDTH), new(WIDTH))
+    params.b_enc.add_(1)  # so that every latent is positive somewhere, and few everywhere
+    since = torch.randint(0, 50, (LATENTS,))
+    since[torch.randperm(LATENTS)[:n_dead]] += 50
+    return params, new(TOKENS, WIDTH), new(TOKENS, WIDTH), since.to(device)
+
+
+def compact(params, x, residual, since, capacity=LATENTS, **options):
+    options = {"dead_after": 50, "k_aux": K_AUX, "coefficient": 0.5} | options
+    W_enc, b_enc, W_dec, b_dec = params
+    W_enc = W_enc.T.contiguous()
+    return aux_k_gradients(
+        x, residual, W_enc, b_enc, W_dec, b_dec, since, capacity=capacity, **options
+    )
+
+
+def expected(params, x, residual, dead, normalization, k_aux=K_AUX, coefficient=0.5):
+    """The loss, and its gradients by autograd through the encoder as well."""
+    leaves = [p.double().cpu().requires_grad_() for p in params]
+    x, residual, dead = x.double().cpu(), residual.double().cpu(), dead.cpu()
+    W_enc, b_enc, W_dec, b_dec = leaves
+    pre = reference.pre_activations(x, W_enc, b_enc, b_dec)
+    loss = reference.aux_k_loss(pre, residual, W_dec, dead, k_aux, normalization, x)
+    gradients = torch.autograd.grad(
+        coefficient * loss, leaves, allow_unused=True, materialize_grads=True
+    )
+    return loss.detach(), Gradients(*gradients)
+
+
+def scatter(gradient, params):
+    """Compact buffers back in place, as :func:`fused_update_` reads them; ``db_dec`` as it adds it."""
+    slots = gradient.slots.cpu()
+    have = slots >= 0
+    dense = lambda rows: torch.zeros(LATENTS, *rows.shape[1:], dtype=torch.float64).index_put(
+        (have.nonzero().flatten(),), rows.double().cpu()[slots[have].long()]
+    )
+    db_enc = dense(gradient.b_enc)
+    return Gradients(
+        dense(gradient.W_enc).T,
+        db_enc,
+        dense(gradient.W_dec),
+        -params.W_enc.double().cpu() @ db_enc,
+    )
+
+
+def assert_close(got, exact, tolerance):
+    for ours, theirs in zip(got, exact, strict=True):
+        error = (ours.double().cpu() - theirs).abs().max()
+        assert error <= tolerance * max(float(theirs.abs().max()), 1e-6)
+
+
+@pytest.mark.parametrize("n_dead", DEAD)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.usefixtures("poison")
+def test_compact_gradients_are_those_of_the_definition(device, normalization, n_dead):
+    params, x, residual, since = inputs(n_dead, torch.float32, device)
+    loss, gradient = compact(params, x, residual, since, normalization=normalization)
+    exact_loss, exact = expected(params, x, residual, since >= 50, normalization)
+    assert_close((loss, *scatter(gradient, params)), (exact_loss, *exact), AUX_K[torch.float32])
+    assert (gradient.slots >= 0).sum() == n_dead
+    assert gradient.W_enc.shape == gradient.W_dec.shape == (LATENTS, WIDTH)
+    if n_dead:
+        assert exact.W_enc.any() and exact.b_dec.any()  # the encoder learns from aux-k
+
+
+@pytest.mark.parametrize("n_dead", DEAD)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_differentiable_loss_is_the_definition(device, normalization, n_dead):
+    kernels = module.implementation(torch.ones(1, device=device)) == "triton"
+    for dtype in (torch.float32,) if kernels else (torch.float32, torch.float64):
+        params, x, residual, since = inputs(n_dead, dtype, device)
+        leaves = [p.clone().requires_grad_() for p in params]
+        W_enc, b_enc, W_dec, b_dec = leaves
+        pre = reference.pre_activations(x, W_enc, b_enc, b_dec)
+        residual.requires_grad_()
+        loss = aux_k(pre, residual, W_dec, since >= 50, K_AUX, normalization, x)
+        got = torch.autograd.grad(0.5 * loss, leaves, retain_graph=True)
+        exact_loss, exact = expected(params, x, residual.detach(), since >= 50, normalization)
+        assert_close((loss, *got), (exact_loss, *exact), AUX_K[dtype])
+        assert torch.autograd.grad(loss, residual, allow_unused=True) == (None,)
+
+
+def test_gradients_of_the_loss_and_of_the_whole_step_agree():
+    """With ``reference.gradients``, which writes them out a second way."""
+    params, x, _, since = inputs(11)
+    mask = torch.rand(TOKENS, LATENTS) < 0.3
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
+    residual = x - reference.decode(pre * mask, params.W_dec, params.b_dec)
+    options = {"aux_coefficient": 0.5, "normalization": "residual_variance"}
+    both = reference.gradients(x, params, mask, since >= 50, k_aux=K_AUX, **options)
+    alone = reference.gradients(x, params, mask, since >= 50, k_aux=0, **options)
+    difference = [a - b for a, b in zip(both, alone, strict=True)]
+    got = scatter(compact(params, x, residual, since).gradient, params)
+    assert_close(got, difference, AUX_K[torch.float64])
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 11, 12])
+def test_overflow_takes_the_longest_dead(device, capacity):
+    params, x, residual, since = inputs(11, torch.float32, device)
+    dead = (since >= 50).nonzero().flatten().tolist()
+    for i, f in enumerate(dead):
+        since[f] = 50 + i // 2  # pairs of equals, of which the lower latent comes first
+    longest = sorted(dead, key=lambda f: (-int(since[f]), f))[:capacity]
+    loss, gradient = compact(params, x, residual, since, capacity=capacity)
+    chosen = torch.zeros(LATENTS, dtype=torch.bool)
+    chosen[longest] = True
+    assert torch.equal(gradient.slots.cpu() >= 0, chosen)
+    slots = gradient.slots[gradient.slots >= 0]
+    assert torch.equal(slots.cpu(), torch.arange(len(slots), dtype=torch.int32))
+    exact_loss, exact = expected(params, x, residual, chosen, "residual_variance")
+    assert_close((loss, *scatter(gradient, params)), (exact_loss, *exact), AUX_K[torch.float32])
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS[:2])
+def test_a_vanishing_denominator_gives_zero(device, normalization):
+    params, x, residual, since = inputs(11, torch.float32, device)
+    # Powers of two: their mean is exact, and so is the zero variance.
+    x, residual = torch.ones_like(x), torch.ones_like(residual)
+    loss, gradient = compact(params, x, residual, since, normalization=normalization)
+    assert loss == 0 and not any(t.any() for t in gradient[:3])
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec).requires_grad_()
+    loss = aux_k(pre, residual, params.W_dec, since >= 50, K_AUX, normalization, x)
+    loss.backward()
+    assert loss == 0 and not pre.grad.any()
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 39, 40, 50])
+@pytest.mark.usefixtures("poison")
+def test_selection_is_exact(device, k):
+    torch.manual_seed(0)
+    z = torch.randn(7, 40)
+    z[0], z[1], z[2] = 1.0, z[1].round(), -z[2].abs()
+    z[3, 5], z[3, 7], z[3, 9] = torch.inf, torch.nan, -torch.inf
+    z[4, ::2], z[5] = 0.0, z[5] * 1e-40
+    kept = torch.where(reference.topk_mask(z, k), z, 0)
+    assert torch.equal(_keep_largest_(z.to(device), k).cpu(), kept)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 12),
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0]), min_size=1, max_size=12),
+)
+def test_selection_keeps_the_first_of_equals(k, row):
+    z = torch.tensor([row])
+    assert torch.equal(_keep_largest_(z.clone(), k), torch.where(reference.topk_mask(z, k), z, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights(device, dtype):
+    params, x, residual, since = inputs(K_AUX, torch.float32, device)
+    low = Gradients(params.W_enc.to(dtype), params.b_enc, params.W_dec.to(dtype), params.b_dec)
+    loss, gradient = compact(low, x, residual, since)
+    assert loss.dtype == gradient.W_enc.dtype == torch.float32
+    exact_loss, exact = expected(low, x, residual, since >= 50, "residual_variance")
+    assert_close((loss, *scatter(gradient, low)), (exact_loss, *exact), AUX_K[dtype])
+
+
+def test_gradcheck_in_float64():
+    params, x, residual, since = inputs(11)
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
+    leaves = pre.requires_grad_(), params.W_dec.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda pre, W_dec: aux_k(pre, residual, W_dec, since >= 50, K_AUX), leaves
+    )
+
+
+def test_operations_are_well_registered(device):
+    params, x, residual, since = inputs(11, torch.float32, device)
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
+    leaves = pre.requires_grad_(), residual, params.W_dec.requires_grad_()
+    torch.library.opcheck(_aux_k, (*leaves, since >= 50, x, K_AUX, "total_variance"))
+    W_enc, b_enc, W_dec, b_dec = (p.detach() for p in params)
+    sizes = 50, 12, K_AUX, "residual_variance", 0.5
+    arguments = x, residual, W_enc.T.contiguous(), b_enc, W_dec, b_dec, since, *sizes
+    torch.library.opcheck(_aux_k_gradients, arguments)
+
+
+def test_compiles_whole_with_dynamic_tokens():
+    compiled = torch.compile(aux_k, fullgraph=True, dynamic=True, backend="aot_eager")
+    params, x, residual, since = inputs(11)
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
+    for tokens in (5, 3):
+        arguments = pre[:tokens], residual[:tokens], params.W_dec, since >= 50, K_AUX
+        assert torch.equal(compiled(*arguments), aux_k(*arguments))
+
+
+def test_runs_are_bitwise_equal(device):
+    arguments = inputs(11, torch.float32, device)
+    loss, gradient = compact(*arguments)
+    for _ in range(2 if device.type == "cpu" else 100):
+        again, repeated = compact(*arguments)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(a, b) for a, b in zip(gradient, repeated, strict=True))
+
+
+def test_refusals():
+    params, x, residual, since = inputs(3)
+    pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
+    with pytest.raises(ValueError, match=r"normalization: expected one of .* got 'fvu'"):
+        aux_k(pre, residual, params.W_dec, since >= 50, K_AUX, "fvu")
+    with pytest.raises(ValueError, match=r"needs x, got None"):
+        aux_k(pre, residual, params.W_dec, since >= 50, K_AUX, "total_variance")
+    with pytest.raises(ValueError, match=r"k_aux: expected 0 or more, got -1"):
+        aux_k(pre, residual, params.W_dec, since >= 50, -1)
+    with pytest.raises(ValueError, match=r"expected \[B, F\], \[B, D\] and \[F\]"):
+        aux_k(pre[:, 1:], residual, params.W_dec, since >= 50, K_AUX)
+    with pytest.raises(ValueError, match=r"capacity: expected 0 or more"):
+        compact(params, x, residual, since, capacity=-1)
+    with pytest.raises(ValueError, match=r"W_enc and W_dec: expected two \[F, D\] tensors"):
+        compact(params._replace(W_dec=params.W_dec.float()), x, residual, since)
+    with pytest.raises(ValueError, match=r"tokens_since_active: expected \[24\]"):
+        compact(params, x, residual, since[1:])
+    with pytest.raises(ValueError, match=r"x and residual: expected \[B, 8\]"):
+        compact(params, x[1:], residual, since)
