@@ -55,7 +55,7 @@ class Case:
     k: int
     batch_size: int = 256
     steps: int = 1000
-    lr: float = 1e-3
+    lr: float = 3e-3
     dead_share: float = 0.1
 
     def setting(self, d_in: int, seed: int) -> Setting:
