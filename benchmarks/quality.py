@@ -55,7 +55,7 @@ class Case:
     k: int
     batch_size: int = 256
     steps: int = 1000
-    lr: float = 3e-3
+    lr: float = 3e-4
     dead_share: float = 0.1
 
     def setting(self, d_in: int, seed: int) -> Setting:
@@ -75,7 +75,9 @@ class Case:
 CASES = {
     "layer 2, F 2048, k 16": Case(layer=2, d_sae=2048, k=16),
     "layer 3, F 1024, k 8": Case(layer=3, d_sae=1024, k=8),
+    "layer 3, F 1024, k 8, lr 3e-3": Case(layer=3, d_sae=1024, k=8, lr=3e-3),
 }
+"""Two sizes at the recipe's lr, and one at ten times that, where latents die."""
 
 Trainer = Callable[[list[Tensor], Setting], fastsae.SAE]
 
