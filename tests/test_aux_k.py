@@ -2,15 +2,11 @@ from importlib import import_module
 
 import pytest
 import torch
-<<<<<<< HEAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_inputs import BACKENDS
 from tolerances import AUX_K
 
-from fastsae_kernels import aux_k as module
-=======
->>>>>>> kernels-b
 from fastsae_kernels import reference
 from fastsae_kernels.aux_k import (
     _aux_k,
@@ -34,7 +30,9 @@ NORMALIZATIONS = ("residual_variance", "total_variance", "none")
 def device(request, monkeypatch):
     where, implementation = request.param
     if where == "cpu":
-        monkeypatch.setattr(module, "BLOCK_COLUMNS", 32)  # two tiles of the longest row, with a rest
+        monkeypatch.setattr(
+            module, "BLOCK_COLUMNS", 32
+        )  # two tiles of the longest row, with a rest
     with use(implementation):
         yield torch.device(where)
 
