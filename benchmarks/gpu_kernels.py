@@ -289,7 +289,6 @@ def _fused_update(B: int) -> Problem:
 
 def _aux_k(B: int) -> Problem:
     from fastsae_kernels.aux_k import aux_k
-
     from fastsae_kernels.reference import aux_k_loss
 
     pre = _pre(B)
