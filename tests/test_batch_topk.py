@@ -14,9 +14,20 @@ CASES = cases()
 def test_exact_on_hard_inputs(name, device, impl, poison):
     pre = CASES[name]
     positives = int((pre > 0).sum())
-    budgets = {pre.numel() // 8, positives + 1}
+    # 5 is less than the 12 groups there are, so groups are selected too.
+    budgets = {5, positives + 1}
     if impl == "torch" or device.type == "cuda":
-        budgets |= {-1, 0, 1, positives - 1, positives, pre.numel() - 1, pre.numel(), 10**6}
+        budgets |= {
+            -1,
+            0,
+            1,
+            pre.numel() // 8,
+            positives - 1,
+            positives,
+            pre.numel() - 1,
+            pre.numel(),
+            10**6,
+        }
     for budget in budgets:
         assert_batch_topk(pre.to(device), budget)
 
@@ -35,7 +46,7 @@ def test_massive_ties_of_low_precision(device, impl, poison):
         torch.randn(6, 320, generator=torch.Generator().manual_seed(1)).mul(0.01).add(1).bfloat16()
     )
     assert pre.unique().numel() < 40
-    assert_batch_topk(pre.to(device), 6 * 32)
+    assert_batch_topk(pre.to(device), 40)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ CASES = cases()
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_on_hard_inputs(name, device, impl, poison):
-    budgets = (9,) if impl == "triton" and device.type == "cpu" else (-1, 0, 1, 9, 74, 75, 200)
+    # 2 is less than the 3 groups there are, so groups are selected too.
+    budgets = (2,) if impl == "triton" and device.type == "cpu" else (-1, 0, 1, 2, 9, 74, 75, 200)
     for k in budgets:
         assert_topk(CASES[name].to(device), k)
 
