@@ -29,7 +29,9 @@ NORMALIZATIONS = ("residual_variance", "total_variance", "none")
 def device(request, monkeypatch):
     where, implementation = request.param
     if where == "cpu":
-        monkeypatch.setattr(module, "BLOCK_COLUMNS", 32)  # two tiles of the longest row, with a rest
+        monkeypatch.setattr(
+            module, "BLOCK_COLUMNS", 32
+        )  # two tiles of the longest row, with a rest
     with use(implementation):
         yield torch.device(where)
 
