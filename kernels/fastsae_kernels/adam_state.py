@@ -19,6 +19,8 @@ than one code, and rounding to nearest would undo it every time. Only a ``v`` be
 rounded up, never to zero, since it divides. The random bits are a hash of (step, latent, column,
 moment), so two runs are bit-identical.
 
+Their effect on quality is measured in ``kernels/README.md``.
+
 The rows of ``W_enc`` and ``W_dec`` are both of shape ``[F, D]``: one latent, one row.
 """
 
