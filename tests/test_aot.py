@@ -66,3 +66,35 @@ def test_interpreted_kernels_are_refused():
         text=True,
     )
     assert result.returncode == 2 and "unset it" in result.stderr
+
+
+@pytest.mark.slow
+def test_places_in_large_tensors_are_64_bit():
+    """No offset is a 32-bit product with a tensor's width: B * F passes 2^31 at 87,382 tokens.
+
+    Read from Triton's own intermediate code. Products with G, the groups of a row, number groups;
+    those of 2^31 entries are 2^26.
+    """
+    code = """
+import re, sys
+sys.path[:0] = ["benchmarks", "kernels"]
+import aot
+
+def narrow_products(ttir):
+    head = re.search(r"tt\\.func public @\\w+\\((.*?)\\) attributes", ttir, re.S)[1]
+    sizes = set(re.findall(r"(%\\w+): i32", head)) - {"%G"}
+    splats = re.findall(r"(%\\w+) = tt\\.splat (%\\w+) : i32", ttir)
+    sizes |= {name for name, of in splats if of in sizes}
+    product = r"= arith\\.muli (%\\w+), (%\\w+)[^:]*: (?:i32|tensor<[^>]*xi32>)"
+    return [m[0] for m in re.finditer(product, ttir) if sizes & {m[1], m[2]}]
+
+kernels = {}
+for case in aot.all_cases():
+    if case.kernel.__name__ not in kernels:
+        kernels[case.kernel.__name__] = narrow_products(aot.compile_case(case, 80).asm["ttir"])
+narrow = {name: products for name, products in kernels.items() if products}
+assert not narrow, narrow
+assert len(kernels) >= 20, sorted(kernels)
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr

@@ -162,7 +162,12 @@ def test_one_step_is_the_reference_step(device, max_norm, dead):
     since = state.tokens_since_active
     since[:dead] = since[EMPTY] = 100 if dead else 0  # some of the dead are selected, some are not
     settings = reference.Settings(
-        k=4, k_aux=LATENTS, dead_after_tokens=100, max_gradient_norm=max_norm, aux_coefficient=0.5
+        scale_gradient=False,
+        k=4,
+        k_aux=LATENTS,
+        dead_after_tokens=100,
+        max_gradient_norm=max_norm,
+        aux_coefficient=0.5,
     )
     expected = reference.train_step(state, x, settings, mask)
     fused = Fused(state, torch.float32, device)
@@ -216,6 +221,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
     params.b_enc[:4] = -4
     state = replace(state, params=params, moments=moments, step=0)
     settings = reference.Settings(
+        scale_gradient=False,
         k=3,
         k_aux=3,
         lr=1e-2,
@@ -240,7 +246,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_storage_form_takes_the_same_step(device, form):
     state, x, mask = start(3)
-    settings = reference.Settings(k=4, k_aux=0)
+    settings = reference.Settings(k=4, k_aux=0, scale_gradient=False)
     fused = Fused(state, torch.float32, device, **FORMS[form])
     if "8-bit" in form:
         # From zero moments the first update is that of exact moments: they round when they are stored.
@@ -293,7 +299,9 @@ def test_kernels_store_what_torch_stores(form):
 
 def test_latents_without_actives_follow_their_momentum(device):
     state, x, mask = start(5)
-    expected = reference.train_step(state, x, reference.Settings(k=4, k_aux=0), mask * 0).state
+    expected = reference.train_step(
+        state, x, reference.Settings(k=4, k_aux=0, scale_gradient=False), mask * 0
+    ).state
     fused = Fused(state, torch.float32, device)
     before = fused.W_enc.weight.clone()
     fused.step(fused.inputs(x, mask * False))
