@@ -8,6 +8,7 @@ saved by one goes on with the other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class StepResult(NamedTuple):
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
-class TrainStep:
+class TrainStep(ABC):
     """What both ways share: counters, metrics, and all the state that a step changes.
 
     The order of a step is: aux-k sees the latents that were dead at the end of the previous step; each
@@ -76,8 +77,9 @@ class TrainStep:
         self.tokens_seen += len(x)
         return result
 
+    @abstractmethod
     def _update(self, x: Tensor) -> StepResult:
-        raise NotImplementedError
+        """Everything but the counters."""
 
     @property
     def dead(self) -> Tensor:
