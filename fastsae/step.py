@@ -147,10 +147,9 @@ class AutogradStep(TrainStep):
         super().__init__(sae, config)
         parameters = {name: getattr(sae, name) for name in PARAMETERS}
         self._optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, fused=True)
-        self._optimizer_step = torch.zeros((), dtype=torch.float32, device=sae.W_dec.device)
         for name, p in parameters.items():
             self._optimizer.state[p] = {
-                "step": self._optimizer_step.clone(),
+                "step": torch.zeros((), dtype=torch.float32, device=sae.W_dec.device),
                 "exp_avg": self.m[name],
                 "exp_avg_sq": self.v[name],
             }

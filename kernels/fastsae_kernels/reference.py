@@ -1,7 +1,8 @@
 """Every operation of a BatchTopK sparse autoencoder, written as its definition.
 
 This module is the oracle: short, dense, device-independent, any float dtype (float64 included), and
-never fast. Kernels, the fused step and the trainer are tested against it, nothing runs on it.
+never fast. Kernels, training steps and the trainer are tested against it. Selection and the fused step
+never run on it; what is done once a run, or is one line of dense torch anyway, is called from here.
 
 Legend, shared by the whole project: ``B`` tokens, ``D`` model width, ``F`` dictionary size (latents),
 ``k`` mean active latents per token, ``K = int(k * B)`` active entries of a batch.
