@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from .background import Background
+from .formats.files import first_line
 
 log = logging.getLogger(__name__)
 
@@ -101,20 +102,19 @@ class Publisher:
             try:
                 self._upload(staged, message)
             except Exception as error:  # whatever the network or the service does
-                failure = error
+                if number != self._newest:
+                    return  # the newer push, which is waiting, holds all that this one does
+                if attempt == ATTEMPTS or _is_refused(error):
+                    log.warning(
+                        "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed "
+                        "with all this one holds, or push it yourself with\n  %s",
+                        self.repository, type(error).__name__, first_line(error), self.command,
+                    )  # fmt: skip
+                    return
+                self._superseded.wait(RETRY_SECONDS * 2 ** (attempt - 1))
             else:
                 log.info("pushed to %s: %s", self.repository, message)
                 return
-            if number != self._newest:
-                return  # the newer push, which is waiting, holds all that this one does
-            if attempt == ATTEMPTS or _is_refused(failure):
-                break
-            self._superseded.wait(RETRY_SECONDS * 2 ** (attempt - 1))
-        log.warning(
-            "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed with all "
-            "this one holds, or push it yourself with\n  %s",
-            self.repository, type(failure).__name__, str(failure).partition("\n")[0], self.command,
-        )  # fmt: skip
 
     def _stage(self, aside: Path) -> Path:
         """Complete ``aside`` and put it in the place of what was staged before."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ Batches = tuple[Tensor, ...]
 """``[B, D]`` activations in raw units for each hooked layer; a row is the same token in all of them."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Where activations come from.
 
@@ -127,7 +128,7 @@ class Trainer:
             stream = open_stream(config)
         # A single batch where batches are the user's: nothing is drawn ahead of training.
         self._lookahead = INITIALIZATION_BATCHES
-        if not hasattr(stream, "next_batch"):
+        if not isinstance(stream, Stream):
             stream, self._lookahead = _Iterable(stream, len(config.layers)), 1
         self.stream: Stream = stream
         self._metadata: tuple[dict[str, Any], ...] = getattr(

@@ -94,6 +94,7 @@ class WandbRun:
     def _log(self, metrics: dict[str, Any]) -> None:
         if self._run is None:
             return
+        import numpy as np
         import wandb
 
         from .tracking import DENSITY_EDGES
@@ -101,7 +102,9 @@ class WandbRun:
         sent = dict(metrics)
         density = sent.pop("density_histogram", None)
         if density is not None:
-            sent["log10_density"] = wandb.Histogram(np_histogram=(density, list(DENSITY_EDGES)))
+            sent["log10_density"] = wandb.Histogram(
+                np_histogram=(np.array(density), np.array(DENSITY_EDGES))
+            )
         self._run.log(sent)
 
 
