@@ -27,12 +27,16 @@ class Background:
     Args:
         name: what the calls are for, as warnings say it.
         patience: seconds that the end of the block may take.
+        remedy: what the user can do about calls that were not made; part of the warnings.
         capacity: calls that may wait.
     """
 
-    def __init__(self, name: str, patience: float = 60, capacity: int = 1000) -> None:
+    def __init__(
+        self, name: str, patience: float = 60, remedy: str = "", capacity: int = 1000
+    ) -> None:
         self.name = name
         self.patience = patience
+        self.remedy = remedy
         self.failed = 0
         self.dropped = 0
         self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue(capacity)
@@ -68,14 +72,12 @@ class Background:
         else:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         done = not self._thread.is_alive()
-        if not done:
+        if not done or self.failed or self.dropped:
+            left = "" if done else f"not finished within {timeout:g} s; "
             log.warning(
-                "%s did not finish within %g s: %d calls are left", self.name, timeout, self._calls.qsize()
+                "%s: %s%d calls failed, %d were dropped%s",
+                self.name, left, self.failed, self.dropped, self.remedy and f". {self.remedy}",
             )  # fmt: skip
-        if self.failed > 1 or self.dropped:
-            log.warning(
-                "%s: %d calls failed, %d were dropped", self.name, self.failed, self.dropped
-            )
         return done
 
     def _work(self) -> None:

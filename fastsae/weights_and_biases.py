@@ -6,6 +6,8 @@ import logging
 import netrc
 import os
 import secrets
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from .config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-CONNECTING_SECONDS = 30.0
-"""How long an answer of the service is waited for before the run is written on the disk instead."""
+ANSWER_SECONDS = 30.0
+"""How long the service may take to answer when a run begins."""
 
 
 class WandbRun:
@@ -60,33 +62,25 @@ class WandbRun:
     def _start(self, directory: Path, config: TrainConfig, mode: str) -> None:
         import wandb
 
-        def start(mode: Any) -> Any:
-            return wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                name=config.run_name,
-                id=self.id,
-                resume="allow",
-                config=config.to_dict(),
-                dir=directory,
-                mode=mode,
-                reinit="create_new",  # several SAEs may be in training
-                settings=wandb.Settings(
-                    init_timeout=CONNECTING_SECONDS, silent=True, console="off"
-                ),
-            )
-
-        try:
-            self._run = start(mode)
-        except Exception as error:
-            if mode == "offline":
-                raise
+        if mode == "online" and (error := _unreachable()) is not None:
             log.warning(
-                "Weights & Biases does not answer (%s); this run is written to %s: send it with\n"
+                "Weights & Biases does not answer (%s); this run is written to the disk: send it with\n"
                 "  wandb sync %s/wandb/offline-run-*-%s",
-                error, directory / "wandb", directory, self.id,
+                error, directory, self.id,
             )  # fmt: skip
-            self._run = start("offline")
+            mode = "offline"
+        self._run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.run_name,
+            id=self.id,
+            resume="allow",
+            config=config.to_dict(),
+            dir=directory,
+            mode=mode,  # type: ignore[arg-type]
+            reinit="create_new",  # several SAEs may be in training
+            settings=wandb.Settings(init_timeout=ANSWER_SECONDS, silent=True, console="off"),
+        )
         # A resumed run repeats what was logged after its checkpoint: the axis is the tokens seen, not
         # wandb's own count, which refuses to go back.
         self._run.define_metric("*", step_metric="tokens_seen")
@@ -120,9 +114,23 @@ def wandb_mode(config: TrainConfig) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or _has_key() else "disabled"
 
 
+def _address() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def _unreachable() -> str | None:
+    """Why the service cannot be reached; None if it answers, whatever it says."""
+    try:
+        urllib.request.urlopen(_address(), timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _has_key() -> bool:
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = base.partition("://")[2].partition("/")[0]
+    host = _address().partition("://")[2].partition("/")[0]
     try:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

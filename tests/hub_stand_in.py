@@ -129,7 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if re.search(r"\.(pt|safetensors)$", file["path"]) else "regular",
+                "uploadMode": "lfs"
+                if re.search(r"\.(pt|safetensors)$", file["path"])
+                else "regular",
                 "shouldIgnore": False,
             }
             for file in json.loads(body)["files"]
@@ -140,7 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in json.loads(body)["objects"]:
             actions = {"upload": {"href": f"{self.hub.address}/lfs/{wanted['oid']}"}}
-            objects.append(wanted | ({} if wanted["oid"] in self.hub.large else {"actions": actions}))
+            objects.append(
+                wanted | ({} if wanted["oid"] in self.hub.large else {"actions": actions})
+            )
         self._answer(200, {"transfer": "basic", "objects": objects})
 
     def _put(self, body: bytes, oid: str) -> None:
@@ -172,7 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repository = self.hub.repositories[name]
         siblings = [{"rfilename": path} for path in repository.files]
-        self._answer(200, {"id": name, "modelId": name, "sha": repository.sha, "siblings": siblings})
+        self._answer(
+            200, {"id": name, "modelId": name, "sha": repository.sha, "siblings": siblings}
+        )
 
     def _tree(self, body: bytes, name: str) -> None:
         files = self.hub.repositories[name].files
