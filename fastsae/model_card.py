@@ -174,6 +174,7 @@ def _settings(config: TrainConfig, sae: SAE) -> str:
     settings = {"d_in": sae.d_in, **config.to_dict(), "d_sae": sae.d_sae}
     settings["k_aux"] = config.k_aux or max(1, sae.d_in // 2)
     settings["precision"] = sae.precision
+    settings["text_files"] = [Path(file).name for file in config.text_files]
     rows = [
         (f"`{name}`", f"`{value}`")
         for name, value in settings.items()
@@ -191,38 +192,26 @@ def _settings(config: TrainConfig, sae: SAE) -> str:
 
 def _usage(config: TrainConfig, sae: SAE) -> str:
     repository = config.hub_repository or config.run_name
-    return f"""## Usage
-
-Activations to encode are raw: input scaling is folded into the weights.
-
-```python
-{_activations(sae)}
-```
-
-With fastsae:
-
-```python
-import fastsae
+    parts = [
+        "## Usage\n\nActivations to encode are raw: any constant scaling is folded into the weights.",
+        _activations(sae),
+        "With fastsae:",
+        f"""import fastsae
 
 sae = fastsae.load("{repository}")
 latents = sae.encode(x)  # [tokens, {sae.d_sae}]
-reconstruction = sae(x)
-```
-
-With SAELens:
-
-```python
-from sae_lens import SAE
+reconstruction = sae(x)""",
+        "With SAELens:",
+        f"""from sae_lens import SAE
 
 sae = SAE.from_pretrained("{repository}", "{config.run_name}")
 latents = sae.encode(x)
-reconstruction = sae.decode(latents)
-```
-
-The weights alone (`W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`, `b_dec`):
-
-```python
-import json
+reconstruction = sae.decode(latents)""",
+    ]
+    if sae.normalize != "layer_norm":
+        parts += [
+            "The weights alone (`W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`, `b_dec`):",
+            f"""import json
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -232,8 +221,10 @@ weights = torch.load(hf_hub_download("{repository}", "sae_weights.pt"), weights_
 pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
 top = pre.relu().topk(cfg["k"])
 latents = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-reconstruction = latents @ weights["W_dec"] + weights["b_dec"]
-```"""
+reconstruction = latents @ weights["W_dec"] + weights["b_dec"]""",
+        ]
+    # Code and prose alternate after the heading.
+    return "\n\n".join(f"```python\n{p}\n```" if i % 2 else p for i, p in enumerate(parts))
 
 
 def _activations(sae: SAE) -> str:

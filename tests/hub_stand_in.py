@@ -117,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'me'}/{asked['name'].rsplit('/', 1)[-1]}"
         status = 409 if name in self.hub.repositories else 200
-        self.hub.repositories.setdefault(name, Repository(private=asked.get("private") or False))
+        # Newer clients say it with "visibility".
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.hub.repositories.setdefault(name, Repository(private=private))
         self._answer(status, {"url": f"{self.hub.address}/{name}", "name": name})
 
     def _validate(self, body: bytes) -> None:
