@@ -54,7 +54,7 @@ class Publisher:
         self._superseded = threading.Event()
         for leftover in directory.glob(".hub-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        background.submit(self._create)  # so that a missing login shows now, not at the first push
+        background.submit(self._try_access)
 
     def publish(self, source: Path, card: str, message: str) -> None:
         """Push the SAE in ``source`` with its model card, soon; returns when it is safe to delete.
@@ -127,6 +127,16 @@ class Publisher:
         staged = self.directory / STAGED
         shutil.rmtree(staged, ignore_errors=True)
         return aside.rename(staged)
+
+    def _try_access(self) -> None:
+        """Say now, not at the first push hours later, that there is no login or no permission."""
+        try:
+            self._create()
+        except Exception as error:  # as in _push
+            log.warning(
+                "%s cannot be pushed to as things are (%s: %s); it is tried again at each checkpoint",
+                self.repository, type(error).__name__, first_line(error),
+            )  # fmt: skip
 
     def _create(self) -> None:
         from huggingface_hub import HfApi

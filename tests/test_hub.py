@@ -203,6 +203,29 @@ def test_no_permission_is_said_once_and_not_tried_again(
     assert "403" in caplog.text and "hf upload me/mine" in caplog.text
 
 
+def test_no_login_shows_at_the_start(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = threading.Event()
+
+    def refuse(request: str) -> int | None:
+        if "create" not in request:
+            return None
+        refused.set()
+        return 401
+
+    def waiting() -> Iterator[torch.Tensor]:
+        yield from batches()[:2]
+        assert refused.wait(30)
+        assert not list((tmp_path / "run/checkpoints").glob("*"))
+        yield from batches()[2:]
+
+    server.fail = refuse
+    fastsae.train(waiting(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    assert "me/mine cannot be pushed to as things are" in caplog.text and "401" in caplog.text
+    assert fastsae.load(tmp_path / "run").d_sae == 32
+
+
 def test_a_finished_run_is_pushed_when_asked_later(server, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, out=str(tmp_path), hub_repo=None)
     fastsae.train(batches(), config)
