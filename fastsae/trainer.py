@@ -338,7 +338,7 @@ class Trainer:
         shared, group = self._shared(), [run.name for run in training]
         for run in training:
             run.save(stream, skip, shared, group)
-        for run in training:
+        for run in self.runs:  # of a finished one too: it may have been killed before this
             if run.directory is not None:
                 checkpoint.prune(run.checkpoints, self.config.keep_checkpoints)
 
