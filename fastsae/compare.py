@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,12 @@ def compare(runs: list[str], plot_file: str = PICTURE) -> None:
         runs: folders of runs, or folders that hold several.
         plot_file: the picture.
     """
-    entries = [read_run(folder) for folder in find_runs(runs)]
+    folders = find_runs(runs)
+    entries = [read_run(folder) for folder in folders]
+    if len({folder.name for folder in folders}) < len(
+        folders
+    ):  # runs of one name in several places
+        entries = [replace(e, name=str(f)) for e, f in zip(entries, folders, strict=True)]
     print(table(entries))  # noqa: T201
     try:
         plot(Path(plot_file), entries)

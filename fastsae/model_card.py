@@ -170,7 +170,11 @@ def _row(m: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _settings(config: TrainConfig, sae: SAE) -> str:
-    untold = _UNTOLD if _is_language_model(sae) else (*_UNTOLD, *_OF_THE_STREAM)
+    untold = {*_UNTOLD}
+    if not _is_language_model(sae):
+        untold |= {*_OF_THE_STREAM}
+    elif config.text_files:
+        untold |= {"dataset", "dataset_config", "dataset_split"}
     settings = {"d_in": sae.d_in, **config.to_dict(), "d_sae": sae.d_sae}
     settings["k_aux"] = config.k_aux or max(1, sae.d_in // 2)
     settings["precision"] = sae.precision
@@ -231,6 +235,10 @@ def _activations(sae: SAE) -> str:
     if not _is_language_model(sae) or sae.metadata["model_name"] == "glassllm":
         return f"import torch\n\nx = torch.randn(8, {sae.d_in})  # [tokens, {sae.d_in}], your activations"
     name, hook = sae.metadata["model_name"], sae.hook_name
+    text = '"The cat sat on the mat."'
+    begins, where = f"{text}", "[0]"
+    if sae.metadata.get("prepend_bos"):  # rows began with it, and it was not trained on
+        begins, where = f"tokenizer.bos_token + {text}", "[0, 1:]"
     return f"""import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,10 +247,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32)
 kept = {{}}
 layer = model.get_submodule("{hook}")
 layer.register_forward_hook(lambda module, inputs, output: kept.update(residual=output))
+text = {begins}
 with torch.no_grad():
-    model(**tokenizer("The cat sat on the mat.", return_tensors="pt"))
-x = kept["residual"][0]  # [tokens, {sae.d_in}]
-x = x[1:]  # the first token is unlike all others, and was not trained on"""
+    model(**tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+x = kept["residual"]{where}  # [tokens, {sae.d_in}]"""
 
 
 # --- the rest ---

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_run_without_a_line_yet(runs: Path, tmp_path: Path) -> None:
     entries = [compare.read_run(p) for p in compare.find_runs([tmp_path / "new", runs])]
     assert compare.table(entries).splitlines()[1].split() == ["new", "stopped", *"-" * 9]
     compare.plot(tmp_path / "a.png", entries)
+
+
+def test_one_name_in_two_places(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs, tmp_path / "copy")
+    assert compare.main([str(runs), str(tmp_path / "copy"), "--plot", str(tmp_path / "a.png")]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert len(set(names)) == 4 and f"{tmp_path}/copy/run-L17-k2-seed1" in names
 
 
 def test_the_same_run_twice_is_one(runs: Path) -> None:
