@@ -120,8 +120,8 @@ class TokenPacker:
 def _tokenised(
     text: TextSource,
     tokenizer: PreTrainedTokenizerBase,
-    prefix: list[int],
-    suffix: list[int],
+    prefix: list[Any],
+    suffix: list[Any],
     documents_per_batch: int,
 ) -> Iterator[_Tokenised]:
     """The tokens of the text, some documents at a time, and where each batch of them ends."""
