@@ -56,7 +56,9 @@ def write_text(path: Path) -> None:
     """One document a line, in an order without meaning, so that neighbours are of different packages."""
     documents = demo.documents(PACKAGES)
     random.Random(0).shuffle(documents)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

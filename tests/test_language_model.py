@@ -314,7 +314,13 @@ def test_memory_is_that_of_the_weights_that_are_kept(checkpoint: str):
             part = LanguageModel.load(build(), (layer,), quantization=quantization)
             weights = sum(p.numel() * p.element_size() for p in part._decoder.parameters())
             buffers = sum(b.numel() * b.element_size() for b in part._decoder.buffers())
-            assert weights <= part.memory_bytes <= weights + buffers
+            scales = sum(
+                p.quant_state.absmax.nbytes
+                for p in part._decoder.parameters()
+                if hasattr(p, "quant_state")
+            )
+            assert bool(scales) == (quantization == "nf4")
+            assert weights + scales <= part.memory_bytes <= weights + scales + buffers
             sizes[quantization, layer] = part.memory_bytes
     for quantization in ("none", "nf4", "nf4-dequantized"):
         assert sizes[quantization, 0] < sizes[quantization, num_layers - 1]

@@ -163,15 +163,16 @@ class ActivationBuffer:
     def _harvest(self, chunk: Any, generation: _Generation) -> None:
         """Put the chunk's activations into free slots of the pool."""
         start = time.perf_counter()
-        cuda = self._beside is not None
-        training = torch.cuda.current_stream(self._source.device) if cuda else None
-        with torch.cuda.stream(self._beside) if cuda else nullcontext():
+        beside, training = self._beside, None
+        if beside is not None:
+            training = torch.cuda.current_stream(self._source.device)
+        with nullcontext() if beside is None else torch.cuda.stream(beside):
             harvest = self._source.harvest(chunk)
             count = len(harvest.verdict)
             self._free_count -= count
             slots = self._free[self._free_count : self._free_count + count].clone()
-            if cuda:  # what was served from these slots must have been read before it is replaced
-                self._beside.wait_stream(training)
+            if beside is not None and training is not None:
+                beside.wait_stream(training)  # what was served from these slots must have been read
             on_device = to_device(slots, self._source.device)
             for pool, layer in zip(self._pools, harvest.layers, strict=True):
                 pool.index_copy_(0, on_device, layer.to(pool.dtype))

@@ -354,7 +354,7 @@ def _load(path: Path, written: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    content = tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b""
+    content = tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
     return hashlib.sha256(content).hexdigest()
 
 

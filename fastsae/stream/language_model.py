@@ -53,7 +53,7 @@ class LanguageModel:
         self.num_layers = len(modules)
         self.d_model: int = config.hidden_size
         self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
-        self.device = decoder.get_input_embeddings().weight.device
+        self.device: torch.device = decoder.get_input_embeddings().weight.device
         self.dtype: torch.dtype = decoder.get_input_embeddings().weight.dtype
         self.special_ids = torch.tensor(_special_ids(tokenizer))
         self._separate_documents = separate_documents
@@ -100,6 +100,8 @@ class LanguageModel:
     def memory_bytes(self) -> int:
         """What the weights and buffers that are kept take, on ``device``."""
         tensors = [*self._decoder.parameters(), *self._decoder.buffers()]
+        states = (getattr(tensor, "quant_state", None) for tensor in tensors)
+        tensors += [state.absmax for state in states if state is not None]  # the blocks' scales
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
