@@ -2,7 +2,8 @@
 
 Both read the same text, run the same language model to the same layer, mix activations in a pool of
 the same size and train the same shape at the same batch. SAELens is ``LanguageModelSAETrainingRunner``
-as a user starts it, without evaluations, logging and saving. Loading is not timed; filling the first
+as a user starts it, without evaluations, logging and saving, and its context of 128 tokens and 32 rows
+a forward pass are used on both sides. Loading is not timed; filling the first
 pool is, on both sides, and so is everything up to the last step. Runs alternate.
 
     python benchmarks/smollm2.py DIR
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--k", type=float, default=32)
     parser.add_argument("--expansion", type=float, default=16)
-    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--tokens", type=int, default=114_688)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -180,8 +181,8 @@ def main() -> None:
         expansion=options.expansion,
         tokens=options.tokens,
         quantization="none",
-        context_length=256,
-        harvest_batch=16,
+        context_length=128,
+        harvest_batch=32,
         pool_tokens=16_384,
         eval_tokens=256,
         device="cpu",
