@@ -356,6 +356,31 @@ def test_harvest_ahead_is_spread_over_the_stage_and_changes_no_batch(pool_tokens
         before = done if done else 0
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_harvesting_beside_training_changes_no_batch():
+    """The language model on its own stream, kept busy by large products on the training's."""
+
+    class OnGPU(FakeModel):
+        device = torch.device("cuda")
+
+        def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
+            return tuple(layer.cuda() for layer in super().residuals(tokens.cpu()))
+
+    texts = text_of(400)
+    options = {"batch_size": 16, "pool_tokens": 256, "outlier_norm": 50.0}
+    expected = drain(buffer(texts, FakeModel(poisoned="b"), **options))
+    busy = torch.randn(2048, 2048, device="cuda")
+    source = buffer(texts, OnGPU(poisoned="b"), **options)
+    assert source._ahead
+    for batch in expected[:20]:
+        busy = (busy @ busy).tanh()
+        assert torch.equal(source.next_batch()[0].cpu(), batch)
+    resumed = buffer(texts, OnGPU(poisoned="b"), **options)
+    resumed.load_state_dict(through_disk(source.state_dict()))
+    assert_batches_equal([batch.cpu() for batch in drain(resumed)], expected[20:])
+    assert resumed.counts.nonfinite > 0
+
+
 @pytest.mark.parametrize("layers", [(3,), (3, 5)])
 def test_norm_outliers_are_dropped_and_counted(layers: tuple):
     """'z' has the largest token id; a model that blows its norm up, in the last layer alone."""
