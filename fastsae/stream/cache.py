@@ -34,7 +34,7 @@ from .chunks import Harvest, to_device
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 28
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE = "state."
 _HELD_OUT = "held_out.safetensors"
