@@ -163,7 +163,6 @@ class Run:
         assert self._last is not None
         started = time.perf_counter()
         metrics = {
-            "lr": self.config.lr,
             **self.step.metrics(*self._last),
             **self._progress(shared),
             "decoder_norm_error": float((self.step.sae.W_dec.norm(dim=1) - 1).abs().max()),
@@ -247,7 +246,7 @@ class Run:
         if self.directory is None:
             return sae
         sae.save(self.directory)
-        progress = {"lr": self.config.lr, **self._progress(shared)}
+        progress = {"lr": float(self.step.lr), **self._progress(shared)}
         summary = report.write_report(self.directory, sae, self.config, progress, held_out)
         assert self._tracker is not None
         self._tracker.summarize(summary)
