@@ -25,16 +25,27 @@ class TrainConfig:
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
     layer: int | tuple[int, ...] = 17
     """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
-    quantization: Literal["nf4", "none"] = "nf4"
-    """Weights of the language model: nf4 through bitsandbytes with fp16 compute, or as stored."""
+    quantization: Literal["nf4", "nf4-dequantized", "none"] = "nf4"
+    """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
+    dequantized once (faster, more memory); or as stored."""
+    compile_model: bool = False
+    """Compile the language model with torch.compile: its activations change by rounding alone."""
     context_length: int = 1024
     """Tokens per row given to the language model."""
     harvest_batch: int = 8
     """Rows per forward pass of the language model."""
+    separate_documents: bool = False
+    """Attend within a document alone, though several are packed into one row."""
+    outlier_norm: float | None = None
+    """Drop activations whose norm exceeds this many times the median of their forward pass."""
+    activation_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision in which activations wait to be trained on."""
+    cache_dir: str | None = None
+    """Write the activations to this folder once, and read them there in this and later runs."""
 
     # --- text ---
     dataset: str = "HuggingFaceFW/fineweb-edu"
-    """Data set on the hub, streamed."""
+    """Data set on the hub, streamed; or a local folder, also one that ``save_to_disk`` wrote."""
     dataset_config: str | None = "sample-10BT"
     """Configuration (subset) of the data set."""
     dataset_split: str = "train"
@@ -42,7 +53,7 @@ class TrainConfig:
     text_column: str = "text"
     """Column that holds the text."""
     text_files: tuple[str, ...] = ()
-    """Local .txt, .jsonl or .parquet files to train on instead of the data set."""
+    """Local .txt, .jsonl (also .gz) or .parquet files, or folders of them, instead of the data set."""
 
     # --- sparse autoencoder ---
     k: float | tuple[float, ...] = 64
@@ -148,6 +159,8 @@ class TrainConfig:
             raise ConfigError(
                 "moments = '8bit' belongs to the fused step; use --step fused, or --moments fp32"
             )
+        if self.outlier_norm is not None:
+            self._require_number("outlier_norm", above=1)
         if self.d_sae is not None and self.expansion is not None:
             raise ConfigError(
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
@@ -316,10 +329,12 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     "context_length", "harvest_batch", "d_sae", "tokens", "batch_size", "k_aux", "dead_after_tokens",
-    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints", "log_every_tokens",
+    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints",
+    "log_every_tokens",
 )  # fmt: skip
 _CHOICES = {
-    "quantization": ("nf4", "none"),
+    "quantization": ("nf4", "nf4-dequantized", "none"),
+    "activation_dtype": ("bf16", "fp32"),
     "normalize": ("scalar", "none", "layer_norm"),
     "moments": ("fp32", "8bit"),
     "objective": ("log", "plain"),

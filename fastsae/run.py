@@ -246,9 +246,8 @@ class Run:
         if self.directory is None:
             return sae
         sae.save(self.directory)
-        summary = report.write_report(
-            self.directory, sae, self.config, self._progress(shared), held_out
-        )
+        progress = {"lr": float(self.step.lr), **self._progress(shared)}
+        summary = report.write_report(self.directory, sae, self.config, progress, held_out)
         assert self._tracker is not None
         self._tracker.summarize(summary)
         if self._publisher is not None:

@@ -30,8 +30,8 @@ def test_defaults_are_the_recipe() -> None:
     assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
 
 
-def test_few_flags() -> None:
-    assert len(dataclasses.fields(TrainConfig)) <= 60
+def test_not_too_many_flags() -> None:
+    assert len(dataclasses.fields(TrainConfig)) <= 56
     assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
 
 
