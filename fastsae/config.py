@@ -21,7 +21,7 @@ class TrainConfig:
     model: str = "google/gemma-4-E2B"
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
     layer: int | tuple[int, ...] = 17
-    """Train on the residual stream after this decoder layer (0 is the first)."""
+    """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
     quantization: Literal["nf4", "none"] = "nf4"
     """Weights of the language model: nf4 through bitsandbytes with fp16 compute, or as stored."""
     context_length: int = 1024
@@ -69,7 +69,9 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it was not active for this many tokens."""
     seed: int = 17
-    """Seed of the initial weights, the order of the text and the mixing of activations."""
+    """Seed of the initial weights and, unless --stream-seed says otherwise, of the stream."""
+    stream_seed: int | None = None
+    """Seed of the order of the text and the mixing of activations. [the first --seed]"""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -106,7 +108,8 @@ class TrainConfig:
     """Train a small SAE on a small embedded language model, on any machine, in about a minute."""
 
     def __post_init__(self) -> None:
-        for field in ("layer", "k", "seed"):
+        self._validate_layers()
+        for field in ("k", "seed"):
             value = getattr(self, field)
             if isinstance(value, (tuple, list)):
                 if len(value) != 1:
@@ -115,8 +118,9 @@ class TrainConfig:
                         f"time: give one value"
                     )
                 object.__setattr__(self, field, value[0])
-        for field in ("layer", "seed"):
-            self._require_int(field, 0)
+        self._require_int("seed", 0)
+        if self.stream_seed is not None:
+            self._require_int("stream_seed", 0)
         for field in _AT_LEAST_ONE:
             if getattr(self, field) is not None:
                 self._require_int(field, 1)
@@ -158,6 +162,17 @@ class TrainConfig:
                 f"{field} must be a whole number of at least {minimum}, got {value!r}"
             )
 
+    def _validate_layers(self) -> None:
+        layers = tuple(self.layer) if isinstance(self.layer, (tuple, list)) else (self.layer,)
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ConfigError(f"layer must be a whole number of at least 0, got {layer!r}")
+        if not layers or len(set(layers)) < len(layers):
+            raise ConfigError(
+                f"layer = {layers!r}: expected at least one layer, and each of them once"
+            )
+        object.__setattr__(self, "layer", layers[0] if len(layers) == 1 else layers)
+
     def _require_number(
         self, field: str, above: float | None = None, at_least: float | None = None
     ) -> None:
@@ -180,10 +195,16 @@ class TrainConfig:
         return self.k
 
     @property
-    def hooked_layer(self) -> int:
-        """``layer`` as the one number it is after validation."""
-        assert not isinstance(self.layer, tuple)
-        return self.layer
+    def layers(self) -> tuple[int, ...]:
+        """The hooked layers, in the order given."""
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
+
+    @property
+    def resolved_stream_seed(self) -> int:
+        """``stream_seed``, or the first ``seed``."""
+        if self.stream_seed is not None:
+            return self.stream_seed
+        return self.seed[0] if isinstance(self.seed, tuple) else self.seed
 
     @property
     def steps(self) -> int:
@@ -196,7 +217,8 @@ class TrainConfig:
         if self.name is not None:
             return self.name
         model = "demo" if self.demo else self.model.rstrip("/").rsplit("/", 1)[-1].lower()
-        return f"{model}-scope-v1-L{self.layer}-batchtopk-k{self.k:g}-seed{self.seed}"
+        layers = "-".join(map(str, self.layers))
+        return f"{model}-scope-v1-L{layers}-batchtopk-k{self.k:g}-seed{self.seed}"
 
     def resolve_d_sae(self, d_in: int) -> int:
         """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import TrainConfig
-from .errors import ConfigError, StreamError
+from .errors import StreamError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from .stream.language_model import LanguageModel
     from .stream.text import TextSource
 
 MODEL = "glassllm"
@@ -91,21 +89,7 @@ def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     config.architectures = ["LlamaForCausalLM"]
     model = LlamaForCausalLM(config)
     model.load_state_dict(_llama_weights(weights, config), strict=True)
-    return model.eval(), tokenizer
-
-
-def load_language_model(config: TrainConfig, device: torch.device) -> LanguageModel:
-    """The embedded model as the stream wants it. Raises ConfigError if the settings do not fit it."""
-    from .stream.language_model import LanguageModel, require_fit
-
-    if config.quantization != "none":
-        raise ConfigError(
-            f"quantization = {config.quantization!r}, but the demo's language model is too small to "
-            f"quantize; use --quantization none"
-        )
-    model, tokenizer = load_model()
-    require_fit(model.config, MODEL, config.hooked_layer, config.context_length)
-    return LanguageModel(model.to(device), tokenizer, config.hooked_layer, name=MODEL)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _llama_weights(weights: dict, config) -> dict:

@@ -33,13 +33,14 @@ INITIALIZATION_BATCHES = 8
 class Stream(Protocol):
     """Where activations come from.
 
-    A stream may also have ``metadata`` (provenance that travels with the SAE), ``seconds`` (time spent
-    so far, by stage), ``counts`` (rows dropped so far, by reason) and ``held_out()`` (activations kept
-    apart for the final evaluation); the trainer uses what is there.
+    A stream may also have ``metadata`` (provenance that travels with the SAE, for each layer),
+    ``seconds`` (time spent so far, by stage), ``counts`` (rows dropped so far, by reason) and
+    ``held_out()`` (activations kept apart for the final evaluation, for each layer); the trainer uses
+    what is there.
     """
 
-    def next_batch(self) -> Tensor | None:
-        """``[B, D]`` activations in raw units, or None when there are no more."""
+    def next_batch(self) -> tuple[Tensor, ...] | None:
+        """``[B, D]`` activations in raw units for each layer, or None when there are no more."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,6 +95,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, stream: Stream | None = None) -> None:
+        if len(config.layers) > 1:
+            raise ConfigError(
+                f"layer = {config.layers}: this version trains one SAE at a time; give one layer"
+            )
         self.config = config
         self.device = resolve_device(config.device)
         self.directory: Path | None = None
@@ -108,7 +113,7 @@ class Trainer:
 
             stream = open_stream(config)
         self.stream = stream
-        self._metadata: dict[str, Any] = getattr(stream, "metadata", {})
+        self._metadata: dict[str, Any] = getattr(stream, "metadata", ({},))[0]
         # A single batch where batches are the user's: nothing is drawn ahead of training.
         self._lookahead = 1 if isinstance(stream, _Batches) else INITIALIZATION_BATCHES
         self._seconds: dict[str, float] = {}  # by stage, of the run before it was resumed
@@ -184,16 +189,17 @@ class Trainer:
         return None if batch is None else batch.to(self.device, non_blocking=True)
 
     def _draw(self) -> Tensor | None:
-        batch = self.stream.next_batch()
-        if batch is not None and (
-            batch.ndim != 2 or not batch.is_floating_point() or not len(batch)
-        ):
+        layers = self.stream.next_batch()
+        if layers is None:
+            return None
+        (batch,) = layers
+        if batch.ndim != 2 or not batch.is_floating_point() or not len(batch):
             raise StreamError(
                 f"a batch must be a float tensor [B, D] with at least one row, got {batch.dtype} "
                 f"{tuple(batch.shape)}"
             )
         step = getattr(self, "step", None)
-        if batch is not None and step is not None and batch.shape[1] != step.sae.d_in:
+        if step is not None and batch.shape[1] != step.sae.d_in:
             raise StreamError(
                 f"a batch has width {batch.shape[1]}, those before had {step.sae.d_in}"
             )
@@ -329,9 +335,8 @@ class Trainer:
             return sae
         sae.save(self.directory)
         held_out = getattr(self.stream, "held_out", None)
-        summary = report.write_report(
-            self.directory, sae, self.config, self._progress(), held_out() if held_out else None
-        )
+        (rows,) = held_out() if held_out else (None,)
+        summary = report.write_report(self.directory, sae, self.config, self._progress(), rows)
         tracker.summarize(summary)
         if self.config.hub_repo is not None:
             hub.push(self.directory, self.config.hub_repo, self.config.run_name)
@@ -345,10 +350,10 @@ class _Batches:
         self._iterator = iter(batches)
         self._drawn = 0
 
-    def next_batch(self) -> Tensor | None:
+    def next_batch(self) -> tuple[Tensor] | None:
         batch = next(self._iterator, None)
         self._drawn += batch is not None
-        return batch
+        return None if batch is None else (batch,)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": {}, "meta": {"drawn": self._drawn}}

@@ -27,23 +27,28 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 class FakeModel:
-    """Activation = (token, position in the row, a number that tells the row); NaN at ``poisoned``."""
+    """Activation = (token, position in the row, a number that tells the row); NaN at ``poisoned``.
 
-    name, layer, quantization = "fake", 3, "none"
+    With several layers, each is the one before plus a million, and only ``poisoned_layer`` has NaN.
+    """
+
+    name, quantization = "fake", "none"
     d_model, dtype, device = 3, torch.float32, torch.device("cpu")
     special_ids = torch.tensor([1, 2, 3])  # 0 pads short rows, and is a word in some vocabularies
 
-    def __init__(self, poisoned: str = "") -> None:
+    def __init__(self, poisoned: str = "", layers=(3,), poisoned_layer: int = 0) -> None:
+        self.layers, self.poisoned_layer = layers, poisoned_layer
         self.poisoned = torch.tensor([ids(c)[0] for c in poisoned] or [-1])
 
-    def residual(self, tokens: Tensor) -> Tensor:
+    def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
         n, length = tokens.shape
         position = torch.arange(length)
         row = (tokens * (7919 * (position + 1) ** 5 % 8191)).sum(1, keepdim=True)
         columns = [tokens, position.expand(n, length), row.expand(n, length)]
         out = torch.stack(columns, dim=2).float()
-        out[torch.isin(tokens, self.poisoned)] = float("nan")
-        return out
+        layers = [out + 1e6 * i for i in range(len(self.layers))]
+        layers[self.poisoned_layer][torch.isin(tokens, self.poisoned)] = float("nan")
+        return tuple(layers)
 
 
 def ids(text: str) -> list[int]:
@@ -75,7 +80,9 @@ def buffer(
 
 
 def drain(source: ActivationBuffer) -> list[Tensor]:
-    return list(iter(source.next_batch, None))
+    batches = list(iter(source.next_batch, None))
+    assert all(len(batch) == 1 for batch in batches)
+    return [batch[0] for batch in batches]
 
 
 def everything(documents: list[str], model=None) -> Tensor:
@@ -83,7 +90,7 @@ def everything(documents: list[str], model=None) -> Tensor:
     rows = list(packer(documents))
     if not rows:
         return torch.empty(0, 3)
-    return harvest(model or FakeModel(), Chunk.of(rows, CONTEXT), Counts())
+    return harvest(model or FakeModel(), Chunk.of(rows, CONTEXT), Counts())[0]
 
 
 def bag(rows: Tensor) -> Counter:
@@ -111,8 +118,8 @@ def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch
     served = torch.cat(batches) if batches else torch.empty(0, 3)
     assert bag(served) == bag(everything(texts))
     assert source.counts.harvested == len(served)
-    assert source._free_count == len(source._pool)
-    assert len(set(source._free.tolist())) == len(source._pool)
+    assert source._free_count == len(source._pools[0])
+    assert len(set(source._free.tolist())) == len(source._pools[0])
     assert source.next_batch() is None
 
 
@@ -131,13 +138,14 @@ def test_the_next_batch_is_the_next_batch(
     resumed = buffer(texts, **options)
     resumed.load_state_dict(state)
     assert vars(resumed.counts) == counts
-    assert_batches_equal(list(islice(iter(resumed.next_batch, None), more)), whole[taken:][:more])
+    served = [batch for (batch,) in islice(iter(resumed.next_batch, None), more)]
+    assert_batches_equal(served, whole[taken:][:more])
     again = buffer(texts, **options)  # a resumed run is interrupted and resumed like any other
     again.load_state_dict(through_disk(resumed.state_dict()))
     assert_batches_equal(drain(again), whole[taken + more :])
     assert_batches_equal(drain(source), whole[taken:])
     assert vars(again.counts) == vars(source.counts)
-    assert again._free_count == len(again._pool)
+    assert again._free_count == len(again._pools[0])
 
 
 def through_disk(state: dict) -> dict:
@@ -155,7 +163,7 @@ def assert_batches_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_resume_on_a_real_model(tmp_path: Path):
-    model = LanguageModel.load(models.gemma4_multimodal(), 5)
+    model = LanguageModel.load(models.gemma4_multimodal(), (5,))
     texts = text_of(90)
 
     def start() -> ActivationBuffer:
@@ -212,7 +220,7 @@ def test_no_activation_outlives_two_generations():
         for row in in_order[harvested : source.counts.harvested]:
             generation_of[row] = source._newer.index
         harvested = source.counts.harvested
-        ages[source._newer.index - generation_of[tuple(batch[0].tolist())]] += 1
+        ages[source._newer.index - generation_of[tuple(batch[0][0].tolist())]] += 1
     assert set(ages) == {0, 1}
     assert abs(ages[0] - ages[1]) <= source._newer.index + 1
 
@@ -265,6 +273,27 @@ def test_nonfinite_rows_are_dropped_and_counted():
     assert len(served) == len(everything(texts)) - bad
 
 
+@pytest.mark.parametrize("poisoned_layer", [0, 1, 2])
+def test_rows_of_all_layers_belong_to_the_same_tokens(poisoned_layer: int):
+    texts = ["abcabc", "hello", "banana"] * 30
+    model = FakeModel("b", layers=(3, 1, 5), poisoned_layer=poisoned_layer)
+    source = buffer(texts, model, pool_tokens=128)
+    batches = list(iter(source.next_batch, None))
+    assert all(len(batch) == 3 for batch in batches)
+    for first, second, third in batches:
+        assert torch.equal(second, first + 1e6) and torch.equal(third, first + 2e6)
+    # What is dropped in one layer is dropped in all.
+    assert source.counts.nonfinite == sum(text.count("b") for text in texts)
+    assert bag(torch.cat([b[0] for b in batches])) == bag(everything(texts, FakeModel("b")))
+    resumed = buffer(texts, model, pool_tokens=128)
+    part = buffer(texts, model, pool_tokens=128)
+    for _ in range(20):
+        part.next_batch()
+    resumed.load_state_dict(through_disk(part.state_dict()))
+    for found, expected in zip(iter(resumed.next_batch, None), batches[20:], strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(
     ("quantization", "remedy"), [("nf4", "quantization none"), ("none", "bfloat16")]
 )
@@ -286,15 +315,15 @@ def test_a_model_that_gives_other_rows_is_refused_on_resume():
 
 def test_pool_size_and_dtype():
     source = buffer(text_of(5), pool_tokens=100, harvest_batch=2)
-    assert source._pool.shape == (96, 3)  # two generations of three chunks of two rows of eight
-    assert source._pool.dtype == torch.float32
-    assert buffer(text_of(5), pool_tokens=1)._pool.shape == (32, 3)
+    assert source._pools[0].shape == (96, 3)  # two generations of three chunks of two rows of eight
+    assert source._pools[0].dtype == torch.float32
+    assert buffer(text_of(5), pool_tokens=1)._pools[0].shape == (32, 3)
     stored = ActivationBuffer(
         packer(text_of(30)), FakeModel(), batch_size=4, pool_tokens=64, harvest_batch=2, seed=0,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    assert stored._pool.dtype == torch.bfloat16
-    assert stored.next_batch().dtype == torch.float32
+    assert stored._pools[0].dtype == torch.bfloat16
+    assert stored.next_batch()[0].dtype == torch.float32
 
 
 def test_harvest_seconds_grow():
@@ -312,19 +341,19 @@ def test_held_out_rows_are_not_trained_on():
     model = FakeModel()
     tokens = packer(texts)
     rows = hold_out(tokens, model, 50)
-    held_out = activations(model, rows, 2, 50)
+    (held_out,) = activations(model, rows, 2, 50)
     assert held_out.shape == (50, 3)
     assert torch.equal(held_out, everything(texts)[:50])
     source = ActivationBuffer(tokens, model, batch_size=7, pool_tokens=64, harvest_batch=2, seed=0)
     trained = torch.cat(drain(source))
-    taken = len(harvest(model, rows, Counts()))
+    taken = len(harvest(model, rows, Counts())[0])
     assert 50 <= taken < 50 + CONTEXT
     assert bag(trained) == bag(everything(texts)[taken:])
 
 
 def test_held_out_leaves_out_nonfinite_rows():
     rows = hold_out(packer(["abcabc", "hello"] * 20), FakeModel(), 40)
-    assert activations(FakeModel("b"), rows, 3, 40).isfinite().all()
+    assert activations(FakeModel("b"), rows, 3, 40)[0].isfinite().all()
 
 
 def test_empty_text():

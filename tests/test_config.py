@@ -38,8 +38,24 @@ def test_at_most_forty_flags() -> None:
 def test_one_value_may_come_as_a_tuple() -> None:
     c = TrainConfig(layer=(3,), k=(8,), seed=(1,))
     assert (c.layer, c.k, c.seed) == (3, 8, 1)
-    with pytest.raises(fastsae.ConfigError, match=r"layer has 2 values \(3, 4\)"):
-        TrainConfig(layer=(3, 4))
+    with pytest.raises(fastsae.ConfigError, match=r"k has 2 values \(3, 4\)"):
+        TrainConfig(k=(3, 4))
+
+
+def test_several_layers() -> None:
+    c = TrainConfig(layer=[9, 4])
+    assert (c.layer, c.layers, TrainConfig(layer=3).layers) == ((9, 4), (9, 4), (3,))
+    assert c.run_name == "gemma-4-e2b-scope-v1-L9-4-batchtopk-k64-seed17"
+    for wrong, message in (((3, 3), "each of them once"), ((), "one layer"), ((3, -1), "got -1")):
+        with pytest.raises(fastsae.ConfigError, match=message):
+            TrainConfig(layer=wrong)
+
+
+def test_the_stream_has_its_own_seed_if_wanted() -> None:
+    assert TrainConfig(seed=5).resolved_stream_seed == 5
+    assert TrainConfig(seed=5, stream_seed=0).resolved_stream_seed == 0
+    with pytest.raises(fastsae.ConfigError, match="stream_seed must be"):
+        TrainConfig(stream_seed=-1)
 
 
 @pytest.mark.parametrize(

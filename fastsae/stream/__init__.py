@@ -37,24 +37,29 @@ class Stream:
         self._packer = packer
         self._config = config
 
-    def next_batch(self) -> Tensor | None:
-        """``[batch_size, D]`` float32 on the model's device; the last may be shorter; then None."""
+    def next_batch(self) -> tuple[Tensor, ...] | None:
+        """``[batch_size, D]`` float32 on the model's device, for each hooked layer, rows of all layers
+        belonging to the same tokens; the last batch may be shorter; then None."""
         return self.buffer.next_batch()
 
-    def held_out(self) -> Tensor:
-        """``[eval_tokens, D]`` float32 on the model's device; rows that are not finite are left out."""
+    def held_out(self) -> tuple[Tensor, ...]:
+        """``[eval_tokens, D]`` float32 on the model's device, for each hooked layer; tokens whose
+        activation is not finite in some layer are left out."""
         from .buffer import activations
 
         config = self._config
         return activations(self.model, self.held_out_rows, config.harvest_batch, config.eval_tokens)
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """Where the activations come from, under the names SAELens has for it."""
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        """Where each layer's activations come from, under the names SAELens has for it."""
+        return tuple(self._metadata(hook_name) for hook_name in self.model.hook_names)
+
+    def _metadata(self, hook_name: str) -> dict[str, Any]:
         return {
             "model_name": self.model.name,
             "model_class_name": self.model.model_class_name,
-            "hook_name": self.model.hook_name,
+            "hook_name": hook_name,
             "hook_head_index": None,
             "context_size": self._config.context_length,
             "prepend_bos": self.model.tokenizer.bos_token_id is not None,
@@ -104,34 +109,31 @@ def open_stream(config: TrainConfig) -> Stream:
     from .. import demo
     from ..device import resolve_device
     from .buffer import ActivationBuffer, hold_out
-    from .language_model import LanguageModel, load_config
+    from .language_model import LanguageModel
+    from .loading import load_config
     from .text import open_dataset, open_files
     from .tokens import TokenPacker
 
     device = resolve_device(config.device)
-    embedded = config.demo and config.model == demo.MODEL
-    if not embedded:
-        load_config(config.model, config.hooked_layer, config.context_length)
+    seed = config.resolved_stream_seed
+    load_config(config.model, config.layers, config.context_length)
 
     if config.text_files:
-        text = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
+        text = open_files(config.text_files, text_column=config.text_column, seed=seed)
     elif config.demo and config.dataset == demo.TEXT:
-        text = demo.open_text(config.seed)
+        text = demo.open_text(seed)
     else:
         text = open_dataset(
             config.dataset,
             config.dataset_config,
             config.dataset_split,
             text_column=config.text_column,
-            seed=config.seed,
+            seed=seed,
         )
 
-    if embedded:
-        model = demo.load_language_model(config, device)
-    else:
-        model = LanguageModel.load(
-            config.model, config.hooked_layer, quantization=config.quantization, device=device
-        )
+    model = LanguageModel.load(
+        config.model, config.layers, quantization=config.quantization, device=device
+    )
 
     packer = TokenPacker(text, model.tokenizer, config.context_length)
     held_out_rows = hold_out(packer, model, config.eval_tokens)
@@ -141,6 +143,6 @@ def open_stream(config: TrainConfig) -> Stream:
         batch_size=config.batch_size,
         pool_tokens=config.pool_tokens,
         harvest_batch=config.harvest_batch,
-        seed=config.seed,
+        seed=seed,
     )
     return Stream(config, model, packer, buffer, held_out_rows)

@@ -61,20 +61,21 @@ class Counts:
     nonfinite: int = 0
 
 
-def harvest(model: LanguageModel, chunk: Chunk, counts: Counts) -> Tensor:
-    """The activations of a chunk, ``[m, D]`` in the model's dtype, in order of row and position.
+def harvest(model: LanguageModel, chunk: Chunk, counts: Counts) -> tuple[Tensor, ...]:
+    """The activations of a chunk after each hooked layer, ``[m, D]`` in the model's dtype.
 
-    Padding, special tokens and non-finite rows are left out; ``counts`` is added to. Raises
-    StreamError if there was text and nothing of it is finite.
+    Rows are in order of row and position, and belong to the same tokens in every layer. Padding and
+    special tokens are left out, and so are tokens whose activation is not finite in some layer;
+    ``counts`` is added to. Raises StreamError if there was text and nothing of it is finite.
     """
     tokens = chunk.tokens.to(model.device, torch.int64)
-    residual = model.residual(tokens)
+    residuals = model.residuals(tokens)
     text = torch.arange(tokens.shape[1]) < chunk.lengths[:, None]
     special = torch.isin(tokens, model.special_ids)
     wanted = text.to(model.device) & ~special
-    activations = residual[wanted]
-    finite = activations.isfinite().all(dim=1)
-    n_wanted, n_finite = len(activations), int(finite.sum())
+    activations = tuple(residual[wanted] for residual in residuals)
+    finite = torch.stack([rows.isfinite().all(dim=1) for rows in activations]).all(dim=0)
+    n_wanted, n_finite = len(finite), int(finite.sum())
     counts.special += int(chunk.lengths.sum()) - n_wanted
     counts.nonfinite += n_wanted - n_finite
     counts.harvested += n_finite
@@ -85,10 +86,10 @@ def harvest(model: LanguageModel, chunk: Chunk, counts: Counts) -> Tensor:
             else "convert the model to float32 or bfloat16, or train on an earlier layer"
         )
         raise StreamError(
-            f"no activation of layer {model.layer} of {model.name} is finite ({n_wanted} rows, "
+            f"no activation of layer {_list(model.layers)} of {model.name} is finite ({n_wanted} rows, "
             f"{model.dtype}, quantization {model.quantization}): the model overflows; {advice}"
         )
-    return activations if n_finite == n_wanted else activations[finite]
+    return activations if n_finite == n_wanted else tuple(rows[finite] for rows in activations)
 
 
 def hold_out(packer: TokenPacker, model: LanguageModel, tokens: int) -> Chunk:
@@ -112,10 +113,13 @@ def hold_out(packer: TokenPacker, model: LanguageModel, tokens: int) -> Chunk:
     return Chunk.of(rows, packer.context_length)
 
 
-def activations(model: LanguageModel, rows: Chunk, harvest_batch: int, count: int) -> Tensor:
-    """The first ``count`` activations of ``rows`` (fewer if some are not finite), ``[n, D]`` float32."""
-    found = [harvest(model, chunk, Counts()).float() for chunk in rows.split(harvest_batch)]
-    return torch.cat(found)[:count]
+def activations(
+    model: LanguageModel, rows: Chunk, harvest_batch: int, count: int
+) -> tuple[Tensor, ...]:
+    """The first ``count`` activations of ``rows`` (fewer if some are not finite), ``[n, D]`` float32
+    for each layer."""
+    found = [harvest(model, chunk, Counts()) for chunk in rows.split(harvest_batch)]
+    return tuple(torch.cat(layer)[:count].float() for layer in zip(*found, strict=True))
 
 
 @dataclass
@@ -170,7 +174,10 @@ class ActivationBuffer:
         # Stage g needs at most one and a half generations; a resumed one, two until the part that
         # was served already is let go.
         slots = 2 * self.chunks_per_generation * chunk_tokens
-        self._pool = torch.empty(slots, model.d_model, dtype=dtype, device=model.device)
+        self._pools = [
+            torch.empty(slots, model.d_model, dtype=dtype, device=model.device)
+            for _ in model.layers
+        ]
         self._free = torch.arange(slots, device=model.device)
         self._free_count = slots
         self._packer_state = packer.state_dict()  # after the last live chunk
@@ -180,9 +187,10 @@ class ActivationBuffer:
 
     # --- serving ---
 
-    def next_batch(self) -> Tensor | None:
-        """The next ``[batch_size, D]`` activations in float32; fewer in the last batch; then None."""
-        parts: list[Tensor] = []
+    def next_batch(self) -> tuple[Tensor, ...] | None:
+        """The next ``[batch_size, D]`` activations in float32, for each layer; fewer in the last batch;
+        then None. The same row is the same token in every layer."""
+        parts: list[tuple[Tensor, ...]] = []
         missing = self._batch_size
         while missing:
             if self._position == len(self._order):
@@ -190,11 +198,13 @@ class ActivationBuffer:
                     break
                 continue  # a stage may be empty
             slots = self._order[self._position : self._position + missing]
-            parts.append(self._pool[slots])
+            parts.append(tuple(pool[slots] for pool in self._pools))
             self._release(slots)
             self._position += len(slots)
             missing -= len(slots)
-        return torch.cat(parts).float() if parts else None
+        if not parts:
+            return None
+        return tuple(torch.cat(layer).float() for layer in zip(*parts, strict=True))
 
     def _next_stage(self) -> bool:
         """Move on by a generation; False when the text and everything harvested is used up."""
@@ -225,9 +235,11 @@ class ActivationBuffer:
         """Put the chunk's activations into free slots of the pool; return the slots, in row order."""
         start = time.perf_counter()
         rows = harvest(self._model, chunk, self.counts)
-        self._free_count -= len(rows)
-        slots = self._free[self._free_count : self._free_count + len(rows)].clone()
-        self._pool[slots] = rows.to(self._pool.dtype)
+        count = len(rows[0])
+        self._free_count -= count
+        slots = self._free[self._free_count : self._free_count + count].clone()
+        for pool, layer in zip(self._pools, rows, strict=True):
+            pool[slots] = layer.to(pool.dtype)
         self.harvest_seconds += time.perf_counter() - start
         return slots
 
@@ -274,8 +286,8 @@ class ActivationBuffer:
         }
         self._packer_state = {"tensors": packer, "meta": meta["packer"]}
         self._packer.load_state_dict(self._packer_state)
-        self._free = torch.arange(len(self._pool), device=self._pool.device)
-        self._free_count = len(self._pool)
+        self._free = torch.arange(len(self._pools[0]), device=self._free.device)
+        self._free_count = len(self._free)
         tokens, lengths = tensors["tokens"], tensors["lengths"]
         generations = []
         for saved in meta["generations"]:
@@ -297,6 +309,10 @@ class ActivationBuffer:
         self._position = meta["position"]
         self._release(self._order[: self._position])
         self.counts = Counts(**meta["counts"])
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _cat(tensors: list[Tensor], empty_shape: tuple[int, ...]) -> Tensor:
