@@ -38,8 +38,8 @@ __all__ = [
     "text_activations",
 ]
 
-_LOGITS = 2**27
-"""Logits of one forward pass; with more, fewer rows go through the model at a time."""
+_AT_ONCE = 2**27
+"""Logits of one forward pass, and latents of one batch: with more, fewer rows are taken at a time."""
 
 Observer = Callable[[Batch, Tensor, Tensor, Tensor], None]
 """Is given every batch, the mask ``[n, t]`` of the measured positions, and x ``[m, D]`` and z ``[m, F]``
@@ -142,7 +142,9 @@ def evaluate(
         if isinstance(source, Tensor):
             return _evaluate_activations(sae, source, modes, batch_size)
         assert model is not None
-        rows = max(1, min(rows, _LOGITS // (model.vocabulary * max(map(len, source.rows)))))
+        longest = max(map(len, source.rows))
+        widest = max(sae.d_sae, model.vocabulary if losses else 0)
+        rows = max(1, min(rows, _AT_ONCE // (longest * widest)))
         return _evaluate_text(sae, source, modes, model, losses, rows, observers)
     finally:
         sae.train(was_training)

@@ -49,6 +49,25 @@ class SplicedModel:
         self.vocabulary: int = config.vocab_size
         self.device: torch.device = self._decoder.get_input_embeddings().weight.device
 
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        layer: int,
+        *,
+        quantization: str = "none",
+        device: torch.device | str = "cpu",
+    ) -> SplicedModel:
+        """From the hub, a local directory, or the demo's; see ``load_pretrained``.
+
+        Raises StreamError or ConfigError, each with what to do.
+        """
+        from ..stream.loading import load_config, load_pretrained
+
+        load_config(name, (layer,))
+        model, tokenizer = load_pretrained(name, quantization=quantization, device=device)
+        return cls(model, tokenizer, layer, name)
+
     @torch.no_grad()
     def residual(self, tokens: Tensor) -> Tensor:
         """The residual stream after the layer: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""

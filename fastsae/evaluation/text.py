@@ -76,6 +76,8 @@ class HeldOutText:
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
+        from ..stream.language_model import special_ids
+
         bos = tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
         width = context_length - len(prefix)
@@ -109,9 +111,3 @@ class HeldOutText:
             text = inside & ~torch.isin(tokens, self.special_ids)
             documents = torch.tensor(self.documents[first : first + rows])
             yield Batch(tokens.to(device), text.to(device), lengths, documents, first)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of a tokenizer's special tokens."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)

@@ -39,7 +39,7 @@ class LanguageModel:
     ) -> None:
         decoder = model.get_decoder()
         config = decoder.config.get_text_config(decoder=True)
-        path, modules = _find_layers(model, decoder, config.num_hidden_layers, name)
+        path, modules = find_layers(model, decoder, config.num_hidden_layers, name)
         require_layers(layers, len(modules), name)
         self.name = name
         self.layers = tuple(layers)
@@ -50,7 +50,7 @@ class LanguageModel:
         self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
         self.device = decoder.get_input_embeddings().weight.device
         self.dtype: torch.dtype = decoder.get_input_embeddings().weight.dtype
-        self.special_ids = torch.tensor(_special_ids(tokenizer), device=self.device)
+        self.special_ids = torch.tensor(special_ids(tokenizer), device=self.device)
         _truncate(decoder, modules, max(layers) + 1)
         self._kept: dict[int, Tensor] = {}
         for layer in layers:
@@ -111,7 +111,7 @@ class LanguageModel:
                 )
 
 
-def _find_layers(
+def find_layers(
     model: nn.Module, decoder: nn.Module, num_layers: int, name: str
 ) -> tuple[str, nn.ModuleList]:
     """The decoder's own list of layers, and its path in the model (not that of an image tower)."""
@@ -146,6 +146,6 @@ def _truncate(decoder: nn.Module, layers: nn.ModuleList, count: int) -> None:
     decoder.config.num_hidden_layers = count
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(added | set(tokenizer.all_special_ids))
