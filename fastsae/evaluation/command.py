@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from ..activation import Inference
-from ..cli import guarded
+from ..command import guarded
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..formats import load
@@ -150,11 +149,10 @@ def run(config: EvaluateConfig) -> None:
     print("wrote " + ", ".join(map(str, written)))  # noqa: T201
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
     """The command. Returns the exit code."""
 
     def command(given: Sequence[str]) -> None:
-        torch.set_grad_enabled(False)
-        run(tyro.cli(EvaluateConfig, args=list(given), description=EvaluateConfig.__doc__))
+        run(tyro.cli(EvaluateConfig, args=list(given), description=description))
 
     return guarded(command, arguments)
