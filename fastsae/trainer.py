@@ -336,7 +336,10 @@ class Trainer:
         sae.save(self.directory)
         held_out = getattr(self.stream, "held_out", None)
         (rows,) = held_out() if held_out else (None,)
-        summary = report.write_report(self.directory, sae, self.config, self._progress(), rows)
+        text = getattr(self.stream, "held_out_text", lambda: None)()
+        summary = report.write_report(
+            self.directory, sae, self.config, self._progress(), rows, text
+        )
         tracker.summarize(summary)
         if self.config.hub_repo is not None:
             hub.push(self.directory, self.config.hub_repo, self.config.run_name)

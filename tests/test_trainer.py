@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.evaluate import evaluate, pca_explained_variance
+from fastsae.evaluation import evaluate, pca_explained_variance
 from fastsae.tracking import read_metrics
 from fastsae_kernels import reference as ref
 

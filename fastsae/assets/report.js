@@ -182,13 +182,13 @@
   if (main) {
     const d = main.density_histogram;
     charts.append(bars("Feature density", d.edges, d.counts, (v) => "10" + superscript(v), { unit: "latents" }));
-    const counts = data.l0_counts, step = Math.max(1, Math.ceil(counts.length / 60)), grouped = [], edges = [];
+    const counts = data.l0.counts, step = Math.max(1, Math.ceil(counts.length / 60)), grouped = [], edges = [];
     for (let i = 0; i < counts.length; i += step) {
       edges.push(i);
       grouped.push(counts.slice(i, i + step).reduce((a, b) => a + b, 0));
     }
     edges.push(edges.length * step);
-    charts.append(bars("Active latents per token", edges, grouped, short, { unit: "tokens" }));
+    charts.append(bars(`Active latents per token (${data.l0.mode})`, edges, grouped, short, { unit: "tokens" }));
   }
   if (data.cosines.found) {
     const { found, random } = data.cosines;

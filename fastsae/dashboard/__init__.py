@@ -63,9 +63,10 @@ def write_report_page(
         **(extra or {}),
     }
     if evaluation is not None:
-        first = next(iter(evaluation.scores.values()))
         data["evaluation"] = evaluation.to_json()
-        data["l0_counts"] = first.l0_counts.tolist()
+        # k per token says nothing: the mode in which L0 varies most is shown.
+        mode = max(evaluation.scores, key=lambda m: int((evaluation[m].l0_counts > 0).sum()))
+        data["l0"] = {"mode": mode, "counts": evaluation[mode].l0_counts.tolist()}
     return write_page(directory / page, title or directory.resolve().name, data)
 
 

@@ -64,7 +64,9 @@ def write_latents(
     if collector is not None and text is not None and names is not None:
         rows_per_file = max(1, TOKENS_PER_FILE // max(map(len, text.rows)))
         for number, start in enumerate(range(0, len(text), rows_per_file)):
-            rows = [[names(t) for t in r.tolist()] for r in text.rows[start : start + rows_per_file]]
+            rows = [
+                [names(t) for t in r.tolist()] for r in text.rows[start : start + rows_per_file]
+            ]
             _write_data(folder, f"text-{number}", rows)
         fired = collector.fired.cpu()
         index |= {

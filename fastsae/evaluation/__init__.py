@@ -130,7 +130,9 @@ def evaluate(
     _require_modes(sae, modes)
     if isinstance(source, HeldOutText):
         if model is None:
-            raise ConfigError("text needs the language model that turns it into activations: model=")
+            raise ConfigError(
+                "text needs the language model that turns it into activations: model="
+            )
         if model.d_model != sae.d_in:
             raise ConfigError(
                 f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
@@ -217,9 +219,7 @@ def _evaluate_text(
         for mode in modes:
             spliced.complete(mode, scores[mode])
     documents = len(set(text.documents))
-    result = _evaluation(
-        sae, scores, moments, documents, text.documents_are, nonfinite, text.name
-    )
+    result = _evaluation(sae, scores, moments, documents, text.documents_are, nonfinite, text.name)
     result.losses = {} if spliced is None else spliced.losses()
     return result
 
@@ -274,7 +274,8 @@ class _Losses:
         self._sums.add(batch.documents_of(self._predicting), **{f"ce_{name}": ce})
         kl = kl_divergence(self._clean, logits, batch.text)
         self._sums.add(
-            batch.documents_of(batch.text), **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)}
+            batch.documents_of(batch.text),
+            **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)},
         )
 
     def complete(self, mode: str, scores: Scores) -> None:
@@ -288,7 +289,10 @@ class _Losses:
 
     def losses(self) -> dict[str, Estimate]:
         ratio = lambda part, whole: part / whole
-        ce = {n: self._sums.estimate(ratio, f"ce_{n}", "predictions") for n in ("clean", "zero", "mean")}
+        ce = {
+            n: self._sums.estimate(ratio, f"ce_{n}", "predictions")
+            for n in ("clean", "zero", "mean")
+        }
         kl = {
             f"kl_{n}": self._sums.estimate(ratio, f"kl_{n}", f"kl_tokens_{n}")
             for n in ("zero", "mean")

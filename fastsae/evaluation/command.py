@@ -144,7 +144,9 @@ def run(config: EvaluateConfig) -> None:
     written = [path]
     if observers:
         written.append(
-            write_report_page(directory, sae, evaluation=result, collector=observers[0], model=model, text=text)
+            write_report_page(
+                directory, sae, evaluation=result, collector=observers[0], model=model, text=text
+            )
         )
     print("wrote " + ", ".join(map(str, written)))  # noqa: T201
 

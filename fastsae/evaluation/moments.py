@@ -67,12 +67,7 @@ class Moments:
     def _about(self, half: int, point: Tensor) -> Tensor:
         """``Σ (x - point)(x - point)ᵀ`` of one half; ``point`` is relative to the shift."""
         cross = torch.outer(self._sum[half], point)
-        return (
-            self._scatter[half]
-            - cross
-            - cross.T
-            + self._count[half] * torch.outer(point, point)
-        )
+        return self._scatter[half] - cross - cross.T + self._count[half] * torch.outer(point, point)
 
 
 def pca_explained_variance(x: Tensor, components: int) -> float | None:

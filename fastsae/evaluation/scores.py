@@ -85,7 +85,9 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         estimates = {
-            name: value.to_json() for name, value in vars(self).items() if isinstance(value, Estimate)
+            name: value.to_json()
+            for name, value in vars(self).items()
+            if isinstance(value, Estimate)
         }
         return {
             **estimates,

@@ -146,9 +146,9 @@ def layer_of(hook_name: str | None) -> int:
         layer = int(found[1]) - (found[2] == "pre")
         if layer >= 0:
             return layer
-    elif found := re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name):
-        return int(found[1])
-    elif found := re.fullmatch(r"resid_post_layer_(\d+)", hook_name):
+    elif (found := re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name)) or (
+        found := re.fullmatch(r"resid_post_layer_(\d+)", hook_name)
+    ):
         return int(found[1])
     raise ConfigError(
         f"the SAE reads {hook_name!r}, which is not the output of a decoder layer by any name known "

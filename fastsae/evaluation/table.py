@@ -42,7 +42,9 @@ def describe(evaluation: Evaluation) -> str:
         )
     if e.losses:
         clean, zero, mean = (interval(e.losses[name]) for name in ("clean", "zero", "mean"))
-        lines.append(f"cross-entropy of the model: clean {clean}, zero ablation {zero}, mean {mean}")
+        lines.append(
+            f"cross-entropy of the model: clean {clean}, zero ablation {zero}, mean {mean}"
+        )
     return "\n".join(lines)
 
 

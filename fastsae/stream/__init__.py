@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
+    from ..evaluation import HeldOutText
     from .buffer import ActivationBuffer, Chunk
     from .language_model import LanguageModel
     from .tokens import TokenPacker
@@ -49,6 +50,15 @@ class Stream:
 
         config = self._config
         return activations(self.model, self.held_out_rows, config.harvest_batch, config.eval_tokens)
+
+    def held_out_text(self) -> HeldOutText:
+        """The held-out rows as text to evaluate on; rows stand for documents there."""
+        from ..evaluation import HeldOutText
+
+        held = self.held_out_rows
+        rows = [row[:n] for row, n in zip(held.tokens, held.lengths.tolist(), strict=True)]
+        special = self.model.special_ids.tolist()
+        return HeldOutText(rows, range(len(rows)), special, self._packer.text.name, "rows")
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
