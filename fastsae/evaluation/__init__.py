@@ -195,10 +195,7 @@ def _evaluate_text(
     sums = {mode: ScoreSums(sae.d_in, sae.d_sae, moments.mean) for mode in modes}
     spliced = _Losses(model, moments.mean) if losses else None
     for batch in text.batches(rows, model.device):
-        if spliced is None:
-            residual = model.residual(batch.tokens)
-        else:
-            residual = spliced.begin(batch)
+        residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
         measured, x = _measured(batch, residual)
         if not len(x):
             continue
