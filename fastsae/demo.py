@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,7 @@ def open_text(seed: int) -> TextSource:
     return TextSource([[found[i] for i in order]], iter, name="installed documentation", seed=seed)
 
 
-def documents() -> list[str]:
+def documents(packages: Sequence[str] = _PACKAGES) -> list[str]:
     """Prose of the documentation installed with Python: one document per page or source file.
 
     Several MB, in a fixed order: the same on every call on the same machine. The
@@ -186,7 +186,7 @@ def documents() -> list[str]:
     """
     seen: set[str] = set()
     found = []
-    for texts in _texts():
+    for texts in _texts(packages):
         paragraphs = []
         for paragraph in (paragraph for text in texts for paragraph in _prose(text)):
             if paragraph not in seen:  # licences and shared descriptions repeat many times
@@ -197,12 +197,12 @@ def documents() -> list[str]:
     return found
 
 
-def _texts() -> Iterator[list[str]]:
+def _texts(packages: Sequence[str]) -> Iterator[list[str]]:
     """The language reference's pages, then the docstrings of every source file."""
     for _, page in sorted(topics.items()):
         yield [page]
     roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for name in _PACKAGES:
+    for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
             roots.append(Path(spec.submodule_search_locations[0]))

@@ -76,7 +76,12 @@ def test_the_right_command(run) -> None:
         "alive_fraction",
         "tokens_seen",
         "tokens_per_second",
+        "harvested",
+        "special",
+        "nonfinite",
+        "outliers",
     }
+    assert 1e8 < summary["peak_memory_bytes"] < 1e11
     assert wanted <= set(summary)
     assert summary["l0"] == 4 and summary["tokens_seen"] == 1280
     sae = fastsae.load(result.out / "run")

@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from tolerances import COMPILED, NF4_DEQUANTIZED, SEPARATE_DOCUMENTS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -211,6 +212,120 @@ def test_padding_changes_nothing_before_it(checkpoint: str):
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1, :25], after[1, :25])
     assert not torch.equal(before[1, 25:], after[1, 25:])
+
+
+# --- dequantized once ---
+
+
+@each_checkpoint
+def test_dequantized_is_bit_equal_to_the_products_that_bitsandbytes_forms(checkpoint: str):
+    """As it does for many tokens wherever it has no kernel of its own."""
+    import bitsandbytes
+
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    layers = tuple(range(num_layers))
+    model, tokenizer = load_pretrained(build(), quantization="nf4")
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    packed = LanguageModel(model, tokenizer, layers, name=checkpoint, quantization="nf4")
+    plain = LanguageModel.load(build(), layers, quantization="nf4-dequantized")
+    linears = [m for m in plain._decoder.modules() if isinstance(m, loading.DequantizedLinear)]
+    assert len(linears) > 10
+    assert {m.weight.dtype for m in linears} == {torch.float16}
+    found, expected = plain.residuals(tokens()), packed.residuals(tokens())
+    for layer in layers:
+        assert torch.equal(found[layer], expected[layer]), layer
+    whole, _ = load_pretrained(build(), quantization="nf4-dequantized")
+    assert torch.equal(residuals(whole, tokens())[-1], found[-1])
+
+
+def test_dequantized_is_near_the_kernel_for_cpus():
+    packed = load_pretrained(models.gemma4_text(), quantization="nf4")[0]
+    plain = load_pretrained(models.gemma4_text(), quantization="nf4-dequantized")[0]
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for one, other in zip(packed.get_decoder().layers, plain.get_decoder().layers, strict=True):
+        expected = one.mlp.up_proj(x).float()
+        error = (other.mlp.up_proj(x).float() - expected).norm()
+        assert error <= NF4_DEQUANTIZED * expected.norm()
+
+
+# --- options ---
+
+
+@each_checkpoint
+@pytest.mark.parametrize("quantization", ["none", "nf4-dequantized"])
+def test_a_document_is_as_if_it_were_alone(checkpoint: str, quantization: str):
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    layers = (0, num_layers - 1)
+    apart, across = (
+        LanguageModel.load(build(), layers, quantization=quantization, separate_documents=separate)
+        for separate in (True, False)
+    )
+    documents = [torch.cat([torch.tensor([2]), tokens(1, n)[0] + n]) for n in (9, 1, 21, 6)]
+    row = torch.cat(documents)[None]
+    starts = [0, 10, 12, 34]
+    for found, joined, *alone in zip(
+        apart.residuals(row), across.residuals(row), *(across.residuals(d[None]) for d in documents),
+        strict=True,
+    ):  # fmt: skip
+        for start, expected in zip(starts, alone, strict=True):
+            rows = slice(start, start + expected.shape[1])
+            bound = SEPARATE_DOCUMENTS[quantization] * expected.float().norm()
+            assert (found[:, rows].float() - expected.float()).norm() <= bound
+            if start:
+                assert (joined[:, rows].float() - expected.float()).norm() > 3 * bound
+
+
+def test_documents_without_bos_end_with_eos():
+    part = LanguageModel(
+        load_pretrained(models.llama())[0], models.tokenizer(bos=False), (1,), name="llama",
+        separate_documents=True,
+    )  # fmt: skip
+    part._try_out()
+    positions = part._positions(torch.tensor([[5, 6, 1, 7, 1, 8, 9], [1, 4, 4, 4, 4, 4, 1]]))
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
+
+
+def test_a_model_that_cannot_separate_documents_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LanguageModel, "_positions", lambda *_: None)
+    with pytest.raises(StreamError, match=r"attends across documents.*--separate-documents"):
+        LanguageModel.load(models.llama(), (2,), separate_documents=True)
+
+
+@pytest.mark.slow
+def test_compiled():
+    plain = LanguageModel.load(models.llama(), (0,))
+    compiled = LanguageModel.load(models.llama(), (0,), compile=True)
+    assert compiled._run is not compiled._decoder
+    for _ in range(2):
+        for found, expected in zip(
+            compiled.residuals(tokens()), plain.residuals(tokens()), strict=True
+        ):
+            assert (found - expected).abs().max() <= COMPILED * expected.abs().max()
+
+
+@each_checkpoint
+def test_memory_is_that_of_the_weights_that_are_kept(checkpoint: str):
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    sizes = {}
+    for quantization in ("none", "nf4", "nf4-dequantized"):
+        for layer in (0, num_layers - 1):
+            part = LanguageModel.load(build(), (layer,), quantization=quantization)
+            weights = sum(p.numel() * p.element_size() for p in part._decoder.parameters())
+            buffers = sum(b.numel() * b.element_size() for b in part._decoder.buffers())
+            scales = sum(
+                p.quant_state.absmax.nbytes
+                for p in part._decoder.parameters()
+                if hasattr(p, "quant_state")
+            )
+            assert bool(scales) == (quantization == "nf4")
+            assert weights + scales <= part.memory_bytes <= weights + scales + buffers
+            sizes[quantization, layer] = part.memory_bytes
+    for quantization in ("none", "nf4", "nf4-dequantized"):
+        assert sizes[quantization, 0] < sizes[quantization, num_layers - 1]
+    last = num_layers - 1
+    assert sizes["nf4", last] < sizes["nf4-dequantized", last] < sizes["none", last]
 
 
 # --- what users get wrong ---

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StreamError
-from .loading import load_pretrained, require_layers
+from .loading import dequantize, load_pretrained, require_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +19,14 @@ class LanguageModel:
     """A decoder language model up to the deepest of ``layers``; the rest is dropped from memory.
 
     ``model`` is any transformers model with a decoder (``get_decoder()``); it is taken over and cut.
+    With ``separate_documents``, a token attends to its own document alone, and positions count from
+    the document's beginning, as if it had the row to itself. ``compile`` passes the model through
+    ``torch.compile``.
 
     Attributes: ``name``; ``layers``; ``quantization``; ``tokenizer``; ``device``; ``dtype`` (of the
     residual stream); ``d_model``; ``num_layers`` (of the whole model); ``model_class_name`` and
     ``hook_names`` (the class to load the model with, and each hooked module's path in it);
-    ``special_ids`` (int64 tensor on ``device``: the tokens that are not text).
+    ``special_ids`` (int64 tensor: the tokens that are not text).
     """
 
     model_class_name = "AutoModelForCausalLM"
@@ -36,6 +39,8 @@ class LanguageModel:
         *,
         name: str,
         quantization: str = "none",
+        separate_documents: bool = False,
+        compile: bool = False,
     ) -> None:
         decoder = model.get_decoder()
         config = decoder.config.get_text_config(decoder=True)
@@ -48,14 +53,18 @@ class LanguageModel:
         self.num_layers = len(modules)
         self.d_model: int = config.hidden_size
         self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
-        self.device = decoder.get_input_embeddings().weight.device
+        self.device: torch.device = decoder.get_input_embeddings().weight.device
         self.dtype: torch.dtype = decoder.get_input_embeddings().weight.dtype
-        self.special_ids = torch.tensor(special_ids(tokenizer), device=self.device)
+        self.special_ids = torch.tensor(special_ids(tokenizer))
+        self._separate_documents = separate_documents
         _truncate(decoder, modules, max(layers) + 1)
         self._kept: dict[int, Tensor] = {}
         for layer in layers:
             modules[layer].register_forward_hook(self._keep(layer))
         self._decoder = decoder.eval().requires_grad_(False)
+        if quantization == "nf4-dequantized":
+            dequantize(decoder)
+        self._run = torch.compile(decoder, dynamic=False) if compile else decoder
 
     @classmethod
     def load(
@@ -65,14 +74,36 @@ class LanguageModel:
         *,
         quantization: str = "none",
         device: torch.device | str = "cpu",
+        separate_documents: bool = False,
+        compile: bool = False,
     ) -> LanguageModel:
         """Load with ``load_pretrained``, cut, and try out. Raises StreamError or ConfigError."""
-        model, tokenizer = load_pretrained(
-            name, quantization=quantization, device=device, head=False
+        # What is dequantized is what is left after the cut.
+        stored = "nf4" if quantization == "nf4-dequantized" else quantization
+        model, tokenizer = load_pretrained(name, quantization=stored, device=device, head=False)
+        language_model = cls(
+            model,
+            tokenizer,
+            layers,
+            name=name,
+            quantization=quantization,
+            separate_documents=separate_documents,
+            compile=compile,
         )
-        language_model = cls(model, tokenizer, layers, name=name, quantization=quantization)
+        del model
         language_model._try_out()
+        if language_model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was cut away
         return language_model
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the weights and buffers that are kept take, on ``device``."""
+        tensors = [*self._decoder.parameters(), *self._decoder.buffers()]
+        states = (getattr(tensor, "quant_state", None) for tensor in tensors)
+        tensors += [state.absmax for state in states if state is not None]  # the blocks' scales
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
 
     @torch.inference_mode()
     def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -82,9 +113,21 @@ class LanguageModel:
         Rows shorter than the others may be padded at the end with any token: attention is causal, so
         the padding changes nothing before it.
         """
-        self._decoder(input_ids=tokens.to(self.device), use_cache=False)
-        kept, self._kept = self._kept, {}
-        return tuple(kept[layer] for layer in self.layers)
+        positions = self._positions(tokens) if self._separate_documents else None
+        self._run(input_ids=tokens.to(self.device), position_ids=positions, use_cache=False)
+        residuals = tuple(self._kept[layer] for layer in self.layers)
+        self._kept.clear()
+        return residuals
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """Positions that begin anew at each document: from them transformers masks the attention."""
+        if (bos := self.tokenizer.bos_token_id) is not None:
+            begins = tokens == bos
+        else:
+            begins = (tokens == self.tokenizer.eos_token_id).roll(1, dims=1)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        begins[:, 0] = True
+        return (index - torch.where(begins, index, 0).cummax(dim=1).values).to(self.device)
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -97,8 +140,14 @@ class LanguageModel:
         """One short forward pass, so that what cannot run fails here and not in the middle of a run."""
         try:
             residuals = self.residuals(torch.zeros(1, 8, dtype=torch.int64))
+            if self._separate_documents:
+                self._try_out_separation()
+        except StreamError:
+            raise
         except Exception as error:  # kernels and libraries raise many kinds
-            remedy = "; try --quantization none" if self.quantization == "nf4" else ""
+            remedy = "; try --quantization none" if self.quantization != "none" else ""
+            if self._run is not self._decoder:
+                remedy += "; try without --compile-model"
             raise StreamError(
                 f"the model {self.name!r} ({self.quantization}, {self.dtype}) does not run on "
                 f"{self.device}: {error}{remedy}"
@@ -108,6 +157,27 @@ class LanguageModel:
                 raise StreamError(
                     f"layer {layer} of {self.name!r} gives {list(residual.shape)} for 8 tokens, expected "
                     f"[1, 8, {self.d_model}]: not an ordinary residual stream; use another model"
+                )
+
+    def _try_out_separation(self) -> None:
+        """Raise StreamError unless a document looks the same behind another one as in front of it."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise StreamError(
+                f"the tokenizer of {self.name!r} has neither a BOS nor an EOS token to tell documents "
+                f"apart by; leave out --separate-documents"
+            )
+        special = set(self.special_ids.tolist())
+        words = [i for i in range(len(special) + 6) if i not in special]
+        one, two = (
+            [bos, *part] if bos is not None else [*part, eos] for part in (words[:3], words[3:6])
+        )
+        for residual in self.residuals(torch.tensor([one + two, two + one])):
+            in_front, behind = residual[1, :4].float(), residual[0, 4:].float()
+            if (in_front - behind).norm() > 0.05 * in_front.norm():
+                raise StreamError(
+                    f"the model {self.name!r} attends across documents whatever positions it is given; "
+                    f"leave out --separate-documents"
                 )
 
 

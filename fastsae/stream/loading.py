@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import demo
 from ..device import resolve_device
@@ -75,7 +78,7 @@ def load_pretrained(
 
     ``quantization``: ``none`` keeps the dtype on disk (but takes float32 on a CPU without instructions
     for bf16); ``nf4`` stores the linear layers in 4 bits through bitsandbytes, computes in fp16, and
-    keeps all else in bf16. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that
+    keeps all else in bf16; ``nf4-dequantized`` then unpacks them with ``dequantize``. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that
     lacks a weight is an error; with ``head=False``, the LM head may be missing.
 
     Raises StreamError or ConfigError, each with what to do.
@@ -95,7 +98,7 @@ def load_pretrained(
     config = load_config(name)
     stored = device.type == "cuda" or _cpu_has_bf16()
     options: dict[str, Any] = {"dtype": "auto" if stored else torch.float32}
-    if quantization == "nf4":
+    if quantization != "none":
         options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config()}
     if config.model_type == "gemma4":
         config.vision_config = config.audio_config = None
@@ -120,7 +123,45 @@ def load_pretrained(
             f"(the first is {missing[0]!r}), which would be left random; check that it is complete "
             f"and made for this version of transformers"
         )
+    if quantization == "nf4-dequantized":
+        dequantize(model)
     return model.eval().requires_grad_(False), tokenizer
+
+
+class DequantizedLinear(nn.Module):
+    """A linear layer with the weights of a 4-bit one in its compute dtype, ``[out, in]``.
+
+    The input is rounded to that dtype and the output returned in the input's, as bitsandbytes does.
+    """
+
+    def __init__(self, quantized: Any) -> None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        super().__init__()
+        dtype = quantized.compute_dtype
+        state = copy.copy(quantized.weight.quant_state)
+        state.dtype = dtype  # rounded once: bitsandbytes unpacks to the dtype of the product, too
+        weight = dequantize_4bit(quantized.weight.data, state)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        bias = quantized.bias
+        self.bias = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+def dequantize(model: nn.Module) -> None:
+    """Replace every 4-bit layer of a model that has not run yet by a ``DequantizedLinear``.
+
+    For many tokens at a time bitsandbytes unpacks each weight on every forward pass, then forms this
+    product. Doing it once costs 2 bytes a weight instead of half a byte, and saves the unpacking.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear4bit):
+                setattr(parent, name, DequantizedLinear(child))
 
 
 def _cpu_has_bf16() -> bool:
