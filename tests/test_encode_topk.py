@@ -1,5 +1,6 @@
 """Encoding and selecting block by block against selecting from all pre-activations at once."""
 
+import os
 import subprocess
 import sys
 
@@ -105,7 +106,11 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_a_training_step_needs_less_than_the_pre_activations():
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64
 
 
