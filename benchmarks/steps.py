@@ -20,7 +20,7 @@ import gates
 import torch
 from measure import RECIPE, SCALES, PeakMemory, Shape, scale_for, two_lengths
 from trainers import OURS, RUNNERS, missing
-from worker import Worker, WorkerError, _problem
+from worker import Worker, WorkerError, problem_of
 
 IN_TORCH = (OURS, "fastsae, autograd", "torch, eager", "torch, compiled")
 """The trainers that need no peer's package."""
@@ -80,7 +80,7 @@ def measure_step(
 def _in_process(name, shape, device, precision, share, rounds, short, long) -> dict[str, Any]:
     if (package := missing(name)) is not None:
         raise RuntimeError(f"{package} is not installed")
-    problem = _problem(list(astuple(shape)), device, precision, share)
+    problem = problem_of(list(astuple(shape)), device, precision, share)
     gates.check(name, problem)
     with PeakMemory(device) as memory:
         runner = RUNNERS[name](problem)
@@ -126,19 +126,45 @@ def paired(
                 if found[name].refused:
                     continue
                 try:
-                    spent = two_lengths(
-                        lambda steps, worker=worker: worker.ask(do="run", steps=steps),
-                        short,
-                        long,
-                        timed=lambda call, device: call(),  # the worker has the clock
-                    )
-                    found[name].seconds.append(spent)
+                    found[name].seconds.append(_two_lengths_of(worker, short, long))
                 except (WorkerError, RuntimeError) as error:
                     found[name] = Measured(refused=str(error))
         for name, worker in workers.items():
             if not found[name].refused:
                 found[name].peak_bytes = worker.ask(do="peak")
     return found
+
+
+def alone(shape: Shape, *, device: str, precision: str, rounds: int = 2) -> Measured:
+    """Our step at one size of a cost curve; the gate is at the same F and k, but narrow and of few tokens.
+
+    The reference is dense: at the width and batch of the largest sizes it would not fit most machines.
+    """
+    short, long = (5, 25) if device.startswith("cuda") else (1, 3)
+    narrow = Shape(min(shape.B, 64), 64, shape.F, shape.k)
+    found = Measured()
+    with Worker() as worker:
+        try:
+            about = {"device": device, "precision": precision, "dead_share": 0.0}
+            found.gate = worker.ask(do="check", name=OURS, shape=list(astuple(narrow)), **about)
+            worker.ask(do="build", name=OURS, shape=list(astuple(shape)), **about)
+            worker.ask(do="run", steps=1)
+            for _ in range(rounds):
+                found.seconds.append(_two_lengths_of(worker, short, long))
+            found.peak_bytes = worker.ask(do="peak")
+        except (WorkerError, RuntimeError) as error:
+            return Measured(refused=str(error))
+    return found
+
+
+def _two_lengths_of(worker: Worker, short: int, long: int) -> float:
+    # The worker has the clock.
+    return two_lengths(
+        lambda steps: worker.ask(do="run", steps=steps),
+        short,
+        long,
+        timed=lambda call, device: call(),
+    )
 
 
 def ratios(found: dict[str, Measured]) -> dict[str, float]:

@@ -85,7 +85,7 @@ class Runner(ABC):
     @abstractmethod
     def train(self, batches: Iterator[Tensor], steps: int) -> None: ...
 
-    def mark_dead(self) -> None:
+    def mark_dead(self) -> None:  # noqa: B027
         """Tell the trainer which latents are dead, again: some may have been active since."""
 
     @abstractmethod
@@ -438,7 +438,7 @@ class Llamascopium(Runner):
             # Its encoder does not subtract the decoder's bias: the same pre-activations by another bias.
             self.sae.b_E.copy_(weights.b_enc - weights.b_dec @ weights.W_dec.T)
             self.sae.b_D.copy_(weights.b_dec)
-        self._trainer = lambda steps: Trainer(
+        self._trainer = lambda: Trainer(
             TrainerConfig(
                 l1_coefficient=None,
                 auxk_coefficient=None if p.dead is None else AUX,
@@ -448,14 +448,14 @@ class Llamascopium(Runner):
                 lr_warm_up_steps=1,
                 k_warmup_steps=0,
                 skip_metrics_calculation=True,
-                total_training_tokens=steps * s.B,
+                total_training_tokens=10**6 * s.B,  # the stream's end ends it
                 n_checkpoints=0,
                 exp_result_path=tempfile.mkdtemp(),
             )
         )
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
-        trainer, dead = self._trainer(steps), self.problem.dead
+        trainer, dead = self._trainer(), self.problem.dead
         if dead is not None:
             initialize = trainer._initialize_dead_statistics
 

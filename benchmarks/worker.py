@@ -11,7 +11,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainers import Problem
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,14 +73,14 @@ class _Server:
     def check(self, name: str, **problem: Any) -> dict[str, float]:
         from gates import check
 
-        return check(name, _problem(**problem))
+        return check(name, problem_of(**problem))
 
     def build(self, name: str, **problem: Any) -> None:
         from measure import PeakMemory
         from trainers import RUNNERS
 
         self.device = problem["device"]
-        made = _problem(**problem)
+        made = problem_of(**problem)
         self.memory = PeakMemory(self.device)
         self.memory.__enter__()
         self.runner = RUNNERS[name](made)
@@ -96,7 +99,7 @@ BATCHES = 4
 """Different batches that a trainer goes round."""
 
 
-def _problem(shape: list, device: str, precision: str, dead_share: float):
+def problem_of(shape: list, device: str, precision: str, dead_share: float) -> Problem:
     import torch
     from measure import Shape, activations
     from trainers import Problem
