@@ -70,12 +70,24 @@ def show(benchmark, found: dict[str, steps.Measured], name: str, **about) -> Non
     benchmark.pedantic(lambda: CLOCK.pass_(next(durations)), rounds=len(one.seconds))
 
 
+def chosen(request) -> tuple[str, ...]:
+    """The trainers of this session, in order; ours always, which the others are compared with."""
+    asked = {
+        item.callspec.params.get("name")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    }
+    return tuple(name for name in NAMES if name == OURS or name in asked)
+
+
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("dead", [0.0, 0.38], ids=["none dead", "38 % dead"])
 @pytest.mark.parametrize("name", NAMES)
 def bench_step(benchmark, request, shape, device, name, dead):
     precision = "bf16" if device.startswith("cuda") else "fp32"
-    found = measured(shape, device, precision, dead, request.config.getoption("--rounds"), NAMES)
+    found = measured(
+        shape, device, precision, dead, request.config.getoption("--rounds"), chosen(request)
+    )
     benchmark.group = f"training step | {shape} {precision}, {dead:.0%} dead"
     show(benchmark, found, name, kind="step", dead=dead, precision=precision, shape=str(shape))
 

@@ -86,6 +86,6 @@ def compare(benchmark, device, ceilings) -> Callable[[Op, str], None]:
             call()
             synchronize(device)
 
-        benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
+        benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
 
     return run

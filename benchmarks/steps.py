@@ -107,6 +107,7 @@ def paired(
     }  # fmt: skip
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
+        lengths: dict[str, tuple[int, int]] = {}
         for name in names:
             found[name] = Measured()
             if (package := missing(name)) is not None:
@@ -116,7 +117,7 @@ def paired(
             try:
                 found[name].gate = worker.ask(do="check", name=name, **request)
                 worker.ask(do="build", name=name, **request)
-                worker.ask(do="run", steps=max(short, 1))  # whatever happens once
+                lengths[name] = _lengths(worker, short, long)
                 workers[name] = worker
             except WorkerError as error:
                 found[name].refused = str(error)
@@ -126,7 +127,7 @@ def paired(
                 if found[name].refused:
                     continue
                 try:
-                    found[name].seconds.append(_two_lengths_of(worker, short, long))
+                    found[name].seconds.append(_two_lengths_of(worker, *lengths[name]))
                 except (WorkerError, RuntimeError) as error:
                     found[name] = Measured(refused=str(error))
         for name, worker in workers.items():
@@ -148,13 +149,28 @@ def alone(shape: Shape, *, device: str, precision: str, rounds: int = 2) -> Meas
             about = {"device": device, "precision": precision, "dead_share": 0.0}
             found.gate = worker.ask(do="check", name=OURS, shape=list(astuple(narrow)), **about)
             worker.ask(do="build", name=OURS, shape=list(astuple(shape)), **about)
-            worker.ask(do="run", steps=1)
+            lengths = _lengths(worker, short, long)
             for _ in range(rounds):
-                found.seconds.append(_two_lengths_of(worker, short, long))
+                found.seconds.append(_two_lengths_of(worker, *lengths))
             found.peak_bytes = worker.ask(do="peak")
         except (WorkerError, RuntimeError) as error:
             return Measured(refused=str(error))
     return found
+
+
+LEAST_SECONDS = 0.3
+"""What the two lengths must differ by, so that a clock and a scheduler do not matter."""
+
+
+def _lengths(worker: Worker, short: int, long: int) -> tuple[int, int]:
+    """``short`` and ``long``, the latter longer where a step of this trainer takes milliseconds.
+
+    Whatever a trainer does once, at its first steps, is done by this.
+    """
+    step = worker.ask(do="run", steps=short) / short
+    if step < LEAST_SECONDS:
+        step = worker.ask(do="run", steps=short) / short
+    return short, max(long, short + min(100, round(LEAST_SECONDS / step)))
 
 
 def _two_lengths_of(worker: Worker, short: int, long: int) -> float:

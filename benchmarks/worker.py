@@ -85,6 +85,11 @@ class _Server:
         self.memory.__enter__()
         self.runner = RUNNERS[name](made)
 
+    def end_to_end(self, name: str, tokens: int) -> tuple[float, float]:
+        from loops import run
+
+        return run(name, tokens)
+
     def run(self, steps: int) -> float:
         from measure import seconds
 
