@@ -9,7 +9,7 @@ from measure import two_lengths
 from trainers import OURS, missing
 from worker import Worker
 
-SHORT, LONG = 40_960, 163_840
+SHORT, LONG = 20_480, 81_920
 AT_LEAST = 0.5
 """Of our explained variance: what an SAE must explain after the longer run for its speed to count."""
 

@@ -6,8 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import SCALES, PeakMemory, Shape, environment, product_flops, scale_for, synchronize
-from ops import Op
+from measure import (
+    SCALES,
+    PeakMemory,
+    Shape,
+    environment,
+    product_flops,
+    scale_for,
+    seconds,
+    synchronize,
+)
+from ops import DTYPES, Op
 
 
 def pytest_addoption(parser):
@@ -53,14 +62,17 @@ def shape(request) -> Shape:
 
 
 @pytest.fixture(scope="session")
-def ceilings(device) -> dict[str, float]:
-    """What the machine can do: FLOP/s of a large float32 product, bytes/s of a copy (both directions)."""
-    from measure import seconds
-
+def ceilings(device, shape) -> dict[str, float]:
+    """What the machine can do: FLOP/s of products by dtype, bytes/s of a copy (reads and writes)."""
     source = torch.randn(2**25, device=device)
     target = torch.empty_like(source)
     copy = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
-    return {"flops": product_flops(device, 2048), "bytes": 2 * source.nbytes / copy}
+    sizes = ((2048, 2048, 2048), (shape.B, shape.D, shape.F))
+    products = {
+        f"flops_{name}": product_flops(device, *sizes, dtype=dtype)
+        for name, dtype in DTYPES.items()
+    }
+    return {"bytes": 2 * source.nbytes / copy, **products}
 
 
 @pytest.fixture
@@ -76,7 +88,7 @@ def compare(benchmark, device, ceilings) -> Callable[[Op, str], None]:
             call()
             synchronize(device)
         benchmark.group = op.group
-        roof = max(op.flops / ceilings["flops"], op.bytes_moved / ceilings["bytes"])
+        roof = max(op.flops / ceilings[f"flops_{op.dtype}"], op.bytes_moved / ceilings["bytes"])
         benchmark.extra_info.update(
             kind="op", stage=op.stage, trainer=provider, peak_mib=round(memory.peak / 2**20, 1),
             roofline_seconds=roof, **ceilings,

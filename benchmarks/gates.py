@@ -18,9 +18,12 @@ from trainers import DEAD_AFTER, RUNNERS, Problem, Runner, Weights
 
 from fastsae_kernels import reference
 
-RELATIVE = {"fp32": 1e-4, "bf16": 3e-2}
+RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}
 """Of the norm. fp32: sums of up to F products in another order, a few times sqrt(F) half-units. bf16:
-operands are rounded to 8 bits (2^-9), and selections near the threshold differ."""
+each operand is rounded to 8 bits (2^-9), in up to four products one after the other."""
+COARSE = 0.2
+"""Of the gradients' norm, where bf16 rounds the pre-activations before selecting: about 2 % of the selected
+are then others, near the threshold, and the error is the square root of that share."""
 RECONSTRUCTION = 1e-3
 """Of the reconstruction's norm, from equal weights in fp32: latents at the threshold may change places."""
 TRAINED, TRAINED_STEPS, TRAINED_LR = Shape(256, 64, 512, 8), 300, 3e-3
@@ -59,6 +62,9 @@ def unambiguous(problem: Problem, search: int = 512) -> Problem:
 @torch.no_grad()
 def check_step(runner_type: type[Runner], problem: Problem) -> None:
     """One step is the reference's: selection, loss, and both weights' gradients."""
+    if problem.low:
+        batches = [x.bfloat16().float() for x in problem.batches]
+        problem = dataclasses.replace(problem, batches=batches, rounded=True)
     problem = unambiguous(problem)
     runner, weights, x = runner_type(problem), Weights(problem), problem.batches[0]
     with torch.enable_grad():
@@ -67,13 +73,15 @@ def check_step(runner_type: type[Runner], problem: Problem) -> None:
     since = state.tokens_since_active
     if problem.dead is not None:
         since = since.masked_fill(problem.dead, DEAD_AFTER)
-    params = state.params._replace(b_enc=weights.b_enc)
+    # As given: the reference starts from rows of unit norm to the last bit.
+    params = reference.Gradients(weights.W_dec.T, weights.b_enc, weights.W_dec, weights.b_dec)
     state = dataclasses.replace(state, tokens_since_active=since, params=params)
     settings = reference.Settings(k=problem.shape.k, k_aux=problem.shape.D // 2, lr=problem.lr)
     expected = reference.train_step(state, x, settings)
     if problem.dead is not None:
         assert expected.aux > 0, "the aux loss does not run"
-    tolerance = RELATIVE[problem.precision]
+    coarse = problem.low and runner_type.coarse_selection
+    tolerance = COARSE if coarse else RELATIVE[problem.precision]
     for name, found, at in zip(("W_enc", "W_dec"), runner.moments(), (0, 2), strict=True):
         moment = expected.state.moments[at].m
         require_close(
@@ -82,8 +90,7 @@ def check_step(runner_type: type[Runner], problem: Problem) -> None:
     counts = getattr(getattr(runner, "result", None), "counts", None)
     if counts is not None:
         wrong = int((counts != expected.mask.sum(0)).sum())
-        allowed = 0 if problem.precision == "fp32" else 0.02 * problem.shape.K
-        assert wrong <= allowed, f"selection: {wrong} latents have other counts than the reference"
+        assert wrong == 0, f"selection: {wrong} latents have other counts than the reference"
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ def train_saelens(tokens: int) -> tuple[float, Reconstruct]:
                 device="cpu",
                 n_checkpoints=0,
                 checkpoint_path=None,
+                output_path=None,
                 logger=LoggingConfig(log_to_wandb=False),
             ),
             override_dataset=Dataset.from_dict({"text": documents()}),

@@ -66,11 +66,11 @@ SCALES = {
 }
 """Sizes from which ``pytest benchmarks`` picks what the machine can do in its time."""
 
-DENSE_STEPS = 300
-"""About how many dense training steps, of five products each, the whole suite takes."""
+DENSE_STEPS = 800
+"""About how many dense training steps, of five products each, the whole suite takes as long as."""
 
 
-def scale_for(device: str, seconds: float = 480) -> str:
+def scale_for(device: str, seconds: float = 540) -> str:
     """The largest of ``SCALES`` whose suite should take at most ``seconds`` on this machine."""
     if device == "cuda":
         return "recipe"
@@ -81,10 +81,16 @@ def scale_for(device: str, seconds: float = 480) -> str:
     return fitting[-1] if fitting else "tiny"
 
 
-def product_flops(device: str, n: int = 1024) -> float:
-    """FLOP/s of an ``n x n`` float32 matrix product: the best of five."""
-    a = torch.randn(n, n, device=device)
-    return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+def product_flops(
+    device: str, *sizes: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP/s of the fastest product ``[m, n] @ [n, p]`` of ``sizes``, each the best of five."""
+    best = 0.0
+    for m, n, p in sizes or ((1024, 1024, 1024),):
+        a, b = (torch.randn(size, device=device).to(dtype) for size in ((m, n), (p, n)))
+        spent = min(seconds(lambda a=a, b=b: a @ b.T, device) for _ in range(5))
+        best = max(best, 2 * m * n * p / spent)
+    return best
 
 
 def seconds(call: Callable[[], object], device: str) -> float:

@@ -86,7 +86,12 @@ def section(runs: list[dict[str, Any]]) -> str:
 
 
 def _about(runs: list[dict[str, Any]]) -> str:
-    machines = sorted({f"{r['about']['hardware']}, {r['about']['threads']} threads" for r in runs})
+    machines = sorted(
+        {
+            f"{r['about']['hardware']}, {r['about']['threads']} thread{'s' * (r['about']['threads'] > 1)}"
+            for r in runs
+        }
+    )
     dates = sorted({run["about"]["date"] for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
@@ -132,7 +137,7 @@ def _step_tables(rows: list[dict[str, Any]]) -> list[str]:
         rounds = len(mine[0]["seconds"])
         found.append(
             f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds)\n\n"
-            + _table(["trainer", "a step", "of ours", "peak memory", "of ours"], body)
+            + _table(["trainer", "a step", "time / ours", "peak memory", "memory / ours"], body)
         )
     return found
 
@@ -172,7 +177,7 @@ def _op_table(rows: list[dict[str, Any]]) -> str:
                     f"{r['roofline_seconds'] / time:.0%}" if r is ours else "",
                 ]
             )
-    head = ["operation", "by", "time", "of ours", "peak memory", "of the roofline"]
+    head = ["operation", "by", "time", "time / ours", "peak memory", "of the roofline"]
     return (
         "<details><summary>Operation by operation</summary>\n\n"
         + _table(head, body)
@@ -247,7 +252,7 @@ def plot_stages(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xticks=range(len(STAGES)), xticklabels=STAGES, yscale="log", ylabel="ms")
     shape = rows[0]["group"].split(" | ")[1]
     axes.set_title(f"{shape}, {rows[0]['about']['hardware']}", fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -264,7 +269,7 @@ def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: P
     device = None
     if ceilings:
         device = Device(
-            "here", 0, ceilings["flops"], ceilings["bytes"], ceilings["bytes"], "measured"
+            "here", 0, ceilings["flops_fp32"], ceilings["bytes"], ceilings["bytes"], "measured"
         )
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
     for axes, axis in zip(panels, ("F", "k", "B"), strict=True):
@@ -289,7 +294,7 @@ def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: P
 
 def write_plots(runs: list[dict[str, Any]], folder: Path = PLOTS) -> None:
     ops, scaling = rows_of(runs, "op"), rows_of(runs, "scaling")
-    ceilings = {n: median(r[n] for r in ops) for n in ("flops", "bytes")} if ops else {}
+    ceilings = {n: median(r[n] for r in ops) for n in ("flops_fp32", "bytes")} if ops else {}
     if ops:
         plot_stages(ops, folder / "stages.png")
     if scaling:

@@ -40,6 +40,8 @@ class Problem:
     precision: str = "fp32"  # or bf16
     dead: Tensor | None = None  # [F] bool
     lr: float = LR
+    rounded: bool = False
+    """Whether ``x - b_dec`` and both weights are bf16 numbers to begin with; the batches are the caller's."""
 
     @property
     def low(self) -> bool:
@@ -55,6 +57,8 @@ class Weights:
         self.W_dec = reference.normalize_rows(rows).to(problem.device)
         self.b_enc = torch.zeros(shape.F, device=problem.device)
         self.b_dec = problem.batches[0].mean(0)
+        if problem.rounded:
+            self.W_dec, self.b_dec = self.W_dec.bfloat16().float(), torch.zeros_like(self.b_dec)
         if problem.dead is not None:
             # Two standard deviations down: still positive now and then, almost never selected.
             self.b_enc[problem.dead] = -2 * float((problem.batches[0] - self.b_dec).std())
@@ -67,6 +71,8 @@ class Runner(ABC):
     """Whether it selects k latents of each token instead of k on average."""
     exact = False
     """Whether a step is the reference's, to rounding."""
+    coarse_selection = False
+    """Whether bf16 rounds the pre-activations that it selects among."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -142,7 +148,9 @@ class Fastsae(Runner):
         return self.step.sae.eval()(x, inference="batch")
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        return self.step.m["W_enc"].T, self.step.m["W_dec"]
+        state, rows = self.step.state_dict(), self.step.sae.W_dec.shape
+        W_enc, W_dec = (state[f"adam.{name}.m"] for name in ("W_enc", "W_dec"))
+        return (W_enc if W_enc.shape == rows else W_enc.T), W_dec
 
 
 class FastsaeAutograd(Fastsae):
@@ -183,6 +191,7 @@ def dense_objective(
 
 class Dense(Runner):
     exact = True
+    coarse_selection = True
     compiled = False
 
     def prepare(self, weights: Weights) -> None:

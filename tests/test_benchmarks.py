@@ -82,12 +82,12 @@ def problem(load):
 
 
 @pytest.mark.parametrize("name", ["fastsae", "fastsae, autograd", "torch, eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("with_dead", [False, True])
-def test_the_gate_lets_right_steps_through(load, problem, name, with_dead):
+def test_the_gate_lets_right_steps_through(load, problem, name, with_dead, precision):
     gates, runners = load("gates"), load("trainers").RUNNERS
-    gates.check_step(
-        runners[name], problem if with_dead else dataclasses.replace(problem, dead=None)
-    )
+    dead = problem.dead if with_dead else None
+    gates.check_step(runners[name], dataclasses.replace(problem, dead=dead, precision=precision))
 
 
 def test_the_gate_refuses_wrong_steps(load, problem):
@@ -265,7 +265,7 @@ def test_plots_are_drawn(load, tmp_path):
     about = {"hardware": "a CPU"}
     ops = [
         {"kind": "op", "stage": stage, "trainer": who, "group": f"{stage} | B=1 fp32", "seconds": [0.1],
-         "roofline_seconds": 0.05, "flops": 1e9, "bytes": 1e9}
+         "roofline_seconds": 0.05, "flops_fp32": 1e9, "bytes": 1e9}
         for stage in report.STAGES for who in ("fastsae", "torch, eager")
     ]  # fmt: skip
     curve = [
@@ -282,9 +282,9 @@ def test_plots_are_drawn(load, tmp_path):
 
 def test_the_scale_fits_the_machine(load, monkeypatch):
     measure = load("measure")
-    monkeypatch.setattr(measure, "product_flops", lambda device: 1e9)
+    monkeypatch.setattr(measure, "product_flops", lambda *_: 1e9)
     assert measure.scale_for("cpu") == "tiny"
-    monkeypatch.setattr(measure, "product_flops", lambda device: 1e15)
+    monkeypatch.setattr(measure, "product_flops", lambda *_: 1e15)
     assert measure.scale_for("cpu") == "recipe"
     assert measure.scale_for("cuda") == "recipe"
 
