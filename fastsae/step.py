@@ -17,9 +17,9 @@ from torch import Tensor
 from fastsae_kernels import reference
 from fastsae_kernels.adam_state import Rows, Vector
 from fastsae_kernels.aux_k import aux_k_gradients
-from fastsae_kernels.batch_topk import batch_topk, csr_to_csc
+from fastsae_kernels.batch_topk import csr_to_csc
 from fastsae_kernels.decoder_norm import normalize_rows_, project_gradient_
-from fastsae_kernels.encoder import encode_with_group_max
+from fastsae_kernels.encode_topk import encode_batch_topk
 from fastsae_kernels.fused_update import fused_update_
 from fastsae_kernels.sparse_decoder import sparse_decode_loss
 
@@ -220,8 +220,8 @@ class FusedStep(TrainStep):
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
         scaled, statistics = sae.scale_input(x)
 
-        encoded = encode_with_group_max(scaled, W_enc.compute().T, b_enc.weight, b_dec.weight)
-        selection = batch_topk(encoded.pre, int(config.mean_active * len(x)), encoded.maxima)
+        budget = int(config.mean_active * len(x))
+        selection = encode_batch_topk(scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget)
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)

@@ -5,6 +5,7 @@ from .aux_k import AuxK, aux_k, aux_k_gradients
 from .batch_topk import Selection, batch_topk, csr_to_csc
 from .decoder_norm import normalize_rows, normalize_rows_, project_gradient, project_gradient_
 from .dispatch import use
+from .encode_topk import encode_batch_topk
 from .encoder import Encoded, encode_with_group_max
 from .fused_update import ExtraGradient, clip_factor, fused_update_, gradient_norm
 from .groups import GroupMax, group_max
@@ -28,6 +29,7 @@ __all__ = [
     "batch_topk",
     "clip_factor",
     "csr_to_csc",
+    "encode_batch_topk",
     "encode_with_group_max",
     "fused_update_",
     "gradient_norm",

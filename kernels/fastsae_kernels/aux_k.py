@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aot import Case
+from .aux_k_sparse import loss_and_error_gradient, sparse_gradients
 from .dispatch import implementation, jit, register, tl
 from .fused_update import ExtraGradient
 
@@ -37,6 +38,8 @@ Normalization = Literal["residual_variance", "total_variance", "none"]
 
 BLOCK_COLUMNS = 1024
 WARPS = 4
+# On a CPU, so many times k_aux dead latents make A sparse enough to gather.
+SPARSE_FROM = 4
 
 
 class AuxK(NamedTuple):
@@ -118,20 +121,6 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _loss_and_error_gradient(
-    E: Tensor, residual: Tensor, x: Tensor | None, n_dead: Tensor, k_aux: int, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
-    scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(E.numel(), 1)
-    if normalization != "none":
-        target = (residual if normalization == "residual_variance" else x).to(E.dtype)
-        scale = scale / (target - target.mean(0)).square().mean()
-    some = n_dead > 0
-    loss = torch.where(some, torch.nan_to_num(scale * E.square().sum(), 0.0, 0.0, 0.0), 0.0)
-    dE = E.mul_(2 * scale).nan_to_num_(0.0, 0.0, 0.0)
-    return loss, dE.masked_fill_(~some, 0.0)
-
-
 def _chosen_dead(tokens_since_active: Tensor, dead_after: int, capacity: int) -> Tensor:
     """The dead latents ``[F]`` bool, of more than ``capacity`` those that have been dead longest."""
     dead = tokens_since_active >= dead_after
@@ -187,6 +176,20 @@ def _aux_k_gradients(
     coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dead = _chosen_dead(tokens_since_active, dead_after, capacity)
+    if not x.is_cuda and implementation(x) == "torch" and int(dead.sum()) > SPARSE_FROM * k_aux:
+        return sparse_gradients(
+            x,
+            residual,
+            W_enc,
+            b_enc,
+            W_dec,
+            b_dec,
+            dead,
+            capacity,
+            k_aux,
+            normalization,
+            coefficient,
+        )
     # A CPU knows how many there are without waiting, and multiplies by no more than those.
     rows = capacity if implementation(x) == "triton" else int(dead.sum())
     latents, slots, n_dead = _compact(dead, rows)
@@ -199,7 +202,7 @@ def _aux_k_gradients(
     A = _keep_largest_(A.masked_fill_(~used, 0.0), k_aux)
     low = A.to(w_dec.dtype)
     E = _mm(low, w_dec).sub_(residual)
-    loss, dE = _loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
+    loss, dE = loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
     # The coefficient first: with it the gradient is as large as the loss's own, and float16 holds it.
     dE = dE.mul_(coefficient).to(w_dec.dtype)
     dA = _mm(dE, w_dec.T).mul_(A > 0)
@@ -324,7 +327,7 @@ def _aux_k(
     normalization: str,
 ) -> Tensor:
     E = _forward(pre, residual, W_dec, dead, k_aux).E
-    return _loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[0]
+    return loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[0]
 
 
 @register(
@@ -344,7 +347,7 @@ def _aux_k_backward(
     normalization: str,
 ) -> tuple[Tensor, Tensor]:
     latents, w_dec, A, E = _forward(pre, residual, W_dec, dead, k_aux)
-    dE = _loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[1].mul_(dloss)
+    dE = loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[1].mul_(dloss)
     dE = dE.to(w_dec.dtype)
     dpre = torch.zeros_like(pre, memory_format=torch.contiguous_format)
     dW_dec = torch.zeros_like(W_dec, memory_format=torch.contiguous_format)

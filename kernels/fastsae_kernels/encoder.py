@@ -22,6 +22,7 @@ from torch import Tensor
 from .aot import Case
 from .dispatch import INTERPRETED, implementation, jit, register, tl
 from .groups import GROUP, GroupMax, _group_max, cdiv, float_bits, positive_keys
+from .products import linear
 
 
 class Encoded(NamedTuple):
@@ -246,7 +247,7 @@ def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tenso
 def _encode_torch(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Upcast rather than multiply in low precision: torch would round the sums to it.
     dtype = torch.promote_types(centred.dtype, torch.float32)
-    pre = torch.addmm(bias.to(dtype), centred.to(dtype), weight.to(dtype).T)
+    pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
     return pre, *_group_max(pre)
 
 
@@ -287,6 +288,25 @@ def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     return _encode_torch(centred, weight, bias)
 
 
+def _check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+    fits = x.ndim == W_enc.ndim == 2 and x.shape[1] == W_enc.shape[0]
+    fits = fits and b_enc.shape == W_enc.shape[1:]
+    if not fits or (b_dec is not None and b_dec.shape != W_enc.shape[:1]):
+        shapes = [tuple(t.shape) for t in (x, W_enc, b_enc, b_dec) if t is not None]
+        raise ValueError(
+            "encoder: expected x [B, D], W_enc [D, F], b_enc [F] and b_dec [D], got "
+            f"{', '.join(map(str, shapes))}; flatten leading dimensions of x first"
+        )
+
+
+def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    """``x - b_dec`` in float32 (float64 for float64); ``x`` itself without ``b_dec``."""
+    if b_dec is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) - b_dec.to(wide)
+
+
 def encode_with_group_max(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
 ) -> Encoded:
@@ -299,18 +319,8 @@ def encode_with_group_max(
 
     Deterministic. Raises ValueError for shapes that do not fit.
     """
-    fits = x.ndim == W_enc.ndim == 2 and x.shape[1] == W_enc.shape[0]
-    fits = fits and b_enc.shape == W_enc.shape[1:]
-    if not fits or (b_dec is not None and b_dec.shape != W_enc.shape[:1]):
-        shapes = [tuple(t.shape) for t in (x, W_enc, b_enc, b_dec) if t is not None]
-        raise ValueError(
-            "encode_with_group_max: expected x [B, D], W_enc [D, F], b_enc [F] and b_dec [D], got "
-            f"{', '.join(map(str, shapes))}; flatten leading dimensions of x first"
-        )
-    if b_dec is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide) - b_dec.to(wide)
-    pre, maxima, nonfinite = _encode(x.to(W_enc.dtype), W_enc.T, b_enc)
+    _check_shapes(x, W_enc, b_enc, b_dec)
+    pre, maxima, nonfinite = _encode(centre(x, b_dec).to(W_enc.dtype), W_enc.T, b_enc)
     return Encoded(pre, GroupMax(maxima, nonfinite))
 
 

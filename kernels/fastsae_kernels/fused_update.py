@@ -28,12 +28,10 @@ Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moment
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .adam_state import (
@@ -54,6 +52,7 @@ from .dispatch import implementation, jit, register, tl, triton
 from .segments import CHUNK, chunk_capacity, long_segments
 from .sparse import CSC, CSR
 from .sparse_decoder import column_block, launch_chunk_sums, weighted_sum
+from .sparse_products import row_sums, sampled_products
 
 # Entries of a segment taken together, and latents a program updates one after another.
 BLOCK_T = 1
@@ -558,45 +557,25 @@ def _gradient_blocks(
             p.weight[at] if p.remainder is None else join_master(p.weight[at], p.remainder[at])
             for p in (W_enc, W_dec)
         )
-        dz = _sampled_products(w_dec, dY, tokens, offsets)
-        dW_dec = _row_sums(z[entries], tokens, offsets, dY)
-        dW_enc = _row_sums(dz, tokens, offsets, centred)
-        db_enc = torch.segment_reduce(dz, "sum", offsets=offsets.long(), initial=0)
+        dz = sampled_products(w_dec, dY, tokens, offsets)
+        dW_dec = row_sums(z[entries], tokens, offsets, dY)
+        dW_enc = row_sums(dz, tokens, offsets, centred)
+        # <dW_dec, w> is the same sum over z·<dY, w>, so the gradient need not be read for it.
+        ends = offsets.long()
+        db_enc = torch.segment_reduce(dz, "sum", offsets=ends, initial=0)
+        along = torch.segment_reduce(dz * z[entries], "sum", offsets=ends, initial=0)
         if extra is not None:
             slots = extra.slots[at]
             here = (slots >= 0).nonzero().flatten()
             slots = slots[here].long()
-            dW_dec.index_add_(0, here, extra.W_dec[slots])
+            rows = extra.W_dec[slots]
+            along[here] += (rows * w_dec[here]).sum(1)
+            dW_dec.index_add_(0, here, rows)
             dW_enc.index_add_(0, here, extra.W_enc[slots])
             db_enc.index_add_(0, here, extra.b_enc[slots])
-        norm2 = torch.linalg.vecdot(w_dec, w_dec).clamp_min(torch.finfo(work).tiny)
-        along = torch.linalg.vecdot(dW_dec, w_dec) / norm2
-        dW_dec.addcmul_(w_dec, along[:, None], value=-1)
+        norm2 = torch.linalg.vector_norm(w_dec, dim=1).square().clamp_min(torch.finfo(work).tiny)
+        dW_dec.addcmul_(w_dec, (along / norm2)[:, None], value=-1)
         yield _Block(at, w_enc, w_dec, dW_enc, db_enc, dW_dec)
-
-
-def _sampled_products(w_dec: Tensor, dY: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-    """``dz``: the products ``<w_dec[f], dY[b]>`` at a segment list's entries only."""
-    if len(tokens) == 0:
-        return dY.new_zeros(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        places = torch.sparse_csr_tensor(
-            offsets,
-            tokens,
-            dY.new_zeros(len(tokens)),
-            (len(w_dec), len(dY)),
-            check_invariants=False,
-        )
-    return torch.sparse.sampled_addmm(places, w_dec, dY.T, beta=0.0).values()
-
-
-def _row_sums(weights: Tensor, tokens: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    if len(tokens) == 0:
-        return table.new_zeros(len(offsets) - 1, table.shape[1])
-    return F.embedding_bag(
-        tokens, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
 
 
 def _gradient_norm_torch(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
