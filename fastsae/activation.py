@@ -69,8 +69,11 @@ class BatchTopK(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, pre: Tensor, inference: Inference | None = None) -> Tensor:
-        """Select. ``inference`` overrides the mode for this call, and then nothing is tracked."""
+    def forward(
+        self, pre: Tensor, inference: Inference | None = None, budget: int | None = None
+    ) -> Tensor:
+        """Select. ``inference`` overrides the mode for this call, and then nothing is tracked;
+        ``budget`` overrides K where the selection is over the batch."""
         if inference is not None:
             check_inference(inference)
         mode = inference or ("train" if self.training else self.inference)
@@ -80,7 +83,7 @@ class BatchTopK(nn.Module):
         elif mode == "threshold":
             kept = torch.where(rows > self.threshold.clamp_min(0), rows, 0)
         else:
-            selection = batch_topk(rows, int(self.k * len(rows)))
+            selection = batch_topk(rows, int(self.k * len(rows)) if budget is None else budget)
             kept = selection.csr.dense(rows.shape[1])
             if mode == "train":
                 self.track(selection.threshold)

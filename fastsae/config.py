@@ -49,7 +49,7 @@ class TrainConfig:
     expansion: float | None = None
     """Dictionary size as a multiple of the model's width, instead of --d-sae. [16 if neither is given]"""
     normalize: Literal["scalar", "none", "layer_norm"] = "scalar"
-    """Input scaling: one constant that gives mean norm sqrt(d_in), nothing, or per token."""
+    """Input scaling: one constant that gives mean norm 1, nothing, or per token."""
 
     # --- training ---
     tokens: int = 100_000_000
@@ -58,14 +58,26 @@ class TrainConfig:
     """Tokens per step."""
     lr: float = 3e-4
     """Adam's learning rate."""
-    scale_gradient: bool = True
-    """Divide gradients by the batch's root mean squared error: Adam's steps do not shrink with the error."""
+    lr_warmup_tokens: int = 0
+    """Raise the learning rate linearly over this many tokens at the start."""
+    lr_decay_tokens: int = 0
+    """Lower the learning rate linearly to 0 over this many tokens at the end."""
+    k_initial: float | None = None
+    """Begin with this many active latents per token and go linearly to --k. [no annealing]"""
+    k_anneal_tokens: int = 1_000_000
+    """Tokens over which --k-initial becomes --k."""
+    clip_norm: float | None = None
+    """Clip the norm of all gradients together, exactly. [no clipping]"""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """Adam's moments of the weights: fp32, or 8 bits with a scale per latent (fused step)."""
+    objective: Literal["log", "plain"] = "log"
+    """What is minimised: log(error) + 1000 aux, whose gradient keeps its size as the error falls, or error + aux."""
     aux_coefficient: float = 0.0625
     """Weight of the aux-k loss, which revives dead latents."""
     aux_normalization: Literal["residual_variance", "total_variance", "none"] = "residual_variance"
     """What the aux-k error is divided by."""
     k_aux: int | None = None
-    """Dead latents per token in the aux-k loss. [d_in / 2]"""
+    """Dead latents per token in the aux-k loss. [2 k]"""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it was not active for this many tokens."""
     seed: int = 17
@@ -76,6 +88,8 @@ class TrainConfig:
     """Matrix products of the SAE; weights stay fp32. [bf16 on CUDA, fp32 on a CPU]"""
     step: Literal["fused", "autograd"] = "fused"
     """How a step is computed: on the sparse kernels, or by plain autograd; same result."""
+    cuda_graph: bool = False
+    """Replay the fused step as one CUDA graph (CUDA only)."""
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
     eval_tokens: int = 65_536
@@ -123,8 +137,15 @@ class TrainConfig:
         for field in ("k", "lr"):
             self._require_number(field, above=0)
         self._require_number("aux_coefficient", at_least=0)
-        if self.expansion is not None:
-            self._require_number("expansion", above=0)
+        for field in ("expansion", "k_initial", "clip_norm"):
+            if getattr(self, field) is not None:
+                self._require_number(field, above=0)
+        for field in ("lr_warmup_tokens", "lr_decay_tokens"):
+            self._require_int(field, 0)
+        if self.moments == "8bit" and self.step == "autograd":
+            raise ConfigError(
+                "moments = '8bit' belongs to the fused step; use --step fused, or --moments fp32"
+            )
         if self.d_sae is not None and self.expansion is not None:
             raise ConfigError(
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
@@ -214,11 +235,13 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     "context_length", "harvest_batch", "d_sae", "tokens", "batch_size", "k_aux", "dead_after_tokens",
-    "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints", "log_every_tokens",
+    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints", "log_every_tokens",
 )  # fmt: skip
 _CHOICES = {
     "quantization": ("nf4", "none"),
     "normalize": ("scalar", "none", "layer_norm"),
+    "moments": ("fp32", "8bit"),
+    "objective": ("log", "plain"),
     "aux_normalization": ("residual_variance", "total_variance", "none"),
     "precision": ("auto", "fp32", "tf32", "bf16"),
     "step": ("fused", "autograd"),

@@ -9,7 +9,8 @@ saved by one goes on with the other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from fastsae_kernels.aux_k import aux_k_gradients
 from fastsae_kernels.batch_topk import csr_to_csc
 from fastsae_kernels.decoder_norm import normalize_rows_, project_gradient_
 from fastsae_kernels.encode_topk import encode_batch_topk
-from fastsae_kernels.fused_update import fused_update_
+from fastsae_kernels.fused_update import clip_factor, fused_update_, gradient_norm
 from fastsae_kernels.sparse_decoder import sparse_decode_loss
 
 from .activation import BatchTopK
 from .config import TrainConfig
 from .sae import SAE
+from .schedule import k_at, lr_at
 
 ALIVE_WINDOW_TOKENS = 1_000_000
 """A latent counts as alive when it was active within this many tokens."""
@@ -36,8 +38,8 @@ PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 class StepResult(NamedTuple):
     """What one step saw, before its update; tensors on the device, for whoever wants to wait for them."""
 
-    loss: Tensor
-    mse: Tensor
+    loss: Tensor  # error + aux_coefficient * aux
+    error: Tensor  # mean over tokens of ‖x - x̂‖², after input scaling
     aux: Tensor
     residual: Tensor  # [B, D], x - x̂ in raw units
     counts: Tensor  # [F], tokens that each latent was selected for
@@ -60,26 +62,29 @@ class TrainStep(ABC):
         self.sae = sae.train()
         self.activation = sae.activation
         self.config = config
-        self.k_aux = max(1, sae.d_in // 2) if config.k_aux is None else config.k_aux
+        self.k_aux = sae.default_k_aux if config.k_aux is None else config.k_aux
         self.tokens_seen = 0
         device = sae.W_dec.device
         self.tokens_since_active = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
-        # Each with its parameter's memory layout: one latent, one contiguous row.
-        self.m = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
-        self.v = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
+        self.lr = torch.tensor(config.lr, dtype=sae.W_dec.dtype, device=device)
+        """The learning rate of the last step, on the device."""
 
     def __call__(self, x: Tensor) -> StepResult:
         """Train on ``x [B, D]`` in raw units."""
-        result = self._update(x)
-        self.tokens_since_active += len(x)
-        self.tokens_since_active.masked_fill_(result.counts > 0, 0)
+        self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
+        result = self._update(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         return result
 
     @abstractmethod
-    def _update(self, x: Tensor) -> StepResult:
-        """Everything but the counters."""
+    def _update(self, x: Tensor, budget: int) -> StepResult:
+        """Everything that happens on the device; ``budget`` entries of the batch are selected."""
+
+    def _count(self, tokens: int, counts: Tensor) -> None:
+        """Note which latents were active: ``counts [F]`` tokens of the step's."""
+        self.tokens_since_active += tokens
+        self.tokens_since_active.masked_fill_(counts > 0, 0)
 
     @property
     def dead(self) -> Tensor:
@@ -90,8 +95,8 @@ class TrainStep(ABC):
     def metrics(self, x: Tensor, result: StepResult) -> dict[str, float]:
         """What happened in the step that returned ``result`` for ``x``; waits for the device.
 
-        ``loss`` and ``aux`` are the terms that were minimised (after input scaling); everything else
-        is in the units of the raw activations.
+        ``loss`` and ``aux`` are after input scaling; everything else is in the units of the raw
+        activations, ``mse`` the mean over tokens and dimensions.
         """
         x, residual = x.float(), result.residual.float()
         error = residual.square()
@@ -108,6 +113,7 @@ class TrainStep(ABC):
             "alive_fraction": (self.tokens_since_active < window).double().mean(),
             "dead": self.dead.sum(),
             "threshold": threshold,
+            "lr": self.lr,
         }
         numbers = {name: float(value) for name, value in values.items()}
         return numbers | {"dead": int(numbers["dead"])}
@@ -117,12 +123,16 @@ class TrainStep(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor a step reads, by name; the weights are the SAE's own, not folded."""
         state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for name in PARAMETERS:
-            state |= {f"adam.{name}.m": self.m[name], f"adam.{name}.v": self.v[name]}
+        for name, moments in self._moments().items():
+            state |= {f"adam.{name}.{part}": tensor for part, tensor in moments.items()}
         state["adam.updates"] = self.updates
         state["tokens_since_active"] = self.tokens_since_active
         state["tokens_seen"] = torch.tensor(self.tokens_seen)
         return state
+
+    @abstractmethod
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """All that Adam keeps of each parameter, by name: ``m``, ``v`` and, of 8 bits, their scales."""
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -145,48 +155,61 @@ class AutogradStep(TrainStep):
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
-        parameters = {name: getattr(sae, name) for name in PARAMETERS}
-        self._optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, fused=True)
-        for name, p in parameters.items():
+        self._parameters = {name: getattr(sae, name) for name in PARAMETERS}
+        self._optimizer = torch.optim.Adam(self._parameters.values(), lr=self.lr, fused=True)
+        for p in self._parameters.values():
             self._optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=sae.W_dec.device),
-                "exp_avg": self.m[name],
-                "exp_avg_sq": self.v[name],
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                # With the parameter's memory layout: one latent, one contiguous row.
+                "exp_avg": torch.zeros_like(p.data),
+                "exp_avg_sq": torch.zeros_like(p.data),
             }
 
-    def _update(self, x: Tensor) -> StepResult:
+    def _update(self, x: Tensor, budget: int) -> StepResult:
         sae, config = self.sae, self.config
         loss = sae.loss(
             x,
             self.dead if config.aux_coefficient > 0 else None,
+            budget=budget,
             aux_coefficient=config.aux_coefficient,
             k_aux=self.k_aux,
             aux_normalization=config.aux_normalization,
         )
-        self._optimizer.zero_grad(set_to_none=True)
         objective = loss.loss
-        if config.scale_gradient:
-            objective = objective * reference.gradient_scale(loss.mse.detach())
+        if config.objective == "log":
+            weight = reference.error_weight(loss.error.detach())
+            objective = loss.error * weight + reference.AUX_GAIN * config.aux_coefficient * loss.aux
+        self._optimizer.zero_grad(set_to_none=True)
         objective.backward()
         with torch.no_grad():
+            gradients = [p.grad for p in self._parameters.values()]
             assert sae.W_dec.grad is not None
             project_gradient_(sae.W_dec, sae.W_dec.grad)
+            if config.clip_norm is not None:
+                norm = torch.stack([g.norm() for g in gradients]).norm()
+                torch._foreach_mul_(gradients, clip_factor(norm, config.clip_norm))
             for state in self._optimizer.state.values():
                 state["step"].copy_(self.updates)
             self._optimizer.step()
             self.updates += 1
             normalize_rows_(sae.W_dec)
             residual = x.to(loss.reconstruction.dtype) - loss.reconstruction
-        counts = (loss.latents > 0).sum(0)
+            counts = (loss.latents > 0).sum(0)
+            self._count(len(x), counts)
         return StepResult(
-            loss.loss.detach(), loss.mse.detach(), loss.aux.detach(), residual.detach(), counts
+            loss.loss.detach(), loss.error.detach(), loss.aux.detach(), residual.detach(), counts
         )
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        states = {name: self._optimizer.state[p] for name, p in self._parameters.items()}
+        return {name: {"m": s["exp_avg"], "v": s["exp_avg_sq"]} for name, s in states.items()}
 
 
 class FusedStep(TrainStep):
     """The fast way: everything sparse runs on the kernels, and a latent's whole update is one pass.
 
-    Nothing waits for the device, and no ``[F, D]`` gradient exists.
+    Nothing waits for the device, and no ``[F, D]`` gradient exists. With ``config.cuda_graph`` a step
+    is one CUDA graph, one for each number of dead latents that buffers are made for.
     """
 
     AUX_LAG_STEPS = 4
@@ -195,40 +218,40 @@ class FusedStep(TrainStep):
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
-        low = torch.bfloat16 if sae.precision == "bf16" else None
-        rows = {name: _feature_major(getattr(sae, name).data, name) for name in ("W_enc", "W_dec")}
         self._rows = {
-            name: Rows(
-                weight,
-                _feature_major(self.m[name], name),
-                _feature_major(self.v[name], name),
-                copy=None if low is None else weight.to(low),
+            name: Rows.start(
+                _feature_major(getattr(sae, name).data, name),
+                copy_dtype=torch.bfloat16 if sae.precision == "bf16" else None,
+                quantized_moments=config.moments == "8bit",
             )
-            for name, weight in rows.items()
+            for name in ("W_enc", "W_dec")
         }
-        self._biases = {
-            name: Vector(getattr(sae, name).data, self.m[name], self.v[name])
-            for name in ("b_enc", "b_dec")
-        }
-        self._lr = torch.tensor(config.lr, dtype=sae.W_dec.dtype, device=sae.W_dec.device)
+        self._biases = {name: Vector.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")}
         self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, sae.W_dec.device)
+        self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
     @torch.no_grad()
-    def _update(self, x: Tensor) -> StepResult:
+    def _update(self, x: Tensor, budget: int) -> StepResult:
+        aux = self.config.aux_coefficient > 0
+        capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
+        return (self._graphs or self._on_device)(x, budget, capacity)
+
+    def _on_device(self, x: Tensor, budget: int, capacity: int) -> StepResult:
+        """One step in which up to ``capacity`` dead latents take part; reads nothing back."""
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
         scaled, statistics = sae.scale_input(x)
 
-        budget = int(config.mean_active * len(x))
         selection = encode_batch_topk(scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget)
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)
-        mse = decoded.squared_error.sum() / scaled.numel()
+        log = config.objective == "log"
+        loss = error = decoded.squared_error.mean()
+        dY = decoded.residual * reference.error_weight(error) if log else decoded.residual
 
-        loss, aux, extra = mse, torch.zeros_like(mse), None
-        capacity = self._dead_counts.update(self.dead) if config.aux_coefficient > 0 else 0
+        aux, extra = torch.zeros_like(error), None
         if capacity:
             aux, extra = aux_k_gradients(
                 scaled,
@@ -239,33 +262,88 @@ class FusedStep(TrainStep):
                 b_dec.weight,
                 self.tokens_since_active,
                 dead_after=config.dead_after_tokens,
-                capacity=min(capacity, sae.d_sae),
+                capacity=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,
-                coefficient=config.aux_coefficient,
+                coefficient=config.aux_coefficient * (reference.AUX_GAIN if log else 1.0),
             )
-            loss = mse + config.aux_coefficient * aux
+            loss = error + config.aux_coefficient * aux
         self.updates += 1
         operand = W_enc.compute().dtype
+        inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / len(x)
+        clip = None
+        if config.clip_norm is not None:
+            norm = gradient_norm(
+                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY, dY_scale=dY_scale, extra=extra
+            )
+            clip = clip_factor(norm, config.clip_norm)
         fused_update_(
-            W_enc, b_enc, W_dec, b_dec, csr, csc,
-            scaled.to(operand), decoded.residual.to(operand), self._lr, self.updates,
-            dY_scale=-2 / scaled.numel(), extra=extra,
-            clip=reference.gradient_scale(mse) if config.scale_gradient else None,
+            W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
+            dY_scale=dY_scale, extra=extra, clip=clip,
         )  # fmt: skip
         self.activation.track(selection.threshold)
         residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)
-        return StepResult(loss, mse, aux, residual, csc.counts())
+        counts = csc.counts()
+        self._count(len(x), counts)
+        return StepResult(loss, error, aux, residual, counts)
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        parts = {}
+        for name, rows in self._rows.items():
+            parts[name] = {"m": rows.m, "v": rows.v}
+            if rows.m_scale is None:
+                # In the parameter's public shape, as the autograd step has them.
+                parts[name] = {part: _feature_major(t, name) for part, t in parts[name].items()}
+            else:
+                parts[name] |= {"m_scale": rows.m_scale, "v_scale": rows.v_scale}
+        return parts | {name: {"m": b.m, "v": b.v} for name, b in self._biases.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {"dead_counts": self._dead_counts.state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._dead_counts.restore(state["dead_counts"])
+        # A run that the autograd step saved has no counts on their way: aux-k starts the lag anew.
+        self._dead_counts.restore(state.get("dead_counts", torch.zeros(0, dtype=torch.int64)))
         for rows in self._rows.values():
             if rows.copy is not None:
                 rows.copy.copy_(rows.weight)
+
+
+class Graphs:
+    """A function of one batch, replayed as a CUDA graph for each combination of its other arguments.
+
+    The first calls of a combination run eagerly (kernels compile, libraries make their plans); then it
+    is captured, and from there on a call copies the batch in and replays. Results stand until the next
+    call. Graphs share one pool of memory: they run one after another.
+    """
+
+    EAGER_CALLS = 3
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._calls: dict[Any, int] = {}
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        self._pool: Any = None
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        key = (x.shape, x.dtype, *arguments)
+        if key not in self._captured:
+            calls = self._calls[key] = self._calls.get(key, 0) + 1
+            if calls <= self.EAGER_CALLS:
+                return self._function(x, *arguments)
+            self._captured[key] = self._capture(x, arguments)
+        graph, static_x, result = self._captured[key]
+        static_x.copy_(x)
+        graph.replay()
+        return result
+
+    def _capture(self, x: Tensor, arguments: tuple[Any, ...]) -> Any:
+        graph, static_x = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = self._function(static_x, *arguments)
+        self._pool = graph.pool()
+        return graph, static_x, result
 
 
 class _LaggedCount:
@@ -308,7 +386,7 @@ class _LaggedCount:
 
 
 def _feature_major(tensor: Tensor, name: str) -> Tensor:
-    """The ``[F, D]`` contiguous storage of a parameter or its moment."""
+    """Between a parameter or its moment and its contiguous ``[F, D]`` storage: ``W_enc`` is a transposed view."""
     return tensor.T if name == "W_enc" else tensor
 
 

@@ -90,7 +90,7 @@ class Fused:
     def step(self, inputs, max_norm=None, aux=None, lr=3e-4):
         csr, csc, x, residual = inputs
         self.count += 1
-        scale = -2 / x.numel()
+        scale = -2 / len(x)
         extra = None if aux is None else self.aux_k(x, residual, aux)
         clip, norm = None, None
         options = {"dY_scale": scale, "extra": extra}
@@ -162,7 +162,7 @@ def test_one_step_is_the_reference_step(device, max_norm, dead):
     since = state.tokens_since_active
     since[:dead] = since[EMPTY] = 100 if dead else 0  # some of the dead are selected, some are not
     settings = reference.Settings(
-        scale_gradient=False,
+        objective="plain",
         k=4,
         k_aux=LATENTS,
         dead_after_tokens=100,
@@ -175,7 +175,13 @@ def test_one_step_is_the_reference_step(device, max_norm, dead):
     assert_close(fused, expected.state, FUSED_STEP)
     if max_norm is not None:
         g = reference.gradients(
-            x, state.params, mask, since >= 100, aux_coefficient=0.5, k_aux=LATENTS if dead else 0
+            x,
+            state.params,
+            mask,
+            since >= 100,
+            aux_coefficient=0.5,
+            k_aux=LATENTS if dead else 0,
+            objective="plain",
         )
         g = g._replace(W_dec=reference.project_gradient(state.params.W_dec, g.W_dec))
         exact = torch.stack([t.norm() for t in g]).norm()
@@ -195,7 +201,7 @@ def test_one_step_is_autograd_and_torch_adam(max_norm):
             "exp_avg_sq": moments.v.clone(),
         }
     z = reference.pre_activations(x, W_enc, b_enc, b_dec) * mask
-    reference.mean_squared_error(x, reference.decode(z, W_dec, b_dec)).backward()
+    reference.squared_error(x, reference.decode(z, W_dec, b_dec)).backward()
     W_dec.grad = reference.project_gradient(W_dec.detach(), W_dec.grad)
     if max_norm is not None:
         torch.nn.utils.clip_grad_norm_(leaves, max_norm)
@@ -221,7 +227,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
     params.b_enc[:4] = -4
     state = replace(state, params=params, moments=moments, step=0)
     settings = reference.Settings(
-        scale_gradient=False,
+        objective="plain",
         k=3,
         k_aux=3,
         lr=1e-2,
@@ -246,7 +252,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_storage_form_takes_the_same_step(device, form):
     state, x, mask = start(3)
-    settings = reference.Settings(k=4, k_aux=0, scale_gradient=False)
+    settings = reference.Settings(k=4, k_aux=0, objective="plain")
     fused = Fused(state, torch.float32, device, **FORMS[form])
     if "8-bit" in form:
         # From zero moments the first update is that of exact moments: they round when they are stored.
@@ -300,7 +306,7 @@ def test_kernels_store_what_torch_stores(form):
 def test_latents_without_actives_follow_their_momentum(device):
     state, x, mask = start(5)
     expected = reference.train_step(
-        state, x, reference.Settings(k=4, k_aux=0, scale_gradient=False), mask * 0
+        state, x, reference.Settings(k=4, k_aux=0, objective="plain"), mask * 0
     ).state
     fused = Fused(state, torch.float32, device)
     before = fused.W_enc.weight.clone()

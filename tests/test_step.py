@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.step import STEPS, TrainStep
+from fastsae.schedule import k_at, lr_at
+from fastsae.step import PARAMETERS, STEPS, Graphs, TrainStep
 from fastsae_kernels import reference as ref
 
 F64 = torch.float64
@@ -86,8 +87,8 @@ def test_metrics_are_in_raw_units_and_touch_nothing(way: str) -> None:
     loss = step(x)
     before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
     metrics = step.metrics(x, loss)
-    assert metrics["mse"] == pytest.approx(loss.mse.item() / 0.25**2, rel=1e-5)
-    assert metrics["loss"] == pytest.approx(loss.mse.item(), rel=1e-6)
+    assert metrics["mse"] == pytest.approx(loss.error.item() / 6 / 0.25**2, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss.error.item(), rel=1e-6)
     assert metrics["l0"] == 2.5
     assert metrics["threshold"] == pytest.approx(
         float(step.sae.activation.threshold) / 0.25, rel=1e-6
@@ -131,3 +132,174 @@ def test_state_of_another_size_is_refused(way: str) -> None:
     state["sae.b_enc"] = torch.zeros(41)
     with pytest.raises(RuntimeError, match="b_enc"):
         step.load_state_dict(state)
+
+
+def test_schedules_and_clipping_are_the_definition(way: str) -> None:
+    config = dataclasses.replace(
+        CONFIG, tokens=200 * 16, lr_warmup_tokens=30 * 16, lr_decay_tokens=50 * 16,
+        k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=0.8,
+    )  # fmt: skip
+    step = new_step(way, config)
+    state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
+    unclipped = 0
+    for x in batches(200):
+        settings = ref.Settings(
+            k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
+            dead_after_tokens=50, max_gradient_norm=0.8,
+        )  # fmt: skip
+        selected = step(x).counts.sum()
+        expected = ref.train_step(state, x, settings)
+        loose = ref.train_step(state, x, dataclasses.replace(settings, max_gradient_norm=None))
+        unclipped += bool((loose.state.params.b_dec - expected.state.params.b_dec).abs().max() == 0)
+        state = expected.state
+        assert selected == expected.mask.sum()
+        for name, value in state.params._asdict().items():
+            torch.testing.assert_close(
+                getattr(step.sae, name).detach(), value, rtol=1e-9, atol=1e-9, msg=name
+            )
+    assert 0 < unclipped < 200, "both sides of the clip were meant to be seen"
+    assert step.metrics(x, step(x))["lr"] == 0  # the run is over
+    assert step.activation.k == 2.5
+
+
+def test_eight_bit_moments_take_the_first_step_exactly_and_the_others_closely() -> None:
+    whole = new_step("fused", dtype=torch.float32)
+    small = new_step("fused", dataclasses.replace(CONFIG, moments="8bit"), torch.float32)
+    start = whole.sae.W_dec.detach().clone()
+    data = batches(40, torch.float32)
+    whole(data[0]), small(data[0])
+    # The first update is that of exact moments, which are rounded when they are stored.
+    assert small.sae.W_dec.equal(whole.sae.W_dec)
+    for x in data[1:]:
+        whole(x), small(x)
+    moved = (whole.sae.W_dec - start).norm()
+    apart = (whole.sae.W_dec - small.sae.W_dec).norm()
+    assert 0 < apart < 0.3 * moved  # codes 9 % apart, rounded at random
+
+
+def test_eight_bit_moments_are_saved_and_restored_bit_for_bit() -> None:
+    config = dataclasses.replace(CONFIG, moments="8bit")
+    data = batches(20, torch.float32)
+    whole = new_step("fused", config, torch.float32)
+    for x in data[:10]:
+        whole(x)
+    saved = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    assert saved["adam.W_dec.m"].dtype == torch.int8 and saved["adam.W_dec.v"].dtype == torch.uint8
+    assert saved["adam.W_enc.v_scale"].shape == (40,)
+    resumed = new_step("fused", config, torch.float32)
+    resumed.load_state_dict(saved)
+    for x in data[10:]:
+        whole(x), resumed(x)
+    for name, tensor in whole.state_dict().items():
+        assert tensor.equal(resumed.state_dict()[name]), name
+
+
+def test_the_two_ways_exchange_their_states() -> None:
+    data = batches(12)
+    for first, second in (("fused", "autograd"), ("autograd", "fused")):
+        whole, change = new_step(first), new_step(second)
+        for x in data[:6]:
+            whole(x)
+        change.load_state_dict(
+            {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+        )
+        for x in data[6:]:
+            whole(x), change(x)
+        for name in PARAMETERS:
+            torch.testing.assert_close(
+                getattr(whole.sae, name), getattr(change.sae, name), rtol=1e-10, atol=1e-12
+            )
+
+
+class Recorder:
+    """Stands in for CUDA's graphs: capturing runs the function, replaying runs it again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        recorder = self
+        self.captures = 0
+
+        class Graph:
+            def replay(self) -> None:
+                recorder.replayed.append(self)
+
+            def pool(self) -> str:
+                return "the pool"
+
+        class Capture:
+            def __init__(self, graph: Graph, pool: str | None) -> None:
+                recorder.pools.append(pool)
+
+            def __enter__(self) -> None:
+                recorder.captures += 1
+
+            def __exit__(self, *_: object) -> None: ...
+
+        self.replayed: list[Graph] = []
+        self.pools: list[str | None] = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+
+
+def test_graphs_are_captured_once_for_each_shape_and_argument(monkeypatch) -> None:
+    recorder = Recorder(monkeypatch)
+    calls: list[tuple[torch.Tensor, int]] = []
+    graphs = Graphs(lambda x, n: calls.append((x, n)) or f"result {n}")
+    x = torch.arange(3.0)
+    for _ in range(graphs.EAGER_CALLS):
+        assert graphs(x, 1) == "result 1"
+    assert recorder.captures == 0 and all(seen is x for seen, _ in calls)
+    for i in range(4):
+        assert graphs(x + i, 1) == "result 1"
+    assert recorder.captures == 1 and len(recorder.replayed) == 4
+    static = calls[-1][0]
+    assert static is not x and static.equal(x + 3), "each batch is copied to where the graph reads"
+    for _ in range(graphs.EAGER_CALLS + 1):
+        graphs(x, 2)
+    assert recorder.captures == 2 and recorder.pools == [None, "the pool"]
+    graphs(x[:2], 1)
+    assert recorder.captures == 2, "another shape begins eagerly"
+
+
+CUDA_CONFIG = dataclasses.replace(
+    CONFIG, k=4, d_sae=256, dead_after_tokens=200, k_aux=8, device="cuda"
+)
+
+
+def cuda_step(config: fastsae.TrainConfig) -> TrainStep:
+    g = torch.Generator().manual_seed(0)
+    sae = fastsae.SAE(64, 256, config.k, normalize="none", device="cuda", generator=g)
+    sae.precision = "bf16"
+    return STEPS["fused"](sae, config)
+
+
+def cuda_batches(n: int) -> list[torch.Tensor]:
+    g = torch.Generator(device="cuda").manual_seed(1)
+    return [torch.randn(32, 64, device="cuda", generator=g) for _ in range(n)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_never_waits_for_the_device(clip_norm: float | None) -> None:
+    step = cuda_step(dataclasses.replace(CUDA_CONFIG, clip_norm=clip_norm))
+    data = cuda_batches(60)
+    for x in data[:30]:  # until kernels are compiled, for several numbers of dead latents
+        step(x)
+    assert step.dead.any()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in data[30:]:
+            step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_graphs_replay_the_same_bits() -> None:
+    eager = cuda_step(CUDA_CONFIG)
+    graphed = cuda_step(dataclasses.replace(CUDA_CONFIG, cuda_graph=True))
+    for x in cuda_batches(80):
+        a, b = eager(x), graphed(x)
+        assert a.loss.equal(b.loss) and a.counts.equal(b.counts)
+    assert eager.dead.any()
+    for name, tensor in eager.state_dict().items():
+        assert tensor.equal(graphed.state_dict()[name]), name

@@ -5,13 +5,13 @@ With ``r = x - x̂ [B, D]``, not differentiated, and ``S`` the ``n`` dead latent
     Z     = (x - b_dec) @ W_enc[S]ᵀ + b_enc[S]              [B, n], of each row the k_aux largest
     A     = Z where selected and positive, else 0
     E     = A @ W_dec[S] - r
-    aux   = s · Σ E² / (B·D),   s = min(n / k_aux, 1) / denominator
-    dE    = s · 2 E / (B·D);    dA = (dE @ W_dec[S]ᵀ) where A > 0
+    aux   = s · Σ E² / B,   s = min(n / k_aux, 1) / denominator
+    dE    = s · 2 E / B;    dA = (dE @ W_dec[S]ᵀ) where A > 0
     dW_dec[S] = Aᵀ dE,   dW_enc[S] = dAᵀ (x - b_dec),   db_enc[S] = Σ_b dA
     db_dec    = - Σ_f db_enc[f] · W_enc[f]                  which the update adds up for all latents
 
-The denominator is the mean square of ``r`` about its mean over the batch (``residual_variance``), that
-of ``x`` (``total_variance``), or 1 (``none``). Where it vanishes, or nothing is dead, all is zero.
+The denominator is the mean over tokens of ``‖r - mean_B r‖²`` (``residual_variance``), that of ``x``
+(``total_variance``), or 1 (``none``). Where it vanishes, or nothing is dead, all is zero.
 Ties of ``Z`` go to the lower latent. Source: Gao et al. 2024 (arXiv:2406.04093), A.2.
 
 Dense matrix products over the dead latents, compacted: a token selects ``k_aux`` (hundreds) of few

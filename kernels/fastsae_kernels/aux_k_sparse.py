@@ -26,10 +26,10 @@ def loss_and_error_gradient(
     E: Tensor, residual: Tensor, x: Tensor | None, n_dead: Tensor, k_aux: int, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
-    scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(E.numel(), 1)
+    scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(len(E), 1)
     if normalization != "none":
         target = (residual if normalization == "residual_variance" else x).to(E.dtype)
-        scale = scale / (target - target.mean(0)).square().mean()
+        scale = scale / (target - target.mean(0)).square().sum(1).mean()
     some = n_dead > 0
     loss = torch.where(some, torch.nan_to_num(scale * E.square().sum(), 0.0, 0.0, 0.0), 0.0)
     dE = E.mul_(2 * scale).nan_to_num_(0.0, 0.0, 0.0)

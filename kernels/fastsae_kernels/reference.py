@@ -23,14 +23,28 @@ import torch
 from torch import Tensor
 
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
+Objective = Literal["log", "plain"]
+
+AUX_GAIN = 1000.0
+"""What the log objective multiplies aux-k by: the steps that Adam's second moments remember.
+
+While a dead latent's ``v`` still holds the gradients of its life, aux-k's are too small beside them to
+move it. With the log objective this gain depends on no scale; b_dec, which aux-k also reaches, stands
+it (ten times more it does not).
+"""
 
 
 # --- input scaling ------------------------------------------------------------------------------
 
 
 def scale_constant(x: Tensor) -> Tensor:
-    """``c = sqrt(D) / mean‖x‖``: the constant that gives scaled rows a mean norm of sqrt(D)."""
-    return x.shape[-1] ** 0.5 / x.norm(dim=-1).mean()
+    """``c = 1 / mean‖x‖``: the constant that gives scaled rows a mean norm of 1, a decoder row's norm.
+
+    Adam moves every element by about ``lr`` a step whatever its size. With rows, biases and activations
+    all of norm 1, one ``lr`` suits them all; at a mean norm of sqrt(D) the biases, sqrt(D) times larger,
+    would learn that much more slowly.
+    """
+    return 1 / x.norm(dim=-1).mean()
 
 
 class TokenStatistics(NamedTuple):
@@ -140,9 +154,9 @@ def decode(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return z @ W_dec + b_dec
 
 
-def mean_squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean over tokens *and* dimensions of ``(x - x̂)²``."""
-    return (x_hat - x).square().mean()
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """``mean_B ‖x - x̂‖²``: summed over the width, so that it is comparable between models."""
+    return (x - x_hat).square().sum(-1).mean()
 
 
 def aux_k_loss(
@@ -163,7 +177,7 @@ def aux_k_loss(
     """
     residual = residual.detach()
     z_aux = pre * topk_mask(torch.where(dead, pre, 0), k_aux)
-    error = mean_squared_error(residual, z_aux @ W_dec)
+    error = squared_error(residual, z_aux @ W_dec)
     scale = (dead.sum().to(error.dtype) / max(k_aux, 1)).clamp(max=1)
     scale = scale / _aux_denominator(residual, normalization, x)
     # The scale is made finite before it meets the error: a NaN replaced afterwards would still leave
@@ -173,15 +187,20 @@ def aux_k_loss(
 
 def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tensor | None) -> Tensor:
     if normalization == "residual_variance":
-        return (residual - residual.mean(0)).square().mean()
+        return squared_error(residual, residual.mean(0))
     if normalization == "total_variance":
         if x is None:
             raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
-        return (x - x.mean(0)).square().mean()
+        return squared_error(x, x.mean(0))
     return residual.new_ones(())
 
 
-# --- gradients, written out ---------------------------------------------------------------------
+# --- objective and gradients, written out ---------------------------------------------------------------------
+
+
+def error_weight(error: Tensor) -> Tensor:
+    """``1 / error``, the derivative of its logarithm; 1 where the error is 0 and has no gradient."""
+    return 1 / torch.where(error > 0, error, 1)
 
 
 class Gradients(NamedTuple):
@@ -200,8 +219,13 @@ def gradients(
     aux_coefficient: float,
     k_aux: int,
     normalization: AuxNormalization = "residual_variance",
+    objective: Objective = "log",
 ) -> Gradients:
-    """Gradients of ``mse + aux_coefficient * aux`` without autograd, for a given selection ``mask``.
+    """Gradients of the objective without autograd, for a given selection ``mask``.
+
+    ``plain``: ``error + aux_coefficient * aux``. ``log``: ``log(error) + AUX_GAIN * aux_coefficient *
+    aux``, whose gradient does not shrink with the error as training goes on: Adam, whose second moments
+    remember a thousand steps, takes ever smaller steps while a gradient shrinks.
 
     ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
@@ -214,7 +238,10 @@ def gradients(
     z = pre * mask
     residual = x - (z @ W_dec + b_dec)
 
-    dY = -2 * residual / x.numel()
+    dY = -2 * residual / len(x)
+    if objective == "log":
+        dY = dY * error_weight(squared_error(residual, torch.zeros_like(residual)))
+        aux_coefficient *= AUX_GAIN
     dz = (dY @ W_dec.T) * mask
     dW_dec = z.T @ dY
 
@@ -224,7 +251,7 @@ def gradients(
         z_aux = pre * mask_aux
         scale = min(n_dead / k_aux, 1) / _aux_denominator(residual, normalization, x)
         scale = aux_coefficient * torch.where(scale.isfinite(), scale, 0)
-        dE = scale * 2 * (z_aux @ W_dec - residual) / x.numel()
+        dE = scale * 2 * (z_aux @ W_dec - residual) / len(x)
         dz = dz + (dE @ W_dec.T) * mask_aux
         dW_dec = dW_dec + z_aux.T @ dE
 
@@ -248,15 +275,6 @@ def normalize_rows(W_dec: Tensor) -> Tensor:
     """Rows of unit norm; a zero row stays zero."""
     norm = W_dec.norm(dim=-1, keepdim=True)
     return W_dec / norm.clamp_min(torch.finfo(W_dec.dtype).tiny)
-
-
-def gradient_scale(mse: Tensor) -> Tensor:
-    """``1 / sqrt(mse)``, or 1 where the error is 0: makes of mse's gradient that of the RMS error, times 2.
-
-    The gradient of mse shrinks with the error, and Adam, whose second moments remember a thousand steps,
-    takes ever smaller steps while it does. The gradient of the root does not.
-    """
-    return torch.where(mse > 0, mse, 1).rsqrt()
 
 
 def clip_factor(gradient_list: Gradients, max_norm: float | None) -> float:
@@ -342,14 +360,14 @@ class Settings:
     aux_normalization: AuxNormalization = "residual_variance"
     dead_after_tokens: int = 10_000_000
     threshold_rate: float = 0.01
-    scale_gradient: bool = True
+    objective: Objective = "log"
     max_gradient_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     loss: Tensor
-    mse: Tensor
+    error: Tensor
     aux: Tensor
     mask: Tensor
     state: State = field(repr=False)
@@ -370,13 +388,13 @@ def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
 def train_step(
     state: State, x: Tensor, settings: Settings, mask: Tensor | None = None
 ) -> StepResult:
-    """Encode, select (or take ``mask``), decode, lose, differentiate, scale, project, clip, Adam, renormalise."""
+    """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)
     if mask is None:
         mask = batch_topk_mask(pre, active_budget(settings.k, *pre.shape))
     x_hat = decode(pre * mask, W_dec, b_dec)
-    mse = mean_squared_error(x, x_hat)
+    error = squared_error(x, x_hat)
     dead = state.tokens_since_active >= settings.dead_after_tokens
     aux = aux_k_loss(pre, x - x_hat, W_dec, dead, settings.k_aux, settings.aux_normalization, x)
 
@@ -388,9 +406,8 @@ def train_step(
         aux_coefficient=settings.aux_coefficient,
         k_aux=settings.k_aux,
         normalization=settings.aux_normalization,
+        objective=settings.objective,
     )
-    if settings.scale_gradient:
-        g = Gradients(*(gradient_scale(mse) * gradient for gradient in g))
     g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
     clip = clip_factor(g, settings.max_gradient_norm)
     updated = [
@@ -402,8 +419,8 @@ def train_step(
         state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
     )
     return StepResult(
-        mse + settings.aux_coefficient * aux,
-        mse,
+        error + settings.aux_coefficient * aux,
+        error,
         aux,
         mask,
         replace(

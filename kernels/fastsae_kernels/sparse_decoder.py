@@ -494,8 +494,8 @@ class DecodeLoss(NamedTuple):
 def sparse_decode_loss(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> DecodeLoss:
     """Decode, subtract and square in one pass, for ``x [B, D]``; the rest as :func:`sparse_decode`.
 
-    ``mse = squared_error.sum() / (B·D)``, and its gradient is a multiple of what is returned:
-    ``dY = d mse / dx̂ = residual · (-2 / (B·D))``, so no second buffer is written; ``fused_update_``
+    The error is ``squared_error.mean()``, and its gradient is a multiple of what is returned:
+    ``dY = d error / dx̂ = residual · (-2 / B)``, so no second buffer is written; ``fused_update_``
     takes the pair. The squares are those of the unrounded residual, summed tile by tile in fixed
     order. Differentiable in ``csr.values``, ``W_dec``, ``b_dec`` and ``x``.
     """

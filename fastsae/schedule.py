@@ -1,0 +1,29 @@
+"""What changes over a run: the learning rate and, if wanted, k. Functions of the tokens seen so far."""
+
+from __future__ import annotations
+
+from .config import TrainConfig
+
+
+def lr_at(config: TrainConfig, tokens_seen: int, batch: int) -> float:
+    """The learning rate of the step that trains on the ``batch`` tokens after the first ``tokens_seen``.
+
+    It rises linearly over the first ``lr_warmup_tokens``, and falls linearly towards 0 over the last
+    ``lr_decay_tokens`` of ``tokens``; the step that ends a warm-up has the full rate, as has the one
+    that begins a decay.
+    """
+    factor = 1.0
+    if config.lr_warmup_tokens:
+        factor = min(factor, (tokens_seen + batch) / config.lr_warmup_tokens)
+    if config.lr_decay_tokens:
+        left = max(0, config.tokens - tokens_seen)
+        factor = min(factor, left / config.lr_decay_tokens)
+    return config.lr * factor
+
+
+def k_at(config: TrainConfig, tokens_seen: int) -> float:
+    """Mean active latents per token of that step: from ``k_initial`` linearly to ``k``."""
+    if config.k_initial is None or tokens_seen >= config.k_anneal_tokens:
+        return config.mean_active
+    share = tokens_seen / config.k_anneal_tokens
+    return config.k_initial + (config.mean_active - config.k_initial) * share

@@ -1,0 +1,39 @@
+"""Learning rate and k over a run."""
+
+import dataclasses
+
+import pytest
+
+import fastsae
+from fastsae.schedule import k_at, lr_at
+
+CONFIG = fastsae.TrainConfig(d_sae=64, k=4, lr=0.5, tokens=1000, batch_size=10)
+
+
+def test_without_options_nothing_changes() -> None:
+    assert {lr_at(CONFIG, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
+    assert {k_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {4}
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    config = dataclasses.replace(CONFIG, lr_warmup_tokens=40, lr_decay_tokens=100)
+    rates = [lr_at(config, seen, 10) for seen in range(0, 1000, 10)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[85:91] == pytest.approx([0.5] * 6)
+    assert rates[91:] == pytest.approx([0.05 * n for n in range(9, 0, -1)])
+
+
+def test_a_run_shorter_than_warm_up_and_decay_takes_the_smaller_rate() -> None:
+    config = dataclasses.replace(CONFIG, tokens=30, lr_warmup_tokens=100, lr_decay_tokens=100)
+    assert [lr_at(config, seen, 10) for seen in (0, 10, 20)] == pytest.approx([0.05, 0.1, 0.05])
+
+
+def test_tokens_beyond_the_end_have_no_learning_rate_below_zero() -> None:
+    config = dataclasses.replace(CONFIG, lr_decay_tokens=100)
+    assert lr_at(config, 1010, 10) == 0
+
+
+def test_k_goes_linearly_from_its_initial_value() -> None:
+    config = dataclasses.replace(CONFIG, k_initial=12, k_anneal_tokens=80)
+    ks = [k_at(config, seen) for seen in range(0, 120, 10)]
+    assert ks == pytest.approx([12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4])
