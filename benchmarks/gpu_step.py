@@ -86,9 +86,7 @@ def time_ours(
             runner.run(20)  # compile, settle the number of dead latents, capture
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times = [
-                1e6 * two_lengths(runner.run, *lengths, device=device) for _ in range(rounds)
-            ]
+            times = [1e6 * two_lengths(runner.run, *lengths, device=device) for _ in range(rounds)]
         except Exception as error:  # the other ways are still worth measuring
             report.add(**row, failed=f"{type(error).__name__}: {str(error)[:300]}")
             continue

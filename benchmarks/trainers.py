@@ -44,6 +44,11 @@ class Problem:
     """Whether ``x - b_dec`` and both weights are bf16 numbers to begin with; the batches are the caller's."""
 
     @property
+    def k_aux(self) -> int:
+        """Dead latents per token in our aux loss; the peers have their own."""
+        return max(1, round(2 * self.shape.k))
+
+    @property
     def low(self) -> bool:
         return self.precision == "bf16"
 
@@ -170,23 +175,22 @@ def dense_objective(
     x: Tensor,
     K: int,
     dead: Tensor | None,
+    k_aux: int,
 ) -> tuple[Tensor, Tensor]:
     """What is minimised, and which latents were active ``[F]``; everything dense, ``W_enc [F, D]``."""
     active = torch.relu((x - b_dec) @ W_enc.T + b_enc)
     top = active.flatten().topk(K, sorted=False)
     z = torch.zeros_like(active).flatten().scatter(0, top.indices, top.values).view_as(active)
     residual = x - (z @ W_dec + b_dec)
-    mse = residual.float().square().mean()
-    loss = mse
+    objective = residual.float().square().sum(1).mean().log()
     if dead is not None:
-        k_aux = x.shape[1] // 2
         best = torch.where(dead, active, 0).topk(k_aux, dim=-1, sorted=False)
         z_aux = torch.zeros_like(active).scatter(-1, best.indices, best.values)
         target = residual.detach().float()
         error = (z_aux @ W_dec - target).float().square().mean()
         scale = (dead.sum() / k_aux).clamp(max=1) / (target - target.mean(0)).square().mean()
-        loss = mse + 0.0625 * scale * error
-    return loss * reference.gradient_scale(mse.detach()), (z > 0).any(0)
+        objective = objective + reference.AUX_GAIN * 0.0625 * scale * error
+    return objective, (z > 0).any(0)
 
 
 class Dense(Runner):
@@ -217,7 +221,7 @@ class Dense(Runner):
         p = self.problem
         dead = None if p.dead is None else self.since >= DEAD_AFTER
         with torch.autocast(p.device.split(":")[0], torch.bfloat16, enabled=p.low):
-            objective, fired = self.objective(*self.parameters, x, p.shape.K, dead)
+            objective, fired = self.objective(*self.parameters, x, p.shape.K, dead, p.k_aux)
         objective.backward()
         with torch.no_grad():
             W_dec = self.parameters[1]

@@ -96,7 +96,9 @@ def test_the_gate_refuses_wrong_steps(load, problem):
     class Unprojected(trainers.Dense):
         def _step(self, x):
             dead = self.since >= trainers.DEAD_AFTER
-            self.objective(*self.parameters, x, self.problem.shape.K, dead)[0].backward()
+            self.objective(*self.parameters, x, self.problem.shape.K, dead, self.problem.k_aux)[
+                0
+            ].backward()
             self.adam.step()
 
     class Skipping(trainers.Fastsae):
