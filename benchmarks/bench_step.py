@@ -39,9 +39,16 @@ CLOCK = Clock()
 
 @functools.cache
 def measured(
-    shape: Shape, device: str, precision: str, dead: float, rounds: int, names: tuple[str, ...]
+    shape: Shape,
+    device: str,
+    precision: str,
+    dead: float,
+    names: tuple[str, ...],
+    rounds: int,
+    steps_apart: int,
+    narrow_gate: bool,
 ):
-    short, long = (5, 25) if device.startswith("cuda") else (1, 3)
+    short = 5 if device.startswith("cuda") else 1
     return steps.paired(
         shape,
         names,
@@ -50,7 +57,8 @@ def measured(
         dead_share=dead,
         rounds=rounds,
         short=short,
-        long=long,
+        long=short + steps_apart * short,
+        narrow_gate=narrow_gate,
     )
 
 
@@ -85,11 +93,16 @@ def chosen(request) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def bench_step(benchmark, request, shape, device, name, dead):
     precision = "bf16" if device.startswith("cuda") else "fp32"
+    option = request.config.getoption
     found = measured(
-        shape, device, precision, dead, request.config.getoption("--rounds"), chosen(request)
-    )
+        shape, device, precision, dead, chosen(request),
+        option("--rounds"), option("--steps-apart"), option("--gate") == "narrow",
+    )  # fmt: skip
     benchmark.group = f"training step | {shape} {precision}, {dead:.0%} dead"
-    show(benchmark, found, name, kind="step", dead=dead, precision=precision, shape=str(shape))
+    show(
+        benchmark, found, name, kind="step", dead=dead, precision=precision, shape=str(shape),
+        gate_shape=option("--gate"),
+    )  # fmt: skip
 
 
 def cases(shape: Shape):

@@ -25,6 +25,15 @@ def pytest_addoption(parser):
         "--scale", choices=[*SCALES, "auto"], default="auto", help="sizes [auto: what fits]"
     )
     group.addoption("--rounds", type=int, default=3, help="rounds of whole training steps [3]")
+    group.addoption(
+        "--steps-apart", type=int, default=2, help="steps by which the two run lengths differ [2]"
+    )
+    group.addoption(
+        "--gate",
+        choices=["full", "narrow"],
+        default="full",
+        help="check whole steps at the timed size, or at its F and k with few tokens of small width",
+    )
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 

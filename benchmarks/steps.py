@@ -99,8 +99,13 @@ def paired(
     rounds: int = 3,
     short: int = 1,
     long: int = 3,
+    narrow_gate: bool = False,
 ) -> dict[str, Measured]:
-    """Every trainer in a process of its own; in every round each takes its turn at both lengths."""
+    """Every trainer in a process of its own; in every round each takes its turn at both lengths.
+
+    ``narrow_gate`` asks for the reference's step at the same F and k, but few tokens of small width: the
+    full one takes longer than the timing.
+    """
     found: dict[str, Measured] = {}
     request = {
         "shape": list(astuple(shape)), "device": device, "precision": precision, "dead_share": dead_share
@@ -115,7 +120,10 @@ def paired(
                 continue
             worker = stack.enter_context(Worker())
             try:
-                found[name].gate = worker.ask(do="check", name=name, **request)
+                gate_shape = narrow(shape) if narrow_gate else shape
+                found[name].gate = worker.ask(
+                    do="check", name=name, **request | {"shape": list(astuple(gate_shape))}
+                )
                 worker.ask(do="build", name=name, **request)
                 lengths[name] = _lengths(worker, short, long)
                 workers[name] = worker
@@ -136,18 +144,24 @@ def paired(
     return found
 
 
+def narrow(shape: Shape) -> Shape:
+    """``shape`` with few tokens and a small width, at which the dense reference takes a second."""
+    return Shape(min(shape.B, 64), min(shape.D, 64), shape.F, shape.k)
+
+
 def alone(shape: Shape, *, device: str, precision: str, rounds: int = 2) -> Measured:
     """Our step at one size of a cost curve; the gate is at the same F and k, but narrow and of few tokens.
 
     The reference is dense: at the width and batch of the largest sizes it would not fit most machines.
     """
     short, long = (5, 25) if device.startswith("cuda") else (1, 3)
-    narrow = Shape(min(shape.B, 64), 64, shape.F, shape.k)
     found = Measured()
     with Worker() as worker:
         try:
             about = {"device": device, "precision": precision, "dead_share": 0.0}
-            found.gate = worker.ask(do="check", name=OURS, shape=list(astuple(narrow)), **about)
+            found.gate = worker.ask(
+                do="check", name=OURS, shape=list(astuple(narrow(shape))), **about
+            )
             worker.ask(do="build", name=OURS, shape=list(astuple(shape)), **about)
             lengths = _lengths(worker, short, long)
             for _ in range(rounds):
