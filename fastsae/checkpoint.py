@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,14 +41,9 @@ class Checkpoint(NamedTuple):
 
 
 def save(
-    directory: Path,
-    step: int,
-    sae: SAE,
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    keep: int,
+    directory: Path, step: int, sae: SAE, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> Path:
-    """Write ``directory/step_{step}`` and then delete all but the newest ``keep`` checkpoints.
+    """Write ``directory/step_{step}``; older checkpoints stay, see :func:`prune`.
 
     Args:
         directory: the run's ``checkpoints`` folder; created if absent.
@@ -77,14 +73,34 @@ def save(
         _flush(aside)
         aside.rename(target)
         _flush(directory)
-        for old in steps(directory)[:-keep]:
-            # Renamed first: a half-deleted checkpoint must not look like a checkpoint.
-            (directory / f"step_{old}").rename(directory / f".step_{old}.replaced")
-        _remove_leftovers(directory)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(_cannot_write(directory, error)) from error
     return target
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints.
+
+    Runs that train side by side are all saved before any is pruned, so a kill between their writes
+    leaves a step that all of them have.
+    """
+    _delete(directory, steps(directory)[:-keep])
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than ``step``, which are going to be written again."""
+    _delete(directory, [found for found in steps(directory) if found > step])
+
+
+def _delete(directory: Path, unwanted: list[int]) -> None:
+    try:
+        for step in unwanted:
+            # Renamed first: a half-deleted checkpoint must not look like a checkpoint.
+            (directory / f"step_{step}").rename(directory / f".step_{step}.replaced")
+        _remove_leftovers(directory)
+    except OSError as error:
+        raise CheckpointError(_cannot_write(directory, error)) from error
 
 
 def steps(directory: Path) -> list[int]:
@@ -107,8 +123,8 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, damaged or not what its checksum says.
     """
+    meta = load_meta(path)
     try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, expected in meta["checksums"].items():
             if _checksum(path / name) != expected:
                 raise ValueError(f"{name} does not have the content that was written")
@@ -116,11 +132,23 @@ def load(path: Path) -> Checkpoint:
         tensors = load_file(path / "state.safetensors")
         tensors |= {name: weights[key] for name, key in _IN_SAE_FILE.items()}
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged ({error}). Delete that folder to go on from the one "
-            f"before it, or train under another --name"
-        ) from error
+        raise CheckpointError(_damaged(path, error)) from error
     return Checkpoint(tensors, meta)
+
+
+def load_meta(path: Path) -> dict[str, Any]:
+    """The counters and settings of one checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    try:
+        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or "checksums" not in meta:
+            raise ValueError("state.json does not have the content that was written")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    return meta
 
 
 def require_writable(directory: Path) -> None:
@@ -158,15 +186,42 @@ def locked(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(_cannot_write(directory, error)) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        for waited in (0, 0.1, 0.1, 0.3):  # is_locked holds it for a moment
+            time.sleep(waited)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+        else:
             raise CheckpointError(
                 f"another process is training into {directory}. Wait for it, or give this run its own --name"
-            ) from error
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process trains into ``directory`` now; False where that cannot be found out."""
+    try:
+        import fcntl
+
+        descriptor = os.open(directory / ".lock", os.O_RDWR)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f"the checkpoint {path} is damaged ({error}). Delete that folder to go on from the one "
+        f"before it, or train under another --name"
+    )
 
 
 def _cannot_write(directory: Path, error: Exception) -> str:

@@ -6,7 +6,10 @@ Imports the standard library alone, so that ``python train.py --help`` is instan
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,17 +24,28 @@ class TrainConfig:
     model: str = "google/gemma-4-E2B"
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
     layer: int | tuple[int, ...] = 17
-    """Train on the residual stream after this decoder layer (0 is the first)."""
-    quantization: Literal["nf4", "none"] = "nf4"
-    """Weights of the language model: nf4 through bitsandbytes with fp16 compute, or as stored."""
+    """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
+    quantization: Literal["nf4", "nf4-dequantized", "none"] = "nf4"
+    """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
+    dequantized once (faster, more memory); or as stored."""
+    compile_model: bool = False
+    """Compile the language model with torch.compile: its activations change by rounding alone."""
     context_length: int = 1024
     """Tokens per row given to the language model."""
     harvest_batch: int = 8
     """Rows per forward pass of the language model."""
+    separate_documents: bool = False
+    """Attend within a document alone, though several are packed into one row."""
+    outlier_norm: float | None = None
+    """Drop activations whose norm exceeds this many times the median of their forward pass."""
+    activation_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision in which activations wait to be trained on."""
+    cache_dir: str | None = None
+    """Write the activations to this folder once, and read them there in this and later runs."""
 
     # --- text ---
     dataset: str = "HuggingFaceFW/fineweb-edu"
-    """Data set on the hub, streamed."""
+    """Data set on the hub, streamed; or a local folder, also one that ``save_to_disk`` wrote."""
     dataset_config: str | None = "sample-10BT"
     """Configuration (subset) of the data set."""
     dataset_split: str = "train"
@@ -39,17 +53,19 @@ class TrainConfig:
     text_column: str = "text"
     """Column that holds the text."""
     text_files: tuple[str, ...] = ()
-    """Local .txt, .jsonl or .parquet files to train on instead of the data set."""
+    """Local .txt, .jsonl (also .gz) or .parquet files, or folders of them, instead of the data set."""
 
     # --- sparse autoencoder ---
     k: float | tuple[float, ...] = 64
-    """Mean active latents per token; may be fractional."""
+    """Mean active latents per token; may be fractional; several train one SAE each."""
     d_sae: int | None = None
     """Dictionary size (latents)."""
     expansion: float | None = None
     """Dictionary size as a multiple of the model's width, instead of --d-sae. [16 if neither is given]"""
     normalize: Literal["scalar", "none", "layer_norm"] = "scalar"
     """Input scaling: one constant that gives mean norm 1, nothing, or per token."""
+    init_from: str | None = None
+    """Begin with the latents of this SAE: a folder or hub repository, anything fastsae.load reads."""
 
     # --- training ---
     tokens: int = 100_000_000
@@ -80,8 +96,10 @@ class TrainConfig:
     """Dead latents per token in the aux-k loss. [2 k]"""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it was not active for this many tokens."""
-    seed: int = 17
-    """Seed of the initial weights, the order of the text and the mixing of activations."""
+    seed: int | tuple[int, ...] = 17
+    """Seed of the initial weights (several train one SAE each) and, without --stream-seed, of the stream."""
+    stream_seed: int | None = None
+    """Seed of the order of the text and the mixing of activations. [the first --seed]"""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -99,7 +117,7 @@ class TrainConfig:
     out: str | None = None
     """Folder of runs. [runs]"""
     name: str | None = None
-    """Name of the run. [made from model, layer, k and seed]"""
+    """Name of the run; of several, what each name begins with. [made from model, layer, k and seed]"""
     checkpoint_every_tokens: int = 8_000_000
     """Write a resumable checkpoint each time this many tokens were seen."""
     keep_checkpoints: int = 3
@@ -109,33 +127,28 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto continues an unfinished run of the same name; never refuses to touch an existing one."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto logs online when a key is configured."""
+    """Weights & Biases; auto does what WANDB_MODE says, or logs online when a key is configured."""
     wandb_project: str = "fastsae"
     """W&B project."""
     wandb_entity: str | None = None
     """W&B user or team."""
     hub_repo: str | None = None
-    """Push the trained SAE to this repository (owner/name) on the Hugging Face hub."""
+    """Push to this repository of the hub at each checkpoint: owner/name, or owner, named as the run."""
+    hub_private: bool = False
+    """Make the hub repository private when it is created."""
     demo: bool = False
     """Train a small SAE on a small embedded language model, on any machine, in about a minute."""
 
     def __post_init__(self) -> None:
-        for field in ("layer", "k", "seed"):
-            value = getattr(self, field)
-            if isinstance(value, (tuple, list)):
-                if len(value) != 1:
-                    raise ConfigError(
-                        f"{field} has {len(value)} values {value!r}; this version trains one SAE at a "
-                        f"time: give one value"
-                    )
-                object.__setattr__(self, field, value[0])
-        for field in ("layer", "seed"):
-            self._require_int(field, 0)
+        self._require_each("layer", _is_int, "a whole number of at least 0")
+        self._require_each("seed", _is_int, "a whole number of at least 0")
+        self._require_each("k", _is_positive, "a finite number above 0")
+        if self.stream_seed is not None:
+            self._require_int("stream_seed", 0)
         for field in _AT_LEAST_ONE:
             if getattr(self, field) is not None:
                 self._require_int(field, 1)
-        for field in ("k", "lr"):
-            self._require_number(field, above=0)
+        self._require_number("lr", above=0)
         self._require_number("aux_coefficient", at_least=0)
         for field in ("expansion", "k_initial", "clip_norm"):
             if getattr(self, field) is not None:
@@ -146,14 +159,16 @@ class TrainConfig:
             raise ConfigError(
                 "moments = '8bit' belongs to the fused step; use --step fused, or --moments fp32"
             )
+        if self.outlier_norm is not None:
+            self._require_number("outlier_norm", above=1)
         if self.d_sae is not None and self.expansion is not None:
             raise ConfigError(
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
                 f"give one of them"
             )
-        if self.d_sae is not None and self.mean_active > self.d_sae:
+        if self.d_sae is not None and max(self.ks) > self.d_sae:
             raise ConfigError(
-                f"k = {self.mean_active:g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
+                f"k = {max(self.ks):g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
                 f"than there are; lower k or raise d_sae"
             )
         if self.context_length < 2:
@@ -171,6 +186,23 @@ class TrainConfig:
             raise ConfigError(f"device = {self.device!r} is not auto, cpu, cuda or cuda:N")
         if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name = {self.name!r} must be a plain folder name, without '/'")
+        self._validate_hub_repo()
+
+    def _validate_hub_repo(self) -> None:
+        if self.hub_repo is None:
+            return
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.hub_repo):
+            raise ConfigError(
+                f"hub_repo = {self.hub_repo!r} is not owner/name, nor an owner alone (the repository is "
+                f"then called as the run)"
+            )
+        count = len(self.layers) * len(self.ks) * len(self.seeds)
+        if "/" in self.hub_repo and count > 1:
+            owner = self.hub_repo.partition("/")[0]
+            raise ConfigError(
+                f"hub_repo = {self.hub_repo!r} is one repository for {count} SAEs; give the "
+                f"owner alone, --hub-repo {owner}: each SAE gets a repository called as its run"
+            )
 
     def _require_int(self, field: str, minimum: int) -> None:
         value = getattr(self, field)
@@ -178,6 +210,19 @@ class TrainConfig:
             raise ConfigError(
                 f"{field} must be a whole number of at least {minimum}, got {value!r}"
             )
+
+    def _require_each(self, field: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+        """Check one value or several, different ones; one alone is kept without its tuple."""
+        value = getattr(self, field)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        for one in values:
+            if not is_valid(one):
+                raise ConfigError(f"{field} must be {expected}, got {one!r}")
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(
+                f"{field} = {values!r}: expected at least one {field}, and each of them once"
+            )
+        object.__setattr__(self, field, values[0] if len(values) == 1 else values)
 
     def _require_number(
         self, field: str, above: float | None = None, at_least: float | None = None
@@ -194,17 +239,65 @@ class TrainConfig:
             bound = f"above {above}" if above is not None else f"of at least {at_least}"
             raise ConfigError(f"{field} must be a finite number {bound}, got {value!r}")
 
-    @property
-    def mean_active(self) -> float:
-        """``k`` as the one number it is after validation."""
-        assert not isinstance(self.k, tuple)
-        return self.k
+    # --- one SAE, or several ---
 
     @property
-    def hooked_layer(self) -> int:
-        """``layer`` as the one number it is after validation."""
-        assert not isinstance(self.layer, tuple)
-        return self.layer
+    def layers(self) -> tuple[int, ...]:
+        """The hooked layers, in the order given."""
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
+
+    @property
+    def ks(self) -> tuple[float, ...]:
+        """Every ``k``, in the order given."""
+        return self.k if isinstance(self.k, tuple) else (self.k,)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Every ``seed``, in the order given."""
+        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
+
+    @property
+    def mean_active(self) -> float:
+        """``k`` of a single SAE as the number it is."""
+        (k,) = self.ks
+        return k
+
+    @property
+    def initial_seed(self) -> int:
+        """``seed`` of a single SAE as the number it is."""
+        (seed,) = self.seeds
+        return seed
+
+    @property
+    def resolved_stream_seed(self) -> int:
+        """``stream_seed``, or the first ``seed``."""
+        return self.seeds[0] if self.stream_seed is None else self.stream_seed
+
+    @property
+    def runs(self) -> tuple[TrainConfig, ...]:
+        """The settings of each SAE alone: every layer with every k with every seed, on one stream."""
+        grid = tuple(itertools.product(self.layers, self.ks, self.seeds))
+        several = len(grid) > 1
+        return tuple(
+            dataclasses.replace(
+                self,
+                layer=layer,
+                k=k,
+                seed=seed,
+                stream_seed=self.resolved_stream_seed,
+                name=f"{self.name}-L{layer}-k{k:g}-seed{seed}"
+                if self.name and several
+                else self.name,
+            )
+            for layer, k, seed in grid
+        )
+
+    @property
+    def hub_repository(self) -> str | None:
+        """``owner/name`` of a single SAE's repository on the hub, if there is to be one."""
+        if self.hub_repo is None or "/" in self.hub_repo:
+            return self.hub_repo
+        return f"{self.hub_repo}/{self.run_name}"
 
     @property
     def steps(self) -> int:
@@ -213,11 +306,12 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """``name``, or one made from the settings; the same settings give the same name."""
+        """Of a single SAE: ``name``, or one made from the settings; the same settings give the same."""
         if self.name is not None:
             return self.name
         model = "demo" if self.demo else self.model.rstrip("/").rsplit("/", 1)[-1].lower()
-        return f"{model}-scope-v1-L{self.layer}-batchtopk-k{self.k:g}-seed{self.seed}"
+        (layer,) = self.layers
+        return f"{model}-scope-v1-L{layer}-batchtopk-k{self.mean_active:g}-seed{self.initial_seed}"
 
     def resolve_d_sae(self, d_in: int) -> int:
         """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""
@@ -235,10 +329,12 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     "context_length", "harvest_batch", "d_sae", "tokens", "batch_size", "k_aux", "dead_after_tokens",
-    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints", "log_every_tokens",
+    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints",
+    "log_every_tokens",
 )  # fmt: skip
 _CHOICES = {
-    "quantization": ("nf4", "none"),
+    "quantization": ("nf4", "nf4-dequantized", "none"),
+    "activation_dtype": ("bf16", "fp32"),
     "normalize": ("scalar", "none", "layer_norm"),
     "moments": ("fp32", "8bit"),
     "objective": ("log", "plain"),
@@ -249,8 +345,18 @@ _CHOICES = {
     "wandb": ("auto", "online", "offline", "disabled"),
 }
 
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
 MAY_CHANGE_ON_RESUME = frozenset({
     "tokens", "out", "checkpoint_every_tokens", "keep_checkpoints", "resume", "wandb", "wandb_project",
-    "wandb_entity", "hub_repo",
+    "wandb_entity", "hub_repo", "hub_private",
 })  # fmt: skip
 """Fields that do not touch what a step computes; any other difference makes a resumed run inconsistent."""

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import TrainConfig
-from .errors import ConfigError, StreamError
+from .errors import StreamError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from .stream.language_model import LanguageModel
     from .stream.text import TextSource
 
 MODEL = "glassllm"
@@ -91,21 +89,7 @@ def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     config.architectures = ["LlamaForCausalLM"]
     model = LlamaForCausalLM(config)
     model.load_state_dict(_llama_weights(weights, config), strict=True)
-    return model.eval(), tokenizer
-
-
-def load_language_model(config: TrainConfig, device: torch.device) -> LanguageModel:
-    """The embedded model as the stream wants it. Raises ConfigError if the settings do not fit it."""
-    from .stream.language_model import LanguageModel, require_fit
-
-    if config.quantization != "none":
-        raise ConfigError(
-            f"quantization = {config.quantization!r}, but the demo's language model is too small to "
-            f"quantize; use --quantization none"
-        )
-    model, tokenizer = load_model()
-    require_fit(model.config, MODEL, config.hooked_layer, config.context_length)
-    return LanguageModel(model.to(device), tokenizer, config.hooked_layer, name=MODEL)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _llama_weights(weights: dict, config) -> dict:
@@ -194,7 +178,7 @@ def open_text(seed: int) -> TextSource:
     return TextSource([[found[i] for i in order]], iter, name="installed documentation", seed=seed)
 
 
-def documents() -> list[str]:
+def documents(packages: Sequence[str] = _PACKAGES) -> list[str]:
     """Prose of the documentation installed with Python: one document per page or source file.
 
     Several MB, in a fixed order: the same on every call on the same machine. The
@@ -202,7 +186,7 @@ def documents() -> list[str]:
     """
     seen: set[str] = set()
     found = []
-    for texts in _texts():
+    for texts in _texts(packages):
         paragraphs = []
         for paragraph in (paragraph for text in texts for paragraph in _prose(text)):
             if paragraph not in seen:  # licences and shared descriptions repeat many times
@@ -213,12 +197,12 @@ def documents() -> list[str]:
     return found
 
 
-def _texts() -> Iterator[list[str]]:
+def _texts(packages: Sequence[str]) -> Iterator[list[str]]:
     """The language reference's pages, then the docstrings of every source file."""
     for _, page in sorted(topics.items()):
         yield [page]
     roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for name in _PACKAGES:
+    for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
             roots.append(Path(spec.submodule_search_locations[0]))

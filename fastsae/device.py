@@ -1,6 +1,8 @@
-"""Which device a run uses."""
+"""Which device a run uses, and how much of its memory."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -25,3 +27,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
             )
         resolved = torch.device("cuda", resolved.index or 0)
     return resolved
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has held so far: allocated on a CUDA device, resident on a CPU.
+
+    None where the system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activation import BatchTopK
 from .config import TrainConfig
+from .device import peak_memory_bytes
 from .evaluate import evaluate, pca_explained_variance
 from .sae import SAE
 from .tracking import read_metrics
@@ -65,6 +66,7 @@ def write_report(
         }
         summary["evaluated_on"] = "the last logged training batch"
     summary |= {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": config.k, **progress}
+    summary["peak_memory_bytes"] = peak_memory_bytes(sae.W_dec.device)
     plot_run(
         directory / PICTURE,
         metrics,
@@ -96,8 +98,10 @@ def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
         for stage in stages
         if s[f"seconds_{stage}"] > 0
     ]
+    peak = s["peak_memory_bytes"]
     lines += [
         f"  tokens per second   {s['tokens_per_second']:,.0f}   ({', '.join(speeds)})",
+        *([f"  peak memory         {peak / 1e9:.2f} GB"] if peak is not None else []),
         f"  SAE                 {directory}/sae_weights.safetensors, cfg.json",
         f"  metrics, picture    {directory}/metrics.jsonl, summary.json, {PICTURE}",
         f"  load it             fastsae.load({str(directory)!r})",

@@ -1,4 +1,4 @@
-"""The training loop: batches from a stream, one step each, logged, checkpointed, resumable."""
+"""The training loop: one stream of activations, one SAE or several side by side on it."""
 
 from __future__ import annotations
 
@@ -8,38 +8,46 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels import reference
-
-from . import checkpoint, hub, report
-from .config import MAY_CHANGE_ON_RESUME, TrainConfig
+from . import checkpoint
+from .background import Background
+from .config import TrainConfig
 from .device import resolve_device
 from .errors import CheckpointError, ConfigError, StreamError
+from .run import Run, Shared, resolve_precision
 from .sae import SAE
-from .step import STEPS
-from .tracking import Tracker
+from .tracking import Display
+from .warm_start import load_origin
 
 log = logging.getLogger(__name__)
 
 INITIALIZATION_BATCHES = 8
 """Batches that the scaling constant and ``b_dec`` are estimated from; they are trained on too."""
 
+WANDB_SECONDS, HUB_SECONDS = 60.0, 3600.0
+"""How long the end of a run waits for what is still to be sent."""
+SYNC = "Everything is in metrics.jsonl; what was not sent lies in wandb/ beside it: `wandb sync` sends it"
 
+Batches = tuple[Tensor, ...]
+"""``[B, D]`` activations in raw units for each hooked layer; a row is the same token in all of them."""
+
+
+@runtime_checkable
 class Stream(Protocol):
     """Where activations come from.
 
-    A stream may also have ``metadata`` (provenance that travels with the SAE), ``seconds`` (time spent
-    so far, by stage), ``counts`` (rows dropped so far, by reason) and ``held_out()`` (activations kept
-    apart for the final evaluation); the trainer uses what is there.
+    A stream may also have ``metadata`` (provenance that travels with the SAE, for each layer),
+    ``seconds`` (time spent so far, by stage), ``counts`` (rows dropped so far, by reason) and
+    ``held_out()`` (activations kept apart for the final evaluation, for each layer); the trainer uses
+    what is there.
     """
 
-    def next_batch(self) -> Tensor | None:
-        """``[B, D]`` activations in raw units, or None when there are no more."""
+    def next_batch(self) -> Batches | None:
+        """``[B, D]`` activations in raw units for each layer, or None when there are no more."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,133 +82,143 @@ def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
         The SAE in eval mode, input scaling folded into its weights.
 
     Raises:
-        ConfigError: an impossible setting, or CUDA asked for and absent.
+        ConfigError: an impossible setting, several SAEs, or CUDA asked for and absent.
         StreamError: the iterable is empty, or a batch is not ``[B, D]`` with the same finite D.
         CheckpointError: ``out`` holds a run with other settings.
     """
-    return Trainer(config, _Batches(batches)).fit()
+    if len(config.runs) > 1:
+        raise ConfigError(
+            f"train gives one SAE and the settings ask for {len(config.runs)}; for all of them in one "
+            f"pass use fastsae.Trainer(config, batches).fit(), which gives a list"
+        )
+    (sae,) = Trainer(config, batches).fit()
+    return sae
 
 
 class Trainer:
-    """Trains one SAE as ``config`` says.
+    """Trains an SAE for every layer, k and seed of ``config``, on one pass of the stream.
+
+    Each has its own step, folder, metrics and checkpoints (a :class:`Run`), and is bit for bit the SAE
+    that is trained alone on the same stream; another one costs its step.
 
     Args:
-        config: the run. With ``out=None`` nothing is written, unless the stream is the language
+        config: the runs. With ``out=None`` nothing is written, unless the stream is the language
             model's, whose runs go to ``runs/``.
-        stream: where activations come from; by default the language model and text of ``config``.
+        stream: where activations come from: a :class:`Stream`, or an iterable of ``[B, D]`` tensors
+            (with several layers, of a tuple of them). By default the language model and text of
+            ``config``.
 
     Raises:
         FastsaeError: anything the user can mend, before anything is written.
     """
 
-    def __init__(self, config: TrainConfig, stream: Stream | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, stream: Stream | Iterable[Tensor | Batches] | None = None
+    ) -> None:
+        if stream is None and config.out is None:
+            config = replace(config, out="runs")
         self.config = config
         self.device = resolve_device(config.device)
-        self.directory: Path | None = None
-        if stream is None and config.out is None:
-            config = self.config = replace(config, out="runs")
-        if config.out is not None:
-            self.directory = Path(config.out) / config.run_name
-            checkpoint.require_writable(self.directory)
-            self._refuse_existing()
+        self.runs = [Run(each, config.layers.index(each.layer)) for each in config.runs]
+        for run in self.runs:
+            if run.directory is not None:
+                checkpoint.require_writable(run.directory)
+                self._refuse_existing(run)
+        fresh = not all(run.saved_steps() for run in self.runs)
+        self._origin = load_origin(config) if config.init_from is not None and fresh else None
         if stream is None:
             from .stream import open_stream
 
             stream = open_stream(config)
-        self.stream = stream
-        self._metadata: dict[str, Any] = getattr(stream, "metadata", {})
         # A single batch where batches are the user's: nothing is drawn ahead of training.
-        self._lookahead = 1 if isinstance(stream, _Batches) else INITIALIZATION_BATCHES
-        self._seconds: dict[str, float] = {}  # by stage, of the run before it was resumed
-        self._step_seconds = 0.0
-        self._saved_step: int | None = None
-        self._wandb_id: str | None = None
+        self._lookahead = INITIALIZATION_BATCHES
+        if not isinstance(stream, Stream):
+            stream, self._lookahead = _Iterable(stream, len(config.layers)), 1
+        self.stream: Stream = stream
+        self._metadata: tuple[dict[str, Any], ...] = getattr(
+            stream, "metadata", ({},) * len(config.layers)
+        )
+        self._pending: list[Batches] = []
 
-    # --- the run ---
+    # --- the loop ---
 
-    def fit(self) -> SAE:
-        """Train to the end, or resume and train to the end; returns the finished SAE.
+    def fit(self) -> list[SAE]:
+        """Train to the end, or resume and train to the end; the finished SAEs, as ``config.runs``.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM arrived and the run was saved.
+            Interrupted: SIGINT or SIGTERM arrived and everything was saved.
             FastsaeError: the text ended early, the disk is full, ...
         """
         self._set_precision()
+        self._started = time.perf_counter()
         with ExitStack() as stack:
             # A run that exists is held before anything is done with it; a new one gets its folder when
             # the first activations have shown that there is something to train on.
-            existed = self.directory is not None and self.directory.exists()
-            if self.directory is not None and existed:
-                stack.enter_context(checkpoint.locked(self.directory))
-            if not self._restore():
-                self._start()
-            if self.directory is not None and not existed:
-                stack.enter_context(checkpoint.locked(self.directory))
-            tracker = stack.enter_context(
-                Tracker(self.directory, self.config, self.step.tokens_seen, self._wandb_id)
-            )
-            self._wandb_id = tracker.wandb_id
-            stopped_by = stack.enter_context(_signals(enabled=self.directory is not None))
+            folders = [run.directory for run in self.runs if run.directory is not None]
+            existing = [folder for folder in folders if folder.exists()]
+            for folder in existing:
+                stack.enter_context(checkpoint.locked(folder))
+            training = self._begin()
+            for folder in folders:
+                if folder not in existing:
+                    stack.enter_context(checkpoint.locked(folder))
+            wandb = stack.enter_context(Background("Weights & Biases", WANDB_SECONDS, SYNC))
+            hub = stack.enter_context(Background("the hub", HUB_SECONDS))
+            for run in self.runs:
+                run.open(stack, wandb, hub)
+            display = stack.enter_context(self._display())
+            stopped_by = stack.enter_context(_signals(enabled=bool(folders)))
 
-            while self.step.tokens_seen < self.config.tokens:
-                batch = self._next_batch()
-                if batch is None:
-                    self._text_ended()
+            while self.tokens_seen < self.config.tokens:
+                batches = self._next_batches()
+                if batches is None:
+                    self._text_ended(training)
                     break
-                started = time.perf_counter()
-                result = self.step(batch)
-                self.steps += 1
-                if self._crossed(self.config.log_every_tokens, len(batch)):
-                    tracker.log(self.step.metrics(batch, result) | self._progress())
-                self._step_seconds += time.perf_counter() - started
-                tracker.advance(self.step.tokens_seen)
+                for run in training:
+                    run.train_on(batches[run.layer_index])
+                if self._crossed(self.config.log_every_tokens, len(batches[0])):
+                    shared = self._shared()
+                    display.show({run.name: run.log(shared) for run in training})
+                display.advance(self.tokens_seen)
                 if stopped_by:
-                    self._save_checkpoint()
+                    self._save(training)
                     raise Interrupted(self._how_to_resume(), stopped_by[0])
-                if self._crossed(self.config.checkpoint_every_tokens, len(batch)):
-                    self._save_checkpoint()
-            if self.directory is not None:
-                self._save_checkpoint()
-            return self._finish(tracker)
+                if self._crossed(self.config.checkpoint_every_tokens, len(batches[0])):
+                    self._save(training)
+            self._save(training)
+            return self._finish(training)
 
-    def _start(self) -> None:
-        """Draw the first batches, initialise an SAE on them, and keep them to train on."""
-        self._stream_start = self.stream.state_dict()
-        self._pending: list[Tensor] = []
-        for _ in range(self._lookahead):
-            batch = self._draw()
-            if batch is None:
-                break
-            self._pending.append(batch)
-        if not self._pending:
-            raise StreamError("there is nothing to train on: the stream gave no batch at all")
-        self._drawn_ahead = len(self._pending)
-        sae = initial_sae(self.config, torch.cat(self._pending), self._metadata)
-        self.step = STEPS[self.config.step](sae, self.config)
-        self.steps = 0
+    @property
+    def tokens_seen(self) -> int:
+        """Activations trained on by the runs that are not finished; all runs, if all are."""
+        return min(run.tokens_seen for run in self.runs)
 
-    def _next_batch(self) -> Tensor | None:
-        batch = self._pending.pop(0) if self._pending else self._draw()
-        return None if batch is None else batch.to(self.device, non_blocking=True)
+    def _next_batches(self) -> Batches | None:
+        batches = self._pending.pop(0) if self._pending else self._draw()
+        if batches is None:
+            return None
+        return tuple(batch.to(self.device, non_blocking=True) for batch in batches)
 
-    def _draw(self) -> Tensor | None:
-        batch = self.stream.next_batch()
-        if batch is not None and (
-            batch.ndim != 2 or not batch.is_floating_point() or not len(batch)
-        ):
-            raise StreamError(
-                f"a batch must be a float tensor [B, D] with at least one row, got {batch.dtype} "
-                f"{tuple(batch.shape)}"
-            )
-        step = getattr(self, "step", None)
-        if batch is not None and step is not None and batch.shape[1] != step.sae.d_in:
-            raise StreamError(
-                f"a batch has width {batch.shape[1]}, those before had {step.sae.d_in}"
-            )
-        return batch
+    def _draw(self) -> Batches | None:
+        batches = self.stream.next_batch()
+        if batches is None:
+            return None
+        for batch in batches:
+            if batch.ndim != 2 or not batch.is_floating_point() or not len(batch):
+                raise StreamError(
+                    f"a batch must be a float tensor [B, D] with at least one row, got {batch.dtype} "
+                    f"{tuple(batch.shape)}"
+                )
+        for run in self.runs:
+            width = batches[run.layer_index].shape[1]
+            if run.started and width != run.step.sae.d_in:
+                raise StreamError(
+                    f"a batch has width {width}, those before had {run.step.sae.d_in}"
+                )
+        return batches
 
     def _crossed(self, interval: int, batch: int) -> bool:
-        seen = self.step.tokens_seen
+        seen = self.tokens_seen
         return seen // interval > (seen - batch) // interval
 
     def _set_precision(self) -> None:
@@ -208,90 +226,76 @@ class Trainer:
         precision = resolve_precision(self.config.precision, self.device)
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
-    def _text_ended(self) -> None:
-        seen, asked = self.step.tokens_seen, self.config.tokens
-        if isinstance(self.stream, _Batches):
-            log.info("the batches ended after %s tokens of %s", f"{seen:,}", f"{asked:,}")
-            return
-        self._save_checkpoint()
-        raise StreamError(
-            f"the text ended after {seen:,} activations of the {asked:,} asked for. Everything is saved "
-            f"in {self.directory}: give the same command with --tokens {seen} to finish the run there, or "
-            f"train on more text"
+    def _shared(self) -> Shared:
+        seconds = {"elapsed": time.perf_counter() - self._started}
+        return Shared(
+            seconds | getattr(self.stream, "seconds", {}), getattr(self.stream, "counts", {})
         )
 
-    # --- what is written ---
+    def _display(self) -> Display:
+        # A progress bar is for runs; without a folder the program around us has the terminal.
+        total = self.config.steps * self.config.batch_size
+        return Display(self.config.tokens, total, self.tokens_seen, bar=self.config.out is not None)
 
-    def _timings(self) -> dict[str, float]:
-        """Seconds spent so far, by stage, over the whole run."""
-        now = {"step": self._step_seconds, **getattr(self.stream, "seconds", {})}
-        return {stage: self._seconds.get(stage, 0.0) + value for stage, value in now.items()}
+    # --- where it begins ---
 
-    def _progress(self) -> dict[str, float | int]:
-        """Where the run stands and how fast it is going."""
-        seen, timings = self.step.tokens_seen, self._timings()
-        return {
-            "tokens_seen": seen,
-            "step": self.steps,
-            "lr": self.config.lr,
-            "tokens_per_second": seen / max(sum(timings.values()), 1e-9),
-            **{f"seconds_{stage}": value for stage, value in timings.items()},
-            **getattr(self.stream, "counts", {}),
+    def _begin(self) -> list[Run]:
+        """Restore or start every run; returns those that have not seen all their tokens."""
+        training = [run for run in self.runs if not self._is_finished(run)]
+        step = self._common_step(training)
+        restored = {
+            run: self._restore(run, step if run in training else run.saved_steps()[-1])
+            for run in self.runs
+            if run not in training or step is not None
         }
+        for run in training:
+            if run.directory is not None:
+                checkpoint.discard_after(run.checkpoints, step or 0)
+        if training and step is None:
+            self._start(training)
+        else:
+            self._restore_stream(restored[(training or self.runs)[0]])
+            log.info("resumed at %s tokens", f"{self.tokens_seen:,}")
+        return training
 
-    def _refuse_existing(self) -> None:
-        assert self.directory is not None
-        if self.config.resume == "never" and self.directory.exists():
-            raise ConfigError(
-                f"{self.directory} exists and --resume is never. Choose another --name or --out, delete "
-                f"that folder, or let --resume auto go on with it"
-            )
-
-    def _save_checkpoint(self) -> None:
-        if self.directory is None or self.steps == self._saved_step:
-            return
-        # Until the first batches are trained on, the stream is ahead of the training.
-        pending = len(self._pending)
-        stream = self._stream_start if pending else self.stream.state_dict()
-        tensors = {f"stream.{name}": tensor for name, tensor in stream["tensors"].items()}
-        meta = {
-            "tokens_seen": self.step.tokens_seen,
-            "steps": self.steps,
-            "config": self.config.to_dict(),
-            "stream": stream["meta"],
-            "stream_skip": self._drawn_ahead - pending if pending else 0,
-            "seconds": self._timings(),
-            "wandb_id": self._wandb_id,
-        }
-        checkpoint.save(
-            self.directory / "checkpoints",
-            self.steps,
-            self.step.sae,
-            self.step.state_dict() | tensors,
-            meta,
-            self.config.keep_checkpoints,
-        )
-        self._saved_step = self.steps
-
-    def _restore(self) -> bool:
-        """Go on from the newest checkpoint, if there is one."""
-        path = checkpoint.newest(self.directory / "checkpoints") if self.directory else None
-        if path is None:
+    def _is_finished(self, run: Run) -> bool:
+        steps = run.saved_steps()
+        if not steps:
             return False
-        saved = checkpoint.load(path)
-        self._refuse_changes(path, saved.meta["config"])
-        d_sae, d_in = saved.tensors["sae.W_dec"].shape
-        sae = new_sae(self.config, d_in, d_sae, self._metadata)
-        self.step = STEPS[self.config.step](sae, self.config)
-        try:
-            self.step.load_state_dict(saved.tensors)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} does not fit this version: {error}"
-            ) from error
-        self.steps = self._saved_step = saved.meta["steps"]
-        self._seconds, self._wandb_id = saved.meta["seconds"], saved.meta["wandb_id"]
-        self._pending, self._drawn_ahead = [], 0
+        meta = checkpoint.load_meta(run.checkpoints / f"step_{steps[-1]}")
+        return meta["tokens_seen"] >= self.config.tokens
+
+    def _common_step(self, training: list[Run]) -> int | None:
+        """The newest step that all of ``training`` have a checkpoint of.
+
+        Later checkpoints of some were written by a process that was killed before it wrote the
+        others; they will come again. Anything else is work that must not be lost.
+        """
+        if not training:
+            return None
+        common = set.intersection(*(set(run.saved_steps()) for run in training))
+        step = max(common, default=None)
+        names = {run.name for run in training}
+        for run in training:
+            for later in [found for found in run.saved_steps() if found > (step or 0)]:
+                path = run.checkpoints / f"step_{later}"
+                meta = checkpoint.load_meta(path)
+                run.refuse_changes(path, meta["config"])
+                if names <= set(meta["group"]):
+                    continue
+                where = "at the beginning" if step is None else f"at step {step}"
+                raise CheckpointError(
+                    f"{run.directory} has been trained to step {later} without the others, which stand "
+                    f"{where}. Finish it by itself first: the same command with its own --layer, --k and "
+                    f"--seed, and --stream-seed {self.config.resolved_stream_seed}. A finished run may be "
+                    f"among the others. Or choose another --name"
+                )
+        return step
+
+    def _restore(self, run: Run, step: int | None) -> checkpoint.Checkpoint:
+        return run.restore(run.checkpoints / f"step_{step}", self._metadata[run.layer_index])
+
+    def _restore_stream(self, saved: checkpoint.Checkpoint) -> None:
         prefix = "stream."
         tensors = {
             n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)
@@ -299,56 +303,98 @@ class Trainer:
         self.stream.load_state_dict({"tensors": tensors, "meta": saved.meta["stream"]})
         for _ in range(saved.meta["stream_skip"]):
             self.stream.next_batch()
-        log.info("resumed at %s tokens from %s", f"{self.step.tokens_seen:,}", path)
-        return True
 
-    def _refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
-        now = self.config.to_dict()
-        changed = [
-            f"{name}: {saved.get(name)!r} in the run, {value!r} now"
-            for name, value in now.items()
-            if name not in MAY_CHANGE_ON_RESUME and _plain(value) != saved.get(name)
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{path} belongs to a run with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nGive the run's own settings to go on with it, or another --name to start afresh"
+    def _start(self, training: list[Run]) -> None:
+        """Draw the first batches, initialise the SAEs on them, and keep them to train on."""
+        self._stream_start = self.stream.state_dict()
+        for _ in range(self._lookahead):
+            batches = self._draw()
+            if batches is None:
+                break
+            self._pending.append(batches)
+        if not self._pending:
+            raise StreamError("there is nothing to train on: the stream gave no batch at all")
+        self._drawn_ahead = len(self._pending)
+        rows = [torch.cat(layer) for layer in zip(*self._pending, strict=True)]
+        for run in training:
+            index = run.layer_index
+            run.start(rows[index], self._metadata[index], self._origin)
+
+    def _refuse_existing(self, run: Run) -> None:
+        assert run.directory is not None
+        if self.config.resume == "never" and run.directory.exists():
+            raise ConfigError(
+                f"{run.directory} exists and --resume is never. Choose another --name or --out, delete "
+                f"that folder, or let --resume auto go on with it"
             )
 
-    def _how_to_resume(self) -> str:
-        seen = self.step.tokens_seen
-        return (
-            f"stopped at {seen:,} of {self.config.tokens:,} tokens; everything is saved in "
-            f"{self.directory}. Give the same command again to go on"
+    # --- where it ends ---
+
+    def _save(self, training: list[Run]) -> None:
+        # Until the first batches are trained on, the stream is ahead of the training.
+        ahead = len(self._pending)
+        stream = self._stream_start if ahead else self.stream.state_dict()
+        skip = self._drawn_ahead - ahead if ahead else 0
+        shared, group = self._shared(), [run.name for run in training]
+        for run in training:
+            run.save(stream, skip, shared, group)
+        for run in self.runs:  # of a finished one too: it may have been killed before this
+            if run.directory is not None:
+                checkpoint.prune(run.checkpoints, self.config.keep_checkpoints)
+
+    def _text_ended(self, training: list[Run]) -> None:
+        seen, asked = self.tokens_seen, self.config.tokens
+        if isinstance(self.stream, _Iterable):
+            log.info("the batches ended after %s tokens of %s", f"{seen:,}", f"{asked:,}")
+            return
+        self._save(training)
+        raise StreamError(
+            f"the text ended after {seen:,} activations of the {asked:,} asked for. Everything is saved "
+            f"in {self._folders()}: give the same command with --tokens {seen} to finish there, or "
+            f"train on more text"
         )
 
-    def _finish(self, tracker: Tracker) -> SAE:
-        sae = self.step.sae.eval().fold_scaling()
-        if self.directory is None:
-            return sae
-        sae.save(self.directory)
+    def _finish(self, training: list[Run]) -> list[SAE]:
         held_out = getattr(self.stream, "held_out", None)
-        summary = report.write_report(
-            self.directory, sae, self.config, self._progress(), held_out() if held_out else None
+        rows = held_out() if held_out else (None,) * len(self.config.layers)
+        now = self._shared()
+        idle = replace(
+            now, seconds={}
+        )  # a run that was finished before took no time of this process
+        return [
+            run.finish(now if run in training else idle, rows[run.layer_index]) for run in self.runs
+        ]
+
+    def _how_to_resume(self) -> str:
+        return (
+            f"stopped at {self.tokens_seen:,} of {self.config.tokens:,} tokens; everything is saved in "
+            f"{self._folders()}. Give the same command again to go on"
         )
-        tracker.summarize(summary)
-        if self.config.hub_repo is not None:
-            hub.push(self.directory, self.config.hub_repo, self.config.run_name)
-        return sae
+
+    def _folders(self) -> str:
+        return ", ".join(str(run.directory) for run in self.runs)
 
 
-class _Batches:
+class _Iterable:
     """An iterable of the user's as a stream: its state is how many batches were drawn."""
 
-    def __init__(self, batches: Iterable[Tensor]) -> None:
+    def __init__(self, batches: Iterable[Tensor | Batches], layers: int) -> None:
         self._iterator = iter(batches)
+        self._layers = layers
         self._drawn = 0
 
-    def next_batch(self) -> Tensor | None:
-        batch = next(self._iterator, None)
-        self._drawn += batch is not None
-        return batch
+    def next_batch(self) -> Batches | None:
+        drawn = next(self._iterator, None)
+        if drawn is None:
+            return None
+        self._drawn += 1
+        batches = drawn if isinstance(drawn, tuple) else (drawn,)
+        if len(batches) != self._layers or len({len(batch) for batch in batches}) > 1:
+            raise StreamError(
+                f"a batch has shapes {[tuple(batch.shape) for batch in batches]}, expected one [B, D] "
+                f"tensor for each of {self._layers} layers, all with the same B; give a tuple of them"
+            )
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": {}, "meta": {"drawn": self._drawn}}
@@ -360,55 +406,6 @@ class _Batches:
                     f"the run to resume had drawn {state['meta']['drawn']} batches, but the iterable "
                     f"ended after {self._drawn}; give the iterable from its beginning"
                 )
-
-
-def initial_sae(config: TrainConfig, rows: Tensor, metadata: dict[str, Any]) -> SAE:
-    """A new SAE whose scaling constant and ``b_dec`` (geometric median) come from ``rows [N, D]``."""
-    d_in = rows.shape[-1]
-    sae = new_sae(config, d_in, config.resolve_d_sae(d_in), metadata)
-    rows = rows.to(sae.W_dec.device, sae.W_dec.dtype)
-    if not rows.isfinite().all():
-        raise StreamError(
-            "the first activations contain values that are not finite; drop those rows from the batches"
-        )
-    with torch.no_grad():
-        if config.normalize == "scalar":
-            constant = reference.scale_constant(rows)
-            if not constant.isfinite():
-                raise StreamError(
-                    "the first activations are all zero: there is nothing to scale by"
-                )
-            sae.scale.copy_(constant)
-        sae.b_dec.copy_(reference.geometric_median(sae.scale_input(rows)[0]))
-    return sae
-
-
-def new_sae(config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any]) -> SAE:
-    """The SAE of a run before it has seen any activation."""
-    device = resolve_device(config.device)
-    sae = SAE(
-        d_in,
-        d_sae,
-        config.mean_active,
-        normalize=config.normalize,
-        metadata=metadata,
-        device=device,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    sae.precision = resolve_precision(config.precision, device)
-    return sae
-
-
-def resolve_precision(precision: str, device: torch.device) -> Any:
-    """``auto`` is bf16 on CUDA and fp32 on a CPU."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as it reads after a round trip through JSON."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 @contextmanager

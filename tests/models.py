@@ -81,7 +81,9 @@ def llama() -> str:
     return _save(LlamaForCausalLM(config), "llama")
 
 
-def _gemma_text_config() -> Gemma4TextConfig:
+def _gemma_text_config(
+    layers: int = GEMMA_LAYERS, kv_shared: int = GEMMA_KV_SHARED
+) -> Gemma4TextConfig:
     return Gemma4TextConfig(
         vocab_size=VOCABULARY,
         vocab_size_per_layer_input=VOCABULARY,
@@ -89,14 +91,14 @@ def _gemma_text_config() -> Gemma4TextConfig:
         hidden_size_per_layer_input=64,
         intermediate_size=128,
         use_double_wide_mlp=True,
-        num_hidden_layers=GEMMA_LAYERS,
-        num_kv_shared_layers=GEMMA_KV_SHARED,
+        num_hidden_layers=layers,
+        num_kv_shared_layers=kv_shared,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
         global_head_dim=64,
         sliding_window=16,
-        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * (GEMMA_LAYERS // 4),
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * (layers // 4),
         max_position_embeddings=256,
         final_logit_softcapping=30.0,
     )
@@ -110,7 +112,7 @@ def gemma4_text() -> str:
 
 
 @functools.cache
-def gemma4_multimodal() -> str:
+def gemma4_multimodal(layers: int = GEMMA_LAYERS, kv_shared: int = GEMMA_KV_SHARED) -> str:
     """Directory of a random Gemma 4 in the class of the published checkpoints, with an image tower."""
     torch.manual_seed(2)
     vision = {
@@ -122,5 +124,7 @@ def gemma4_multimodal() -> str:
         "head_dim": 32,
         "position_embedding_size": 16,
     }
-    config = Gemma4Config(text_config=_gemma_text_config().to_dict(), vision_config=vision)
-    return _save(Gemma4ForConditionalGeneration(config), "gemma4")
+    text = _gemma_text_config(layers, kv_shared)
+    config = Gemma4Config(text_config=text.to_dict(), vision_config=vision)
+    name = "gemma4" if layers == GEMMA_LAYERS else f"gemma4-{layers}-layers"
+    return _save(Gemma4ForConditionalGeneration(config), name)

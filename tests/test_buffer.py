@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsae.errors import CheckpointError, StreamError
-from fastsae.stream.buffer import ActivationBuffer, Chunk, Counts, activations, harvest, hold_out
+from fastsae.stream.buffer import ActivationBuffer
+from fastsae.stream.chunks import Chunk, TextChunks, harvest
 from fastsae.stream.language_model import LanguageModel
 from fastsae.stream.text import TextSource
 from fastsae.stream.tokens import TokenPacker
@@ -27,23 +28,28 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 class FakeModel:
-    """Activation = (token, position in the row, a number that tells the row); NaN at ``poisoned``."""
+    """Activation = (token, position in the row, a number that tells the row); NaN at ``poisoned``.
 
-    name, layer, quantization = "fake", 3, "none"
+    With several layers, each is the one before plus a million, and only ``poisoned_layer`` has NaN.
+    """
+
+    name, quantization = "fake", "none"
     d_model, dtype, device = 3, torch.float32, torch.device("cpu")
     special_ids = torch.tensor([1, 2, 3])  # 0 pads short rows, and is a word in some vocabularies
 
-    def __init__(self, poisoned: str = "") -> None:
+    def __init__(self, poisoned: str = "", layers=(3,), poisoned_layer: int = 0) -> None:
+        self.layers, self.poisoned_layer = layers, poisoned_layer
         self.poisoned = torch.tensor([ids(c)[0] for c in poisoned] or [-1])
 
-    def residual(self, tokens: Tensor) -> Tensor:
+    def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
         n, length = tokens.shape
         position = torch.arange(length)
         row = (tokens * (7919 * (position + 1) ** 5 % 8191)).sum(1, keepdim=True)
         columns = [tokens, position.expand(n, length), row.expand(n, length)]
         out = torch.stack(columns, dim=2).float()
-        out[torch.isin(tokens, self.poisoned)] = float("nan")
-        return out
+        layers = [out + 1e6 * i for i in range(len(self.layers))]
+        layers[self.poisoned_layer][torch.isin(tokens, self.poisoned)] = float("nan")
+        return tuple(layers)
 
 
 def ids(text: str) -> list[int]:
@@ -61,21 +67,30 @@ def packer(documents: list[str]) -> TokenPacker:
     return TokenPacker(source, models.tokenizer(), CONTEXT)
 
 
-def buffer(
-    documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0
-):
-    return ActivationBuffer(
+def chunks(documents: list[str], model=None, harvest_batch=2, held_out=0, outlier_norm=None):
+    return TextChunks(
         packer(documents),
         model or FakeModel(),
-        batch_size=batch_size,
-        pool_tokens=pool_tokens,
         harvest_batch=harvest_batch,
-        seed=seed,
+        held_out_tokens=held_out,
+        outlier_norm=outlier_norm,
+    )
+
+
+def buffer(
+    documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0,
+    dtype=torch.float32, outlier_norm=None, ahead=None,
+):  # fmt: skip
+    source = chunks(documents, model, harvest_batch, outlier_norm=outlier_norm)
+    return ActivationBuffer(
+        source, batch_size=batch_size, pool_tokens=pool_tokens, seed=seed, dtype=dtype, ahead=ahead
     )
 
 
 def drain(source: ActivationBuffer) -> list[Tensor]:
-    return list(iter(source.next_batch, None))
+    batches = list(iter(source.next_batch, None))
+    assert all(len(batch) == 1 for batch in batches)
+    return [batch[0] for batch in batches]
 
 
 def everything(documents: list[str], model=None) -> Tensor:
@@ -83,7 +98,7 @@ def everything(documents: list[str], model=None) -> Tensor:
     rows = list(packer(documents))
     if not rows:
         return torch.empty(0, 3)
-    return harvest(model or FakeModel(), Chunk.of(rows, CONTEXT), Counts())
+    return harvest(model or FakeModel(), Chunk.of(rows, CONTEXT)).kept()[0]
 
 
 def bag(rows: Tensor) -> Counter:
@@ -95,15 +110,20 @@ shapes = {
     "batch_size": st.integers(1, 90),
     "pool_tokens": st.integers(1, 300),
     "harvest_batch": st.integers(1, 5),
+    "ahead": st.booleans(),
 }
 
 
 @settings(deadline=None, max_examples=80)
 @given(**shapes)
-def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch):
+def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch, ahead):
     texts = text_of(documents)
     source = buffer(
-        texts, batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch
+        texts,
+        batch_size=batch_size,
+        pool_tokens=pool_tokens,
+        harvest_batch=harvest_batch,
+        ahead=ahead,
     )
     batches = drain(source)
     assert all(len(b) == batch_size and b.dtype == torch.float32 for b in batches[:-1])
@@ -111,19 +131,21 @@ def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch
     served = torch.cat(batches) if batches else torch.empty(0, 3)
     assert bag(served) == bag(everything(texts))
     assert source.counts.harvested == len(served)
-    assert source._free_count == len(source._pool)
-    assert len(set(source._free.tolist())) == len(source._pool)
+    assert source._free_count == len(source._pools[0])
+    assert len(set(source._free.tolist())) == len(source._pools[0])
     assert source.next_batch() is None
 
 
 @settings(deadline=None, max_examples=60)
 @given(**shapes, taken=st.integers(0, 40), more=st.integers(0, 20))
 def test_the_next_batch_is_the_next_batch(
-    documents, batch_size, pool_tokens, harvest_batch, taken, more
+    documents, batch_size, pool_tokens, harvest_batch, ahead, taken, more
 ):
-    options = dict(batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch)
+    options = dict(
+        batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch, ahead=ahead
+    )
     texts = text_of(documents)
-    whole = drain(buffer(texts, **options))
+    whole = drain(buffer(texts, **options | {"ahead": False}))
     source = buffer(texts, **options)
     list(islice(iter(source.next_batch, None), taken))
     state = through_disk(source.state_dict())
@@ -131,13 +153,14 @@ def test_the_next_batch_is_the_next_batch(
     resumed = buffer(texts, **options)
     resumed.load_state_dict(state)
     assert vars(resumed.counts) == counts
-    assert_batches_equal(list(islice(iter(resumed.next_batch, None), more)), whole[taken:][:more])
+    served = [batch for (batch,) in islice(iter(resumed.next_batch, None), more)]
+    assert_batches_equal(served, whole[taken:][:more])
     again = buffer(texts, **options)  # a resumed run is interrupted and resumed like any other
     again.load_state_dict(through_disk(resumed.state_dict()))
     assert_batches_equal(drain(again), whole[taken + more :])
     assert_batches_equal(drain(source), whole[taken:])
     assert vars(again.counts) == vars(source.counts)
-    assert again._free_count == len(again._pool)
+    assert again._free_count == len(again._pools[0])
 
 
 def through_disk(state: dict) -> dict:
@@ -155,7 +178,7 @@ def assert_batches_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_resume_on_a_real_model(tmp_path: Path):
-    model = LanguageModel.load(models.gemma4_multimodal(), 5)
+    model = LanguageModel.load(models.gemma4_multimodal(), (5,))
     texts = text_of(90)
 
     def start() -> ActivationBuffer:
@@ -212,7 +235,7 @@ def test_no_activation_outlives_two_generations():
         for row in in_order[harvested : source.counts.harvested]:
             generation_of[row] = source._newer.index
         harvested = source.counts.harvested
-        ages[source._newer.index - generation_of[tuple(batch[0].tolist())]] += 1
+        ages[source._newer.index - generation_of[tuple(batch[0][0].tolist())]] += 1
     assert set(ages) == {0, 1}
     assert abs(ages[0] - ages[1]) <= source._newer.index + 1
 
@@ -265,6 +288,27 @@ def test_nonfinite_rows_are_dropped_and_counted():
     assert len(served) == len(everything(texts)) - bad
 
 
+@pytest.mark.parametrize("poisoned_layer", [0, 1, 2])
+def test_rows_of_all_layers_belong_to_the_same_tokens(poisoned_layer: int):
+    texts = ["abcabc", "hello", "banana"] * 30
+    model = FakeModel("b", layers=(3, 1, 5), poisoned_layer=poisoned_layer)
+    source = buffer(texts, model, pool_tokens=128)
+    batches = list(iter(source.next_batch, None))
+    assert all(len(batch) == 3 for batch in batches)
+    for first, second, third in batches:
+        assert torch.equal(second, first + 1e6) and torch.equal(third, first + 2e6)
+    # What is dropped in one layer is dropped in all.
+    assert source.counts.nonfinite == sum(text.count("b") for text in texts)
+    assert bag(torch.cat([b[0] for b in batches])) == bag(everything(texts, FakeModel("b")))
+    resumed = buffer(texts, model, pool_tokens=128)
+    part = buffer(texts, model, pool_tokens=128)
+    for _ in range(20):
+        part.next_batch()
+    resumed.load_state_dict(through_disk(part.state_dict()))
+    for found, expected in zip(iter(resumed.next_batch, None), batches[20:], strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(
     ("quantization", "remedy"), [("nf4", "quantization none"), ("none", "bfloat16")]
 )
@@ -286,15 +330,76 @@ def test_a_model_that_gives_other_rows_is_refused_on_resume():
 
 def test_pool_size_and_dtype():
     source = buffer(text_of(5), pool_tokens=100, harvest_batch=2)
-    assert source._pool.shape == (96, 3)  # two generations of three chunks of two rows of eight
-    assert source._pool.dtype == torch.float32
-    assert buffer(text_of(5), pool_tokens=1)._pool.shape == (32, 3)
-    stored = ActivationBuffer(
-        packer(text_of(30)), FakeModel(), batch_size=4, pool_tokens=64, harvest_batch=2, seed=0,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
-    assert stored._pool.dtype == torch.bfloat16
-    assert stored.next_batch().dtype == torch.float32
+    assert source._pools[0].shape == (96, 3)  # two generations of three chunks of two rows of eight
+    assert source._pools[0].dtype == torch.float32
+    assert buffer(text_of(5), pool_tokens=1)._pools[0].shape == (64, 3)
+    stored = buffer(text_of(30), batch_size=4, dtype=torch.bfloat16)
+    assert stored._pools[0].dtype == torch.bfloat16
+    assert stored.next_batch()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("pool_tokens", [1, 128, 300])
+def test_harvest_ahead_is_spread_over_the_stage_and_changes_no_batch(pool_tokens: int):
+    texts = text_of(180)
+    source = buffer(texts, batch_size=4, pool_tokens=pool_tokens, ahead=True)
+    generation = source.chunks_per_generation
+    before = 0
+    for expected in drain(buffer(texts, batch_size=4, pool_tokens=pool_tokens, ahead=False)):
+        (batch,) = source.next_batch()
+        assert torch.equal(batch, expected)
+        assert source._free_count >= 0
+        done = len(source._next.chunks)
+        assert done - before <= 1  # never several forward passes between two steps
+        if not source._source.packer.exhausted:
+            served = source._position / len(source._order)
+            assert abs(done / generation - served) <= (1 + 4 / 8) / generation + 0.5
+        before = done if done else 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_harvesting_beside_training_changes_no_batch():
+    """The language model on its own stream, kept busy by large products on the training's."""
+
+    class OnGPU(FakeModel):
+        device = torch.device("cuda")
+
+        def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
+            return tuple(layer.cuda() for layer in super().residuals(tokens.cpu()))
+
+    texts = text_of(400)
+    options = {"batch_size": 16, "pool_tokens": 256, "outlier_norm": 50.0}
+    expected = drain(buffer(texts, FakeModel(poisoned="b"), **options))
+    busy = torch.randn(2048, 2048, device="cuda")
+    source = buffer(texts, OnGPU(poisoned="b"), **options)
+    assert source._ahead
+    for batch in expected[:20]:
+        busy = (busy @ busy).tanh()
+        assert torch.equal(source.next_batch()[0].cpu(), batch)
+    resumed = buffer(texts, OnGPU(poisoned="b"), **options)
+    resumed.load_state_dict(through_disk(source.state_dict()))
+    assert_batches_equal([batch.cpu() for batch in drain(resumed)], expected[20:])
+    assert resumed.counts.nonfinite > 0
+
+
+@pytest.mark.parametrize("layers", [(3,), (3, 5)])
+def test_norm_outliers_are_dropped_and_counted(layers: tuple):
+    """'z' has the largest token id; a model that blows its norm up, in the last layer alone."""
+
+    class Sink(FakeModel):
+        def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
+            found = super().residuals(tokens)
+            found[-1][tokens == ids("z")[0]] *= 1e4
+            return found
+
+    texts = [f"hello zoo {i} fizz" for i in range(30)]
+    source = buffer(texts, Sink(layers=layers), outlier_norm=50.0)
+    served = torch.cat([b[0] for b in iter(source.next_batch, None)])
+    assert source.counts.outliers == sum(text.count("z") for text in texts) == 90
+    assert not (served[:, 0] == ids("z")[0]).any()
+    assert len(served) == source.counts.harvested
+    kept_all = buffer(texts, Sink(layers=layers))
+    assert sum(len(b[0]) for b in iter(kept_all.next_batch, None)) == len(served) + 90
+    assert kept_all.counts.outliers == 0
 
 
 def test_harvest_seconds_grow():
@@ -310,26 +415,25 @@ def test_harvest_seconds_grow():
 def test_held_out_rows_are_not_trained_on():
     texts = text_of(80)
     model = FakeModel()
-    tokens = packer(texts)
-    rows = hold_out(tokens, model, 50)
-    held_out = activations(model, rows, 2, 50)
-    assert held_out.shape == (50, 3)
+    parts = chunks(texts, model, held_out=50)
+    (held_out,) = parts.held_out()
+    assert held_out.shape == (50, 3) and held_out.dtype == torch.float32
     assert torch.equal(held_out, everything(texts)[:50])
-    source = ActivationBuffer(tokens, model, batch_size=7, pool_tokens=64, harvest_batch=2, seed=0)
+    source = ActivationBuffer(parts, batch_size=7, pool_tokens=64, seed=0, dtype=torch.float32)
     trained = torch.cat(drain(source))
-    taken = len(harvest(model, rows, Counts()))
+    taken = len(everything(texts)) - len(trained)
     assert 50 <= taken < 50 + CONTEXT
     assert bag(trained) == bag(everything(texts)[taken:])
 
 
 def test_held_out_leaves_out_nonfinite_rows():
-    rows = hold_out(packer(["abcabc", "hello"] * 20), FakeModel(), 40)
-    assert activations(FakeModel("b"), rows, 3, 40).isfinite().all()
+    parts = chunks(["abcabc", "hello"] * 20, FakeModel("b"), 3, held_out=40)
+    assert parts.held_out()[0].isfinite().all()
 
 
 def test_empty_text():
     with pytest.raises(StreamError, match="the text is empty: test text"):
-        hold_out(packer(["", " \n"]), FakeModel(), 10)
+        chunks(["", " \n"], held_out=10)
 
 
 @pytest.mark.parametrize("tokens", [19, 20, 1000])
@@ -338,5 +442,5 @@ def test_too_little_text_to_hold_out(tokens: int):
     with pytest.raises(
         StreamError, match=rf"holds only 20 tokens.*first {tokens:,}.*--eval-tokens"
     ):
-        hold_out(packer(texts), FakeModel(), tokens)
-    assert len(hold_out(packer(texts), FakeModel(), 7)) == 1
+        chunks(texts, held_out=tokens)
+    assert len(chunks(texts, held_out=7)._held_out_rows) == 1

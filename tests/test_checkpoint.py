@@ -25,7 +25,9 @@ def save(directory: Path, step: int, keep: int = 3) -> Path:
     sae.scale.fill_(0.5)
     tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
     tensors["stream.tokens"] = torch.arange(step)
-    return checkpoint.save(directory, step, sae, tensors, {"steps": step, "note": "x"}, keep)
+    path = checkpoint.save(directory, step, sae, tensors, {"steps": step, "note": "x"})
+    checkpoint.prune(directory, keep)
+    return path
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import fastsae
 from fastsae import checkpoint, cli
-from fastsae.stream import language_model
+from fastsae.stream import loading
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen.\n\n"
 SMALL = (
@@ -76,7 +76,12 @@ def test_the_right_command(run) -> None:
         "alive_fraction",
         "tokens_seen",
         "tokens_per_second",
+        "harvested",
+        "special",
+        "nonfinite",
+        "outliers",
     }
+    assert 1e8 < summary["peak_memory_bytes"] < 1e11
     assert wanted <= set(summary)
     assert summary["l0"] == 4 and summary["tokens_seen"] == 1280
     sae = fastsae.load(result.out / "run")
@@ -156,9 +161,9 @@ def test_the_right_column_beside_the_wrong_one(run, tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_missing(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = language_model.importlib.util.find_spec
+    real = loading.importlib.util.find_spec
     find = lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)
-    monkeypatch.setattr(language_model.importlib.util, "find_spec", find)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", find)
     result = run("--quantization", "nf4")
     assert result.code == 2 and not result.out.exists()
     assert "bitsandbytes" in result.errors and "--quantization none" in result.errors

@@ -30,16 +30,57 @@ def test_defaults_are_the_recipe() -> None:
     assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
 
 
-def test_at_most_forty_flags() -> None:
-    assert len(dataclasses.fields(TrainConfig)) <= 40
+def test_not_too_many_flags() -> None:
+    assert len(dataclasses.fields(TrainConfig)) <= 56
     assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
 
 
 def test_one_value_may_come_as_a_tuple() -> None:
     c = TrainConfig(layer=(3,), k=(8,), seed=(1,))
     assert (c.layer, c.k, c.seed) == (3, 8, 1)
-    with pytest.raises(fastsae.ConfigError, match=r"layer has 2 values \(3, 4\)"):
-        TrainConfig(layer=(3, 4))
+    assert (c.layers, c.ks, c.seeds) == ((3,), (8,), (1,))
+
+
+def test_several_values_are_a_grid_on_one_stream() -> None:
+    c = TrainConfig(layer=[9, 4], k=(8, 2.5), seed=(1, 2))
+    assert (c.layer, c.layers) == ((9, 4), (9, 4))
+    assert [(r.layer, r.k, r.seed) for r in c.runs] == [
+        (9, 8, 1), (9, 8, 2), (9, 2.5, 1), (9, 2.5, 2), (4, 8, 1), (4, 8, 2), (4, 2.5, 1), (4, 2.5, 2),
+    ]  # fmt: skip
+    assert {r.stream_seed for r in c.runs} == {1}
+    assert c.runs[3].run_name == "gemma-4-e2b-scope-v1-L9-batchtopk-k2.5-seed2"
+    # Each one is the run that its own settings describe, stream seed and all.
+    alone = TrainConfig(layer=4, k=2.5, seed=2, stream_seed=1)
+    assert alone.runs == (alone,) == (c.runs[7],)
+    named = dataclasses.replace(c, name="mine")
+    assert named.runs[0].run_name == "mine-L9-k8-seed1"
+    assert len({r.run_name for r in named.runs}) == 8
+    assert TrainConfig(name="mine").runs[0].run_name == "mine"
+    for wrong, message in (((3, 3), "each of them once"), ((), "one layer"), ((3, -1), "got -1")):
+        with pytest.raises(fastsae.ConfigError, match=message):
+            TrainConfig(layer=wrong)
+    with pytest.raises(fastsae.ConfigError, match="k must be a finite number above 0, got 0"):
+        TrainConfig(k=(4, 0))
+    with pytest.raises(fastsae.ConfigError, match="k = 99 is more than d_sae = 50"):
+        TrainConfig(k=(4, 99), d_sae=50)
+
+
+def test_repositories_on_the_hub() -> None:
+    assert TrainConfig(hub_repo="me/mine").runs[0].hub_repository == "me/mine"
+    several = TrainConfig(hub_repo="me", k=(4, 8)).runs
+    assert several[1].hub_repository == "me/gemma-4-e2b-scope-v1-L17-batchtopk-k8-seed17"
+    with pytest.raises(fastsae.ConfigError, match="one repository for 2 SAEs.*--hub-repo me:"):
+        TrainConfig(hub_repo="me/mine", k=(4, 8))
+    for wrong in ("https://huggingface.co/me/mine", "a/b/c", "", "me/"):
+        with pytest.raises(fastsae.ConfigError, match="is not owner/name"):
+            TrainConfig(hub_repo=wrong)
+
+
+def test_the_stream_has_its_own_seed_if_wanted() -> None:
+    assert TrainConfig(seed=5).resolved_stream_seed == 5
+    assert TrainConfig(seed=5, stream_seed=0).resolved_stream_seed == 0
+    with pytest.raises(fastsae.ConfigError, match="stream_seed must be"):
+        TrainConfig(stream_seed=-1)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +133,28 @@ class TestCommandLine:
         )
         assert (c.layer, c.k, c.text_files, c.d_sae) == (3, 32.5, ("a.txt", "b.txt"), 99)
         assert c.lr == 3e-4
+
+    def test_several_values_of_one_flag(self) -> None:
+        c = cli.parse(
+            [
+                "--layer",
+                "8",
+                "15",
+                "--k",
+                "16",
+                "32.5",
+                "--seed",
+                "1",
+                "2",
+                "3",
+                "--stream-seed",
+                "9",
+                "--init-from",
+                "a/b",
+            ]
+        )
+        assert (c.layer, c.k, c.seed) == ((8, 15), (16, 32.5), (1, 2, 3))
+        assert (c.stream_seed, c.init_from, len(c.runs)) == (9, "a/b", 12)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

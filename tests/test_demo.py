@@ -67,7 +67,7 @@ def test_saved_as_an_ordinary_checkpoint(tmp_path: Path):
     with torch.inference_mode():
         expected = model(ids, output_hidden_states=True).hidden_states[2]
         assert torch.equal(again(ids).logits, model(ids).logits)
-    assert torch.equal(LanguageModel.load(str(tmp_path), 1).residual(ids), expected)
+    assert torch.equal(LanguageModel.load(str(tmp_path), (1,)).residuals(ids)[0], expected)
 
 
 def test_text_is_the_same_on_every_call(monkeypatch: pytest.MonkeyPatch, documents: list[str]):
@@ -126,21 +126,21 @@ def small(**overrides) -> TrainConfig:
 @pytest.mark.usefixtures("few_documents")
 def test_stream():
     stream = open_stream(small())
-    held_out = stream.held_out()
+    (held_out,) = stream.held_out()
     assert held_out.shape == (1000, 128)
     assert held_out.isfinite().all()
-    first = stream.next_batch()
+    (first,) = stream.next_batch()
     assert (first.shape, first.dtype) == ((256, 128), torch.float32)
     assert not first.is_inference()
-    assert stream.metadata["hook_name"] == "model.layers.2"
-    assert stream.metadata["model_name"] == "glassllm"
-    assert stream.metadata["prepend_bos"]
+    assert stream.metadata[0]["hook_name"] == "model.layers.2"
+    assert stream.metadata[0]["model_name"] == "glassllm"
+    assert stream.metadata[0]["prepend_bos"]
     assert stream.counts["special"] > 0
     assert set(stream.seconds) == {"tokenise", "harvest"}
     again = open_stream(small())
     again.load_state_dict(stream.state_dict())
-    assert torch.equal(again.next_batch(), stream.next_batch())
-    assert torch.equal(again.held_out(), held_out)
+    assert torch.equal(again.next_batch()[0], stream.next_batch()[0])
+    assert torch.equal(again.held_out()[0], held_out)
 
 
 @pytest.mark.usefixtures("few_documents")
@@ -148,13 +148,13 @@ def test_other_text_or_model_with_the_demo(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("Some words of mine. " * 500)
     stream = open_stream(small(text_files=(str(path),)))
-    assert stream.metadata["dataset_path"] == "a.txt"
+    assert stream.metadata[0]["dataset_path"] == "a.txt"
     model, tokenizer = demo.load_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     stream = open_stream(small(model=str(tmp_path / "model"), layer=3))
-    assert stream.metadata["model_name"] == str(tmp_path / "model")
-    assert stream.metadata["hook_name"] == "model.layers.3"
+    assert stream.metadata[0]["model_name"] == str(tmp_path / "model")
+    assert stream.metadata[0]["hook_name"] == "model.layers.3"
 
 
 @pytest.mark.parametrize(

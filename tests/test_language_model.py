@@ -17,12 +17,14 @@ import torch
 import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from tolerances import COMPILED, NF4_DEQUANTIZED, SEPARATE_DOCUMENTS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastsae.errors import ConfigError, StreamError
-from fastsae.stream import access, language_model
-from fastsae.stream.language_model import LanguageModel, load_config, resolve_device
+from fastsae.stream import access, loading
+from fastsae.stream.language_model import LanguageModel
+from fastsae.stream.loading import load_config, load_pretrained, resolve_device
 
 CHECKPOINTS = {
     "llama": (models.llama, models.LLAMA_LAYERS, "model.layers"),
@@ -72,12 +74,12 @@ def test_bit_equal_at_every_layer(checkpoint: str, quantization: str):
     assert len(expected) == num_layers
     for layer in range(num_layers):
         part = LanguageModel(
-            copy.deepcopy(untouched), models.tokenizer(), layer, name=checkpoint,
+            copy.deepcopy(untouched), models.tokenizer(), (layer,), name=checkpoint,
             quantization=quantization,
         )  # fmt: skip
-        assert part.hook_name == f"{path}.{layer}"
+        assert part.hook_names == (f"{path}.{layer}",)
         assert part.num_layers == num_layers
-        found = part.residual(tokens())
+        (found,) = part.residuals(tokens())
         assert found.dtype == part.dtype
         assert torch.equal(found, expected[layer]), layer
         assert found.float().std() > 0
@@ -88,38 +90,68 @@ def test_bit_equal_at_every_layer(checkpoint: str, quantization: str):
 def test_loaded_from_disk(checkpoint: str, quantization: str):
     build, num_layers, path = CHECKPOINTS[checkpoint]
     layer = num_layers - 2
-    loaded = LanguageModel.load(build(), layer, quantization=quantization)
+    loaded = LanguageModel.load(build(), (layer,), quantization=quantization)
     expected = residuals(whole_model(build(), quantization), tokens())[layer]
-    assert torch.equal(loaded.residual(tokens()), expected)
-    assert (loaded.layer, loaded.d_model) == (layer, expected.shape[-1])
+    assert torch.equal(loaded.residuals(tokens())[0], expected)
+    assert (loaded.layers, loaded.d_model) == ((layer,), expected.shape[-1])
     assert loaded.model_class_name == "AutoModelForCausalLM"
-    assert loaded.hook_name == f"{path}.{layer}"
+    assert loaded.hook_names == (f"{path}.{layer}",)
     assert loaded.special_ids.tolist() == [0, 1, 2, 3]
+
+
+@each_quantization
+@each_checkpoint
+def test_several_layers_from_one_pass(checkpoint: str, quantization: str):
+    build, num_layers, path = CHECKPOINTS[checkpoint]
+    layers = (num_layers - 2, 0, num_layers // 2)  # in the order asked for
+    expected = residuals(whole_model(build(), quantization), tokens())
+    part = LanguageModel.load(build(), layers, quantization=quantization)
+    assert len(part._decoder.layers) == num_layers - 1
+    passes = []
+    part._decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = part.residuals(tokens())
+    assert len(passes) == 1
+    assert part.hook_names == tuple(f"{path}.{layer}" for layer in layers)
+    for layer, residual in zip(layers, found, strict=True):
+        assert torch.equal(residual, expected[layer]), layer
+
+
+@each_quantization
+@each_checkpoint
+@torch.inference_mode()
+def test_the_whole_model(checkpoint: str, quantization: str):
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    model, tokenizer = load_pretrained(build(), quantization=quantization)
+    assert tokenizer("a")["input_ids"] == models.tokenizer()("a")["input_ids"]
+    assert len(model.get_decoder().layers) == num_layers
+    expected = whole_model(build(), quantization)(tokens(), use_cache=False).logits
+    assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 @each_checkpoint
 def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     build, _, _ = CHECKPOINTS[checkpoint]
     whole = whole_model(build(), "none")
-    part = LanguageModel.load(build(), 1)
+    part = LanguageModel.load(build(), (1,))
     kept: list[Tensor] = []
-    module = dict(whole.named_modules())[part.hook_name]
+    module = dict(whole.named_modules())[part.hook_names[0]]
     module.register_forward_hook(lambda _m, _i, out: kept.append(out))
     with torch.inference_mode():
         whole(tokens(), use_cache=False)
-    assert torch.equal(part.residual(tokens()), kept[0])
+    assert torch.equal(part.residuals(tokens())[0], kept[0])
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_half_precision_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool):
     whole_model(models.llama(), "none").bfloat16().save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(language_model, "_cpu_has_bf16", lambda: fast)
+    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: fast)
     dtype = torch.bfloat16 if fast else torch.float32
-    part = LanguageModel.load(str(tmp_path), 1)
+    part = LanguageModel.load(str(tmp_path), (1,))
     assert part.dtype == dtype
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    assert torch.equal(part.residual(tokens()), residuals(whole, tokens())[1])
+    assert torch.equal(part.residuals(tokens())[0], residuals(whole, tokens())[1])
 
 
 def parameters(model: LanguageModel) -> int:
@@ -129,7 +161,7 @@ def parameters(model: LanguageModel) -> int:
 @pytest.mark.parametrize("checkpoint", ["gemma4-text", "gemma4"])
 def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
     build, num_layers, _ = CHECKPOINTS[checkpoint]
-    part = LanguageModel.load(build(), 2)
+    part = LanguageModel.load(build(), (2,))
     decoder = part._decoder
     whole = whole_model(build(), "none").get_decoder()
     assert len(decoder.layers) == 3
@@ -146,7 +178,7 @@ def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
 
 
 def test_towers_and_head_are_not_loaded():
-    part = LanguageModel.load(models.gemma4_multimodal(), models.GEMMA_LAYERS - 1)
+    part = LanguageModel.load(models.gemma4_multimodal(), (models.GEMMA_LAYERS - 1,))
     names = {name.split(".")[0] for name, _ in part._decoder.named_parameters()}
     assert names == {
         "embed_tokens", "embed_tokens_per_layer", "layers", "norm", "per_layer_model_projection",
@@ -157,7 +189,7 @@ def test_towers_and_head_are_not_loaded():
 def test_quantized_and_frozen():
     import bitsandbytes
 
-    part = LanguageModel.load(models.gemma4_multimodal(), 2, quantization="nf4")
+    part = LanguageModel.load(models.gemma4_multimodal(), (2,), quantization="nf4")
     linears = {n: m for n, m in part._decoder.named_modules() if isinstance(m, torch.nn.Linear)}
     plain = {n for n, m in linears.items() if not isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert plain == {"per_layer_model_projection"}
@@ -167,19 +199,133 @@ def test_quantized_and_frozen():
     assert part.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in part._decoder.parameters())
     assert not part._decoder.training
-    assert part.residual(tokens()).is_inference()
+    assert part.residuals(tokens())[0].is_inference()
 
 
 @each_checkpoint
 def test_padding_changes_nothing_before_it(checkpoint: str):
-    part = LanguageModel.load(CHECKPOINTS[checkpoint][0](), 2)
+    part = LanguageModel.load(CHECKPOINTS[checkpoint][0](), (2,))
     ids = tokens(2, 40)
     padded = ids.clone()
     padded[1, 25:] = 0
-    before, after = part.residual(ids), part.residual(padded)
+    (before,), (after,) = part.residuals(ids), part.residuals(padded)
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1, :25], after[1, :25])
     assert not torch.equal(before[1, 25:], after[1, 25:])
+
+
+# --- dequantized once ---
+
+
+@each_checkpoint
+def test_dequantized_is_bit_equal_to_the_products_that_bitsandbytes_forms(checkpoint: str):
+    """As it does for many tokens wherever it has no kernel of its own."""
+    import bitsandbytes
+
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    layers = tuple(range(num_layers))
+    model, tokenizer = load_pretrained(build(), quantization="nf4")
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    packed = LanguageModel(model, tokenizer, layers, name=checkpoint, quantization="nf4")
+    plain = LanguageModel.load(build(), layers, quantization="nf4-dequantized")
+    linears = [m for m in plain._decoder.modules() if isinstance(m, loading.DequantizedLinear)]
+    assert len(linears) > 10
+    assert {m.weight.dtype for m in linears} == {torch.float16}
+    found, expected = plain.residuals(tokens()), packed.residuals(tokens())
+    for layer in layers:
+        assert torch.equal(found[layer], expected[layer]), layer
+    whole, _ = load_pretrained(build(), quantization="nf4-dequantized")
+    assert torch.equal(residuals(whole, tokens())[-1], found[-1])
+
+
+def test_dequantized_is_near_the_kernel_for_cpus():
+    packed = load_pretrained(models.gemma4_text(), quantization="nf4")[0]
+    plain = load_pretrained(models.gemma4_text(), quantization="nf4-dequantized")[0]
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for one, other in zip(packed.get_decoder().layers, plain.get_decoder().layers, strict=True):
+        expected = one.mlp.up_proj(x).float()
+        error = (other.mlp.up_proj(x).float() - expected).norm()
+        assert error <= NF4_DEQUANTIZED * expected.norm()
+
+
+# --- options ---
+
+
+@each_checkpoint
+@pytest.mark.parametrize("quantization", ["none", "nf4-dequantized"])
+def test_a_document_is_as_if_it_were_alone(checkpoint: str, quantization: str):
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    layers = (0, num_layers - 1)
+    apart, across = (
+        LanguageModel.load(build(), layers, quantization=quantization, separate_documents=separate)
+        for separate in (True, False)
+    )
+    documents = [torch.cat([torch.tensor([2]), tokens(1, n)[0] + n]) for n in (9, 1, 21, 6)]
+    row = torch.cat(documents)[None]
+    starts = [0, 10, 12, 34]
+    for found, joined, *alone in zip(
+        apart.residuals(row), across.residuals(row), *(across.residuals(d[None]) for d in documents),
+        strict=True,
+    ):  # fmt: skip
+        for start, expected in zip(starts, alone, strict=True):
+            rows = slice(start, start + expected.shape[1])
+            bound = SEPARATE_DOCUMENTS[quantization] * expected.float().norm()
+            assert (found[:, rows].float() - expected.float()).norm() <= bound
+            if start:
+                assert (joined[:, rows].float() - expected.float()).norm() > 3 * bound
+
+
+def test_documents_without_bos_end_with_eos():
+    part = LanguageModel(
+        load_pretrained(models.llama())[0], models.tokenizer(bos=False), (1,), name="llama",
+        separate_documents=True,
+    )  # fmt: skip
+    part._try_out()
+    positions = part._positions(torch.tensor([[5, 6, 1, 7, 1, 8, 9], [1, 4, 4, 4, 4, 4, 1]]))
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
+
+
+def test_a_model_that_cannot_separate_documents_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LanguageModel, "_positions", lambda *_: None)
+    with pytest.raises(StreamError, match=r"attends across documents.*--separate-documents"):
+        LanguageModel.load(models.llama(), (2,), separate_documents=True)
+
+
+@pytest.mark.slow
+def test_compiled():
+    plain = LanguageModel.load(models.llama(), (0,))
+    compiled = LanguageModel.load(models.llama(), (0,), compile=True)
+    assert compiled._run is not compiled._decoder
+    for _ in range(2):
+        for found, expected in zip(
+            compiled.residuals(tokens()), plain.residuals(tokens()), strict=True
+        ):
+            assert (found - expected).abs().max() <= COMPILED * expected.abs().max()
+
+
+@each_checkpoint
+def test_memory_is_that_of_the_weights_that_are_kept(checkpoint: str):
+    build, num_layers, _ = CHECKPOINTS[checkpoint]
+    sizes = {}
+    for quantization in ("none", "nf4", "nf4-dequantized"):
+        for layer in (0, num_layers - 1):
+            part = LanguageModel.load(build(), (layer,), quantization=quantization)
+            weights = sum(p.numel() * p.element_size() for p in part._decoder.parameters())
+            buffers = sum(b.numel() * b.element_size() for b in part._decoder.buffers())
+            scales = sum(
+                p.quant_state.absmax.nbytes
+                for p in part._decoder.parameters()
+                if hasattr(p, "quant_state")
+            )
+            assert bool(scales) == (quantization == "nf4")
+            assert weights + scales <= part.memory_bytes <= weights + scales + buffers
+            sizes[quantization, layer] = part.memory_bytes
+    for quantization in ("none", "nf4", "nf4-dequantized"):
+        assert sizes[quantization, 0] < sizes[quantization, num_layers - 1]
+    last = num_layers - 1
+    assert sizes["nf4", last] < sizes["nf4-dequantized", last] < sizes["none", last]
 
 
 # --- what users get wrong ---
@@ -204,24 +350,35 @@ def broken(tmp_path: Path) -> Callable[[str], str]:
 
 def test_missing_weights_are_fatal(broken: Callable[[str], str]):
     with pytest.raises(StreamError, match=r"lacks 1 weights.*layers\.3\.mlp\.up_proj.*random"):
-        LanguageModel.load(broken("layers.3.mlp.up_proj"), 1)
+        LanguageModel.load(broken("layers.3.mlp.up_proj"), (1,))
+
+
+def test_a_missing_head_is_fatal_where_it_is_needed(tmp_path: Path):
+    shutil.copytree(models.llama(), tmp_path / "headless")
+    path = tmp_path / "headless" / "model.safetensors"
+    weights = load_file(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path, {"format": "pt"})
+    assert LanguageModel.load(str(tmp_path / "headless"), (1,)).d_model == 64
+    with pytest.raises(StreamError, match="the first is 'lm_head.weight'"):
+        load_pretrained(str(tmp_path / "headless"))
 
 
 def test_missing_towers_are_not(broken: Callable[[str], str]):
-    assert LanguageModel.load(broken("vision_tower"), 1).d_model == 128
+    assert LanguageModel.load(broken("vision_tower"), (1,)).d_model == 128
 
 
 @pytest.mark.parametrize("layer", [-1, models.LLAMA_LAYERS])
 def test_layer_out_of_range(layer: int):
     with pytest.raises(ConfigError, match="has 4 layers; use --layer 0 to 3"):
-        load_config(models.llama(), layer)
-    assert load_config(models.llama(), 3)
+        load_config(models.llama(), (layer,))
+    assert load_config(models.llama(), (3,))
 
 
 def test_context_too_long():
     with pytest.raises(ConfigError, match=r"context_length = 257.*at most 256 positions"):
-        load_config(models.llama(), 0, 257)
-    assert load_config(models.llama(), 0, 256)
+        load_config(models.llama(), (0,), 257)
+    assert load_config(models.llama(), (0,), 256)
 
 
 def test_cuda_absent(monkeypatch: pytest.MonkeyPatch):
@@ -229,7 +386,7 @@ def test_cuda_absent(monkeypatch: pytest.MonkeyPatch):
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     for device in ("cuda", "cuda:1"):
         with pytest.raises(ConfigError, match=f"'{device}'.*sees 0 CUDA devices.*--device cpu"):
-            LanguageModel.load("a model that is not even looked up", 0, device=device)
+            LanguageModel.load("a model that is not even looked up", (0,), device=device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:0")
@@ -245,18 +402,18 @@ def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch):
         lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
     )
     with pytest.raises(StreamError, match=r"not installed.*--quantization none"):
-        LanguageModel.load(models.llama(), 0, quantization="nf4")
+        LanguageModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
     def broken(name: str):
         raise OSError("libbitsandbytes.so: cannot open shared object file")
 
-    monkeypatch.setattr(language_model.importlib, "import_module", broken)
+    monkeypatch.setattr(loading.importlib, "import_module", broken)
     with pytest.raises(
         StreamError, match=r"does not work here: libbitsandbytes.*--quantization none"
     ):
-        LanguageModel.load(models.llama(), 0, quantization="nf4")
+        LanguageModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -267,21 +424,21 @@ def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
     with pytest.raises(StreamError, match=r"does not run on cpu: blocksize.*--quantization none"):
-        LanguageModel.load(models.llama(), 0, quantization="nf4")
+        LanguageModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_directory_without_a_model(tmp_path: Path):
     with pytest.raises(StreamError, match=r"the model '.*' cannot be opened"):
-        LanguageModel.load(str(tmp_path), 0)
+        LanguageModel.load(str(tmp_path), (0,))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(StreamError, match=r"cannot be opened.*no-such-model"):
-        LanguageModel.load(str(tmp_path), 0)
+        LanguageModel.load(str(tmp_path), (0,))
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(language_model, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     with pytest.raises(StreamError, match=r"cannot be reached.*--model DIR.*--demo"):
-        LanguageModel.load("google/no-such-gemma", 17)
+        LanguageModel.load("google/no-such-gemma", (17,))
 
 
 def refusal(kind: type, message: str, status: int) -> OSError:
@@ -315,11 +472,11 @@ def test_what_the_hub_refuses(
     def refuse(*_args, **_options):
         raise raised
 
-    monkeypatch.setattr(language_model, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(StreamError, match=message):
-        LanguageModel.load("x/y", 0)
+        LanguageModel.load("x/y", (0,))
 
 
 def test_offline_mode_and_a_lost_network_are_noticed_at_once(monkeypatch: pytest.MonkeyPatch):

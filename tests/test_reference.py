@@ -245,11 +245,11 @@ class TestGradients:
         residual = torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=F64)
         x = torch.tensor([[4.0, 4.0], [0.0, 0.0]], dtype=F64)
         dead = torch.tensor([True, False])
-        error = ((1 - 3) ** 2 + (2 - 1) ** 2) / 4
+        error = ((1 - 3) ** 2 + (2 - 1) ** 2) / 2
         for normalization, denominator in (
             ("none", 1),
-            ("residual_variance", 2 / 4),
-            ("total_variance", 4),
+            ("residual_variance", 2 / 2),
+            ("total_variance", 8),
         ):
             aux = ref.aux_k_loss(pre, residual, W_dec, dead, 2, normalization, x)
             assert aux.item() == pytest.approx(0.5 * error / denominator, rel=1e-14)

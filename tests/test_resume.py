@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import models
 import pytest
 import torch
 
@@ -24,11 +25,13 @@ FLAGS = (
 )  # fmt: skip
 
 
-def start(out: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+def start(
+    out: Path, name: str, *flags: str, base: tuple[str, ...] = FLAGS
+) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         str(ROOT / "train.py"),
-        *FLAGS,
+        *base,
         "--out",
         str(out),
         "--name",
@@ -142,6 +145,36 @@ def test_sigkill_inside_a_write(uninterrupted: Path, tmp_path: Path) -> None:
     assert "resumed at" in printed
     assert_same_run(uninterrupted, run)
     assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_gemma_4_in_nf4_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """The recipe's command on a small multimodal Gemma 4 of 20 layers, on local text."""
+    text = tmp_path / "prose.jsonl"
+    lines = (
+        {"text": f"Line {i} of a text, in which {i * i} words differ. " * 3} for i in range(400)
+    )
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    model = models.gemma4_multimodal(20, 10)
+    recipe = ("--model", model, "--text-files", str(text), "--layer", "17", "--k", "64")
+    small = (
+        "--expansion", "4", "--context-length", "64", "--harvest-batch", "4", "--batch-size", "64",
+        "--tokens", "2816", "--pool-tokens", "512", "--eval-tokens", "128", "--device", "cpu",
+        "--log-every-tokens", "128", "--checkpoint-every-tokens", "512", "--wandb", "disabled",
+    )  # fmt: skip
+    base = (*recipe, *small)
+    printed = finish(start(tmp_path, "whole", base=base))
+    assert "first 18 of 20 layers, nf4" in printed
+    process = start(tmp_path, "killed", base=base)
+    wait_for_checkpoint(tmp_path / "killed", process)
+    process.kill()
+    process.communicate()
+    assert 0 < newest_step(tmp_path / "killed") < 44
+    printed = finish(start(tmp_path, "killed", base=base))
+    assert "resumed at" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    config = json.loads((tmp_path / "whole" / "cfg.json").read_text())
+    assert config["metadata"]["hook_name"] == "model.language_model.layers.17"
 
 
 @pytest.mark.slow

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import httpx
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+import requests
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsae.errors import CheckpointError, ConfigError, StreamError
+from fastsae.stream import dataset as dataset_module
 from fastsae.stream import text as text_module
-from fastsae.stream.text import LONGEST_DOCUMENT, TextSource, open_dataset, open_files
+from fastsae.stream.dataset import open_dataset
+from fastsae.stream.files import LONGEST_DOCUMENT, open_files
+from fastsae.stream.text import RETRY_SECONDS, TextSource
 
 
 def shards(*sizes: int) -> TextSource:
@@ -56,6 +63,90 @@ def test_blank_documents_are_skipped_and_counted_in_the_position():
 def test_other_text_is_refused_on_resume():
     with pytest.raises(CheckpointError, match="started on 3 shards"):
         shards(1, 2).load_state_dict(shards(1, 2, 3).state_dict())
+
+
+# --- a network that fails for a while ---
+
+
+class Flaky:
+    """Reads shards, but the connection breaks before each of the given reads."""
+
+    def __init__(self, content: list[list[str]], failures: dict[int, Exception]) -> None:
+        self.content, self.failures, self.reads = content, failures, 0
+
+    def __call__(self, shard: list[str]):
+        for document in shard:
+            self.reads += 1
+            if self.reads in self.failures:
+                raise self.failures.pop(self.reads)
+            yield document
+
+
+def lost_connections() -> list[Exception]:
+    wrapped = RuntimeError("datasets says so")
+    wrapped.__cause__ = httpx.ReadTimeout("timed out")
+    busy = OSError("Server error '503'")
+    busy.response = SimpleNamespace(status_code=503)
+    return [
+        ConnectionResetError("reset"), TimeoutError(), type("ClientPayloadError", (Exception,), {"__module__": "aiohttp.client"})("cut"),
+        http.client.IncompleteRead(b""), requests.exceptions.ChunkedEncodingError("cut"),
+        httpx.ConnectError("no route"), wrapped, busy,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    monkeypatch.setattr(text_module.time, "sleep", found.append)
+    return found
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.integers(0, 6), max_size=5),
+    st.dictionaries(st.integers(1, 60), st.sampled_from(lost_connections()), max_size=12),
+)
+def test_a_flaky_network_loses_and_repeats_nothing(waits, sizes: list[int], failures: dict):
+    content = [[f"shard {s} document {i}" for i in range(n)] for s, n in enumerate(sizes)]
+    expected = list(TextSource(content, iter, name="test", seed=3))
+    source = TextSource(content, Flaky(content, dict(failures)), name="test", seed=3)
+    assert list(source) == expected
+
+
+def test_waits_grow_are_logged_and_begin_anew(waits: list[float], caplog):
+    content = [[f"document {i}" for i in range(6)]]
+    failures = {n: ConnectionResetError("reset by peer") for n in (3, 6, 9, 13)}
+    source = TextSource(content, Flaky(content, failures), name="fineweb", seed=0)
+    assert list(source) == content[0]
+    # Each time the shard is opened it is read from its start: 3 fails on the third document, 6 again.
+    assert waits == [1, 2, 4, 1]
+    assert "reading fineweb failed (reset by peer); trying again in 1 s" in caplog.text
+
+
+def test_a_network_that_stays_away_ends_the_run(waits: list[float]):
+    class Gone:
+        def __call__(self, shard):
+            raise httpx.ConnectError("no route")
+
+    with pytest.raises(
+        StreamError, match=r"could not be read for 5 minutes: no route.*same command"
+    ):
+        next(TextSource([["a"]], Gone(), name="test", seed=0))
+    assert tuple(waits) == RETRY_SECONDS
+
+
+@pytest.mark.parametrize("error", [StreamError("no column"), ValueError("bad"), KeyError("x")])
+def test_other_errors_are_not_tried_again(waits: list[float], error: Exception):
+    content = [["a", "b"]]
+    source = TextSource(content, Flaky(content, {2: error}), name="test", seed=0)
+    assert next(source) == "a"
+    with pytest.raises(type(error)):
+        next(source)
+    gone = OSError("404")
+    gone.response = SimpleNamespace(status_code=404)
+    with pytest.raises(OSError, match="404"):
+        next(TextSource(content, Flaky(content, {1: gone}), name="test", seed=0))
+    assert not waits
 
 
 # --- local files ---
@@ -212,8 +303,30 @@ def test_dataset_without_the_column_or_split(dataset: str):
         open_dataset(dataset, split="validation")
 
 
+@pytest.mark.parametrize("split", [None, "train"])
+def test_what_save_to_disk_wrote(tmp_path: Path, split: str | None):
+    rows = [f"row {i}" for i in range(4500)]
+    data = datasets.Dataset.from_dict({"id": range(4500), "text": rows})
+    saved = data if split is None else datasets.DatasetDict({split: data})
+    saved.save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved")
+    whole = list(open_dataset(name, "sample-10BT", seed=4))
+    assert sorted(whole) == sorted(rows) and whole != rows
+    source = open_dataset(name, seed=4)
+    assert source.state_dict()["shards"] == 4
+    list(islice(source, 2000))
+    resumed = open_dataset(name, seed=4)
+    resumed.load_state_dict(source.state_dict())
+    assert list(resumed) == whole[2000:]
+    with pytest.raises(StreamError, match="no column 'body'; its columns are 'id', 'text': choose"):
+        open_dataset(name, text_column="body")
+    if split is not None:
+        with pytest.raises(StreamError, match="no split 'test'; it has 'train': choose"):
+            open_dataset(name, split="test")
+
+
 def test_no_network_says_how_to_run_offline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text_module, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(dataset_module, "hub_is_reachable", lambda: False)
     with pytest.raises(StreamError, match=r"cannot be reached.*--text-files.*--demo"):
         open_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
@@ -232,7 +345,7 @@ def test_what_the_hub_refuses(
     def refuse(*_args, **_options):
         raise datasets.exceptions.DatasetNotFoundError(raised)
 
-    monkeypatch.setattr(text_module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(dataset_module, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(StreamError, match=message):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from models import tokenizer
 from torch import Tensor
 
+from fastsae.errors import StreamError
 from fastsae.stream.text import TextSource
-from fastsae.stream.tokens import TokenPacker
+from fastsae.stream.tokens import BATCHES_AHEAD, TokenPacker
 
 BOS, EOS = 2, 1
 documents = st.lists(st.text("abc é", max_size=40), max_size=12)
@@ -128,6 +131,68 @@ def test_seconds_grow():
     assert one.seconds == 0.0
     next(one)
     assert one.seconds > 0.0
+
+
+@settings(deadline=None, max_examples=30)
+@given(documents, st.integers(2, 20), st.integers(0, 12), st.floats(0, 0.02))
+def test_what_was_read_ahead_is_not_in_the_state(
+    texts: list[str], context_length: int, taken: int, pause: float
+):
+    """However far the thread has got, the state is that of the rows given out."""
+    whole = list(packer(texts, context_length))
+    one = packer(texts, context_length, batch=1)
+    for _ in range(min(taken, len(whole))):
+        next(one)
+    time.sleep(pause)
+    resumed = packer(texts, context_length)
+    resumed.load_state_dict(one.state_dict())
+    assert_rows_equal(list(resumed), whole[taken:])
+    # A packer that has run ahead goes back to where the state was taken.
+    state = one.state_dict()
+    rows = list(one)
+    one.load_state_dict(state)
+    assert_rows_equal(list(one), rows)
+
+
+def test_an_error_in_the_background_comes_in_its_turn():
+    def read(shard: list[str]):
+        yield from shard
+        raise StreamError("line 3 has no column")
+
+    texts = ["abcd" * 5, "efgh" * 5]
+    source = TextSource([texts], read, name="test", seed=0)
+    one = TokenPacker(source, tokenizer(), 21, documents_per_batch=1)
+    assert [len(next(one)), len(next(one))] == [21, 21]
+    for _ in range(2):
+        with pytest.raises(StreamError, match="line 3 has no column"):
+            next(one)
+
+
+def test_the_thread_reads_ahead_a_little_and_ends_with_its_packer():
+    seen = 0
+
+    def read(shard: list[str]):
+        nonlocal seen
+        for text in shard:
+            seen += 1
+            yield text
+
+    one = TokenPacker(
+        TextSource([["word " * 10] * 1000], read, name="test", seed=0), tokenizer(), 8,
+        documents_per_batch=1,
+    )  # fmt: skip
+    assert seen == 0
+    next(one)
+    thread = one._ahead._thread
+    deadline = time.monotonic() + 10
+    while seen < 1 + BATCHES_AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert 1 + BATCHES_AHEAD <= seen <= 2 + BATCHES_AHEAD
+    del one
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def assert_rows_equal(found: list[Tensor], expected: list[Tensor]) -> None:

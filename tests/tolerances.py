@@ -54,3 +54,15 @@ AUX_K = {
     torch.bfloat16: 2**-5,
     torch.float16: 2**-8,
 }
+
+# A product with dequantized weights in float16 beside bitsandbytes's kernel for CPUs, relative to its
+# norm: that one rounds the blocks' scales, weights, inputs and outputs to bfloat16 (2^-9 each).
+NF4_DEQUANTIZED = 2**-7
+
+# A document's residuals beside those of the document alone, relative to their norm: the same
+# products, summed in another order behind a mask. "none" is float32; NF4 keeps the residual in bfloat16, whose
+# roundings (2^-9, several a layer) add up over eight layers.
+SEPARATE_DOCUMENTS = {"none": 1e-4, "nf4-dequantized": 2**-4}
+
+# A compiled float32 model, of the largest value: fused operations round at other places.
+COMPILED = 1e-4

@@ -1,146 +1,146 @@
-"""The stream: text, tokens, language model, buffer. One room a stage, each with its own state."""
+"""The stream: text, tokens, language model, chunks, buffer. One room a stage, each with its own state."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..config import TrainConfig
-    from .buffer import ActivationBuffer, Chunk
-    from .language_model import LanguageModel
-    from .tokens import TokenPacker
+    from .buffer import ActivationBuffer
+    from .chunks import ChunkSource, TextChunks
+    from .text import TextSource
 
-__all__ = ["Stream", "open_stream"]
+__all__ = ["Stream", "open_stream", "open_text_chunks"]
+
+log = logging.getLogger(__name__)
 
 
 class Stream:
     """Activations of a language model on a text: what ``Trainer`` draws from.
 
-    Attributes: ``model``; ``buffer``; ``held_out_rows``: the first rows of the text, which are kept
-    for evaluation and never trained on.
+    Attributes: ``source`` of the activations; ``buffer`` that mixes them.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: LanguageModel,
-        packer: TokenPacker,
-        buffer: ActivationBuffer,
-        held_out_rows: Chunk,
-    ) -> None:
-        self.model = model
+    def __init__(self, source: ChunkSource, buffer: ActivationBuffer) -> None:
+        self.source = source
         self.buffer = buffer
-        self.held_out_rows = held_out_rows
-        self._packer = packer
-        self._config = config
 
-    def next_batch(self) -> Tensor | None:
-        """``[batch_size, D]`` float32 on the model's device; the last may be shorter; then None."""
+    def next_batch(self) -> tuple[Tensor, ...] | None:
+        """``[batch_size, D]`` float32 on the model's device, for each hooked layer, rows of all layers
+        belonging to the same tokens; the last batch may be shorter; then None."""
         return self.buffer.next_batch()
 
-    def held_out(self) -> Tensor:
-        """``[eval_tokens, D]`` float32 on the model's device; rows that are not finite are left out."""
-        from .buffer import activations
-
-        config = self._config
-        return activations(self.model, self.held_out_rows, config.harvest_batch, config.eval_tokens)
+    def held_out(self) -> tuple[Tensor, ...]:
+        """``[eval_tokens, D]`` float32 on the model's device, for each hooked layer: activations of the
+        first rows of the text, which are never trained on. Tokens that are dropped are left out."""
+        return self.source.held_out()
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """Where the activations come from, under the names SAELens has for it."""
-        return {
-            "model_name": self.model.name,
-            "model_class_name": self.model.model_class_name,
-            "hook_name": self.model.hook_name,
-            "hook_head_index": None,
-            "context_size": self._config.context_length,
-            "prepend_bos": self.model.tokenizer.bos_token_id is not None,
-            "seqpos_slice": [None],
-            "exclude_special_tokens": True,
-            "sequence_separator_token": self._packer.separator,
-            "disable_concat_sequences": False,
-            "dataset_path": self._packer.text.name,
-            "model_layers": self.model.num_layers,
-            "quantization": self.model.quantization,
-        }
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        """Where each layer's activations come from, under the names SAELens has for it."""
+        return self.source.metadata
 
     @property
     def counts(self) -> dict[str, int]:
-        """Activations kept, and dropped as special or non-finite, since the start of the run."""
+        """Activations kept, and dropped by reason, since the start of the run."""
         return asdict(self.buffer.counts)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent in each stage since this process opened the stream."""
-        return {"tokenise": self._packer.seconds, "harvest": self.buffer.harvest_seconds}
+        """Time this thread spent on each stage since this process opened the stream."""
+        return {**self.source.seconds, "harvest": self.buffer.harvest_seconds}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """All that the next batches depend on: ``tensors`` for safetensors, ``meta`` for JSON."""
-        state = self.buffer.state_dict()
-        state["tensors"] |= {
-            "held_out.tokens": self.held_out_rows.tokens,
-            "held_out.lengths": self.held_out_rows.lengths,
-        }
-        return state
+        return self.buffer.state_dict()
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on where ``state`` was taken. Raises CheckpointError if text or model do not fit."""
-        from .buffer import Chunk
-
-        tensors = dict(state["tensors"])
-        self.held_out_rows = Chunk(tensors.pop("held_out.tokens"), tensors.pop("held_out.lengths"))
-        self.buffer.load_state_dict({"tensors": tensors, "meta": state["meta"]})
+        self.buffer.load_state_dict(state)
 
 
 def open_stream(config: TrainConfig) -> Stream:
-    """Open model and text, and take the held-out rows. What is quick to check is checked first.
+    """Open model and text, or the cache, and take the held-out rows.
 
-    Raises ConfigError and StreamError for everything a user can get wrong about device, model and
-    text; nothing is written.
+    Raises ConfigError and StreamError for everything a user can get wrong about device, model, text
+    and cache; what is quick to check is checked first. Nothing is written but a cache.
     """
-    from .. import demo
+    import torch
+
     from ..device import resolve_device
-    from .buffer import ActivationBuffer, hold_out
-    from .language_model import LanguageModel, load_config
-    from .text import open_dataset, open_files
-    from .tokens import TokenPacker
+    from .buffer import ActivationBuffer
+    from .cache import open_cache
 
     device = resolve_device(config.device)
-    embedded = config.demo and config.model == demo.MODEL
-    if not embedded:
-        load_config(config.model, config.hooked_layer, config.context_length)
-
-    if config.text_files:
-        text = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
-    elif config.demo and config.dataset == demo.TEXT:
-        text = demo.open_text(config.seed)
+    source: ChunkSource
+    if config.cache_dir is not None:
+        source = open_cache(config, device)
     else:
-        text = open_dataset(
-            config.dataset,
-            config.dataset_config,
-            config.dataset_split,
-            text_column=config.text_column,
-            seed=config.seed,
-        )
-
-    if embedded:
-        model = demo.load_language_model(config, device)
-    else:
-        model = LanguageModel.load(
-            config.model, config.hooked_layer, quantization=config.quantization, device=device
-        )
-
-    packer = TokenPacker(text, model.tokenizer, config.context_length)
-    held_out_rows = hold_out(packer, model, config.eval_tokens)
+        source = open_text_chunks(config, device)
     buffer = ActivationBuffer(
-        packer,
-        model,
+        source,
         batch_size=config.batch_size,
         pool_tokens=config.pool_tokens,
-        harvest_batch=config.harvest_batch,
-        seed=config.seed,
+        seed=config.resolved_stream_seed,
+        dtype=torch.bfloat16 if config.activation_dtype == "bf16" else torch.float32,
     )
-    return Stream(config, model, packer, buffer, held_out_rows)
+    return Stream(source, buffer)
+
+
+def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
+    """The language model and the text of ``config``, without a buffer."""
+    from .chunks import TextChunks
+    from .language_model import LanguageModel
+    from .loading import load_config
+    from .tokens import TokenPacker
+
+    load_config(config.model, config.layers, config.context_length)
+    text = open_text(config)
+    model = LanguageModel.load(
+        config.model,
+        config.layers,
+        quantization=config.quantization,
+        device=device,
+        separate_documents=config.separate_documents,
+        compile=config.compile_model,
+    )
+    log.info(
+        "%s, first %d of %d layers, %s: %.2f GB",
+        model.name,
+        max(model.layers) + 1,
+        model.num_layers,
+        model.quantization if model.quantization != "none" else str(model.dtype).split(".")[-1],
+        model.memory_bytes / 1e9,
+    )
+    return TextChunks(
+        TokenPacker(text, model.tokenizer, config.context_length),
+        model,
+        harvest_batch=config.harvest_batch,
+        held_out_tokens=config.eval_tokens,
+        outlier_norm=config.outlier_norm,
+    )
+
+
+def open_text(config: TrainConfig) -> TextSource:
+    """The text of ``config``: local files, the demo's, or a data set."""
+    from .. import demo
+    from .dataset import open_dataset
+    from .files import open_files
+
+    seed = config.resolved_stream_seed
+    if config.text_files:
+        return open_files(config.text_files, text_column=config.text_column, seed=seed)
+    if config.demo and config.dataset == demo.TEXT:
+        return demo.open_text(seed)
+    return open_dataset(
+        config.dataset,
+        config.dataset_config,
+        config.dataset_split,
+        text_column=config.text_column,
+        seed=seed,
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import ssl
 from collections.abc import Iterator
 
-from ..errors import StreamError
+from ..errors import FastsaeError, StreamError
 
 
 def hub_is_reachable() -> bool:
@@ -71,6 +73,24 @@ def access_error(kind: str, name: str, error: Exception) -> StreamError:
             f"reached; check the network, or run offline: {local}, or --demo, which needs nothing"
         )
     return StreamError(f"the {kind} {name!r} cannot be opened: {error}")
+
+
+_NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpx", "requests", "urllib3"}
+_TRY_LATER = {408, 425, 429, 500, 502, 503, 504}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether ``error`` comes from a network or a server that may be there again in a while."""
+    if isinstance(error, FastsaeError):
+        return False
+    for e in _chain(error):
+        status = getattr(getattr(e, "response", None), "status_code", getattr(e, "status", None))
+        if isinstance(status, int):
+            return status in _TRY_LATER
+        kinds = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLError)
+        if isinstance(e, kinds) or type(e).__module__.partition(".")[0] in _NETWORK_PACKAGES:
+            return True
+    return False
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

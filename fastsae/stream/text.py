@@ -1,37 +1,35 @@
-"""Text: documents, one at a time, from local files or a data set on the hub.
+"""Text: documents, one at a time, from shards in an order drawn from a seed.
 
-Text is shuffled by the order of its shards (files) alone, so that a position in it is two numbers;
-activations are mixed later, by the buffer.
+Text is shuffled by the order of its shards alone, so that a position in it is two numbers; activations
+are mixed later, by the buffer.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
-import json
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, ConfigError, StreamError
-from .access import access_error, hub_is_reachable
+from ..errors import CheckpointError, StreamError
+from .access import is_transient
 
-DOCUMENT_CHARACTERS = 8_192
-"""A .txt file is cut at the first blank line after this many characters."""
-LONGEST_DOCUMENT = 65_536
-"""Without a blank line, it is cut at the first line end (or line piece) after this many."""
-_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (1, 2, 4, 8, 16, 30, 60, 60, 60, 60)
+"""Waits between attempts to read on when the network fails; after the last one the run stops."""
 
 
 class TextSource:
     """An iterator of documents (non-blank ``str``) over shards, in an order drawn from ``seed``.
 
     ``read(shard)`` iterates over the documents of a shard. The state is the position: the number of
-    shards finished and of documents read in the current one.
+    shards finished and of documents read in the current one. When the network fails for a while, the
+    shard is opened again and read on from the position; no document is lost or comes twice. Raises
+    StreamError if the network stays away for the whole of ``RETRY_SECONDS``.
     """
 
     def __init__(
@@ -49,20 +47,45 @@ class TextSource:
         self._shard = 0
         self._document = 0
         self._reader: Iterator[str] | None = None
+        self._failures = 0
 
     def __iter__(self) -> TextSource:
         return self
 
     def __next__(self) -> str:
         while self._shard < len(self._shards):
-            if self._reader is None:
-                self._reader = islice(self._read(self._shards[self._shard]), self._document, None)
-            for document in self._reader:
-                self._document += 1
-                if document and not document.isspace():
-                    return document
-            self._shard, self._document, self._reader = self._shard + 1, 0, None
+            try:
+                document = self._next_of_shard()
+            except Exception as error:  # every library has its own for a lost connection
+                if not is_transient(error):
+                    raise
+                self._wait(error)
+                continue
+            self._failures = 0
+            if document is None:
+                self._shard, self._document, self._reader = self._shard + 1, 0, None
+            elif document and not document.isspace():
+                return document
         raise StopIteration
+
+    def _next_of_shard(self) -> str | None:
+        if self._reader is None:
+            self._reader = islice(self._read(self._shards[self._shard]), self._document, None)
+        document = next(self._reader, None)
+        self._document += document is not None
+        return document
+
+    def _wait(self, error: Exception) -> None:
+        self._reader = None  # a reader that has failed does not go on
+        if self._failures == len(RETRY_SECONDS):
+            raise StreamError(
+                f"{self.name} could not be read for {sum(RETRY_SECONDS) // 60} minutes: {error}; check "
+                f"the network, then give the same command again to go on from the last checkpoint"
+            ) from error
+        seconds = RETRY_SECONDS[self._failures]
+        self._failures += 1
+        log.warning("reading %s failed (%s); trying again in %d s", self.name, error, seconds)
+        time.sleep(seconds)
 
     def state_dict(self) -> dict[str, int]:
         return {"shard": self._shard, "document": self._document, "shards": len(self._shards)}
@@ -77,145 +100,8 @@ class TextSource:
         self._shard, self._document, self._reader = state["shard"], state["document"], None
 
 
-# --- local files ---
-
-
-def open_files(paths: Sequence[str], *, text_column: str = "text", seed: int = 0) -> TextSource:
-    """Documents of local files, and of the files anywhere under local directories.
-
-    ``.txt`` (UTF-8): a document is a run of whole paragraphs of about ``DOCUMENT_CHARACTERS``
-    characters; joined again, the documents are the file. ``.jsonl`` and ``.parquet``: a document is
-    the ``text_column`` of one record. ``.txt.gz`` and ``.jsonl.gz`` are read without unpacking.
-
-    Every file is checked at once, so that a bad one is found now and not after hours of training.
-    Raises StreamError: no such file, not UTF-8 (with the byte), not JSON (with the line), no such
-    column. Raises ConfigError: an ending other than those.
-    """
-    files = [file for path in paths for file in _expand(Path(path))]
-    for file in files:
-        _check(file, text_column)
-    name = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-    return TextSource(files, lambda file: _read_file(file, text_column), name=name, seed=seed)
-
-
-def _kind(path: Path) -> str | None:
-    return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
-
-
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
-        if not files:
-            raise StreamError(
-                f"the directory {str(path)!r} holds no text: expected files ending in {', '.join(_SUFFIXES)}"
-            )
-        return files
-    if not path.exists():
-        raise StreamError(
-            f"the text file {str(path)!r} does not exist; check the path given to --text-files"
-        )
-    if not _kind(path):
-        raise ConfigError(
-            f"the text file {str(path)!r} is of an unknown kind; expected an ending among "
-            f"{', '.join(_SUFFIXES)}"
-        )
-    return [path]
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore
-
-
-def _check(path: Path, text_column: str) -> None:
-    try:
-        if _kind(path) == ".parquet":
-            import pyarrow.parquet
-
-            columns = pyarrow.parquet.read_schema(path).names
-            if text_column not in columns:
-                raise _no_column(str(path), text_column, columns)
-            return
-        _check_utf8(path)
-        next(_read_file(path, text_column), None)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:  # ValueError: what pyarrow raises for a bad file
-        raise StreamError(f"the text file {str(path)!r} cannot be read: {error}") from error
-
-
-def _check_utf8(path: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read = 0
-    with _open(path) as file:
-        while True:
-            block = file.read(1 << 20)
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                position = read - pending + error.start
-                raise StreamError(
-                    f"the text file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} at "
-                    f"position {position}; convert it, for example with "
-                    f"`iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}`"
-                ) from None
-            if not block:
-                return
-            read += len(block)
-
-
-def _read_file(path: Path, text_column: str) -> Iterator[str]:
-    kind = _kind(path)
-    if kind == ".parquet":
-        return _read_parquet(path, text_column)
-    if kind in (".jsonl", ".jsonl.gz"):
-        return _read_jsonl(path, text_column)
-    return _read_txt(path)
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="\n") as file:
-        document: list[str] = []
-        length = 0
-        while line := file.readline(LONGEST_DOCUMENT):
-            document.append(line)
-            length += len(line)
-            if (length >= DOCUMENT_CHARACTERS and line.isspace()) or length >= LONGEST_DOCUMENT:
-                yield "".join(document)
-                document, length = [], 0
-        if document:
-            yield "".join(document)
-
-
-def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line) if not line.isspace() else {text_column: ""}
-            except json.JSONDecodeError as error:
-                raise StreamError(
-                    f"{where}: not JSON ({error.msg}); a .jsonl file holds one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise StreamError(f"{where}: expected a JSON object, found {type(record).__name__}")
-            if text_column not in record:
-                raise _no_column(where, text_column, record)
-            yield _text(record[text_column], where, text_column)
-
-
-def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
-            for value in batch.column(0).to_pylist():
-                yield _text(value, str(path), text_column)
-
-
-def _text(value: object, where: str, text_column: str) -> str:
+def as_text(value: object, where: str, text_column: str) -> str:
+    """A cell of a text column; an empty one is "". Raises StreamError if it holds anything else."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -226,45 +112,9 @@ def _text(value: object, where: str, text_column: str) -> str:
     return value
 
 
-def _no_column(where: str, text_column: str, columns: Iterable[str]) -> StreamError:
+def no_column(where: str, text_column: str, columns: Iterable[str]) -> StreamError:
+    """The error of data that has other columns."""
     return StreamError(
         f"{where} has no column {text_column!r}; its columns are {', '.join(map(repr, columns))}: "
         f"choose one with --text-column"
     )
-
-
-# --- the hub ---
-
-
-def open_dataset(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    *,
-    text_column: str = "text",
-    seed: int = 0,
-) -> TextSource:
-    """Documents of a data set, streamed: an id on the hub, or a local directory that ``datasets`` reads.
-
-    Raises StreamError: unknown, gated, unreachable, no such configuration, split or column.
-    """
-    if not Path(name).is_dir() and not hub_is_reachable():
-        raise access_error("data set", name, ConnectionError("no network, or offline mode"))
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, config, split=split, streaming=True)
-        columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))
-    except Exception as error:  # the library raises many kinds; the message keeps what it says
-        raise access_error("data set", name, error) from error
-    where = f"the data set {name!r}, configuration {config!r}, split {split!r},"
-    if text_column not in columns:
-        raise _no_column(where, text_column, columns)
-    dataset = dataset.select_columns([text_column])
-    shards = dataset.num_shards
-
-    def read(shard: int) -> Iterator[str]:
-        for record in dataset.shard(shards, shard):
-            yield _text(record[text_column], where, text_column)
-
-    return TextSource(range(shards), read, name=name, seed=seed)

@@ -1,19 +1,33 @@
-"""Tokens: documents packed into rows of one length, with nothing thrown away."""
+"""Tokens: documents packed into rows of one length, with nothing thrown away.
+
+Reading and tokenising happen in a background thread, a few batches of documents ahead. The state
+speaks of what was taken out of it, never of what was read ahead.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .read_ahead import ReadAhead
 from .text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BATCHES_AHEAD = 8
+"""Batches of documents that may be tokenised before they are asked for."""
+
+
+class _Tokenised(NamedTuple):
+    ids: np.ndarray  # int32
+    text: dict[str, int]  # the position in the text after them
 
 
 class TokenPacker:
@@ -23,7 +37,8 @@ class TokenPacker:
     one token. Without, every document ends with EOS, if there is one. All other tokens of the text
     come out exactly once, in order.
 
-    ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent on reading and tokenising so far.
+    ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent so far on waiting for text to be
+    read and tokenised. ``text`` belongs to the packer once the first row was asked for.
     """
 
     def __init__(
@@ -46,6 +61,8 @@ class TokenPacker:
         self.separator = "bos" if self._prefix else "eos" if self._suffix else None
         self._ids = np.empty(0, np.int32)  # tokenised; those before _taken are given out already
         self._taken = 0
+        self._text_state = text.state_dict()  # after what is in _ids
+        self._ahead: ReadAhead[_Tokenised] | None = None
 
     def __iter__(self) -> TokenPacker:
         return self
@@ -71,25 +88,46 @@ class TokenPacker:
 
     def _tokenise(self) -> bool:
         """Append the next documents' tokens; False at the end of the text."""
+        if self._ahead is None:
+            batches = _tokenised(
+                self.text, self._tokenizer, self._prefix, self._suffix, self._documents_per_batch
+            )
+            self._ahead = ReadAhead(batches, BATCHES_AHEAD)
         start = time.perf_counter()
-        documents = list(islice(self.text, self._documents_per_batch))
-        if documents:
-            encoded = self._tokenizer(
-                documents, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
-            new = [self._prefix + ids + self._suffix for ids in encoded if ids]
-            rest = self._ids[self._taken :]
-            self._ids = np.concatenate([rest, *(np.asarray(ids, np.int32) for ids in new)])
-            self._taken = 0
+        new = next(self._ahead, None)
         self.seconds += time.perf_counter() - start
-        return bool(documents)
+        if new is None:
+            return False
+        self._ids, self._taken = np.concatenate([self._ids[self._taken :], new.ids]), 0
+        self._text_state = new.text
+        return True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """``tensors``: the int32 ids not given out yet; ``meta``: the position in the text after them."""
         leftover = torch.from_numpy(self._ids[self._taken :].copy())
-        return {"tensors": {"leftover": leftover}, "meta": {"text": self.text.state_dict()}}
+        return {"tensors": {"leftover": leftover}, "meta": {"text": self._text_state}}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on with the row that came next at ``state``; nothing is tokenised again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self.text.load_state_dict(state["meta"]["text"])
+        self._text_state = state["meta"]["text"]
         self._ids, self._taken = state["tensors"]["leftover"].numpy().astype(np.int32), 0
+
+
+def _tokenised(
+    text: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[Any],
+    suffix: list[Any],
+    documents_per_batch: int,
+) -> Iterator[_Tokenised]:
+    """The tokens of the text, some documents at a time, and where each batch of them ends."""
+    while documents := list(islice(text, documents_per_batch)):
+        encoded = tokenizer(
+            documents, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        ids = [np.asarray(prefix + ids + suffix, np.int32) for ids in encoded if ids]
+        yield _Tokenised(np.concatenate([np.empty(0, np.int32), *ids]), text.state_dict())

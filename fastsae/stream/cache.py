@@ -1,0 +1,407 @@
+"""Activations on disk: written once, then read in this run and others without the language model.
+
+A cache is a folder of shards, ``activations_00000.safetensors`` and on, with one tensor ``[rows, D]``
+for each hooked layer (``layer.17``), ``held_out.safetensors``, and ``manifest.json``: what the
+activations are of, and for every chunk its rows and a checksum of them for each layer. The manifest is
+replaced after each shard, and the shard also holds the position in the text behind it: writing that
+was interrupted goes on there, and so does a later run that wants more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..errors import CheckpointError, StreamError
+from .chunks import Harvest, to_device
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+SHARD_BYTES = 1 << 28
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_STATE = "state."
+_HELD_OUT = "held_out.safetensors"
+
+
+def open_cache(config: TrainConfig, device: torch.device) -> CachedChunks:
+    """The cache of ``config``, complete: what is missing in it is harvested and written first.
+
+    Raises StreamError if the folder holds something else: activations of another model, layer or text
+    (it says which setting differs), a damaged cache, one that another process is writing; and if the
+    disk is too small.
+    """
+    assert config.cache_dir is not None
+    folder = Path(config.cache_dir)
+    wanted = config.steps * config.batch_size + config.pool_tokens
+    manifest = _read_manifest(folder)
+    if manifest is not None:
+        _refuse_foreign(folder, manifest, config)
+    if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
+        manifest = _write(folder, manifest, config, device, wanted)
+    return CachedChunks(folder, manifest, config, device)
+
+
+class CachedChunks:
+    """The chunks of a cache, as the buffer wants them; a chunk is its number.
+
+    They come in the order they were written in, or, if ``config`` has another seed of the stream than
+    the run that wrote them, in an order drawn from it.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], config: TrainConfig, device: torch.device
+    ) -> None:
+        self._folder = folder
+        self._layers = [str(layer) for layer in config.layers]
+        self._manifest = manifest
+        self._held_out_tokens = config.eval_tokens
+        self.d_model: int = manifest["d_model"]
+        self.num_streams = len(config.layers)
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._chunks = [
+            (shard["file"], start, chunk)
+            for shard in manifest["shards"]
+            for start, chunk in _starts(shard["chunks"])
+        ]
+        self.chunk_tokens: int = manifest["identity"]["harvest_batch"] * config.context_length
+        seed = config.resolved_stream_seed
+        self._seed = None if seed == manifest["stream_seed"] else seed
+        self._shuffle(len(self._chunks))
+        self._position = 0
+        self._files: dict[str, Any] = {}
+
+    def _shuffle(self, count: int) -> None:
+        """Draw the order of the first ``count`` chunks; what was written later follows them."""
+        self._shuffled = count
+        self._order = np.arange(len(self._chunks))
+        if self._seed is not None:
+            self._order[:count] = np.random.default_rng(self._seed).permutation(count)
+
+    @property
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self._manifest["metadata"][layer] for layer in self._layers)
+
+    def draw(self) -> int | None:
+        if self._position == len(self._order):
+            return None
+        self._position += 1
+        return int(self._order[self._position - 1])
+
+    def harvest(self, chunk: int) -> Harvest:
+        """Read a chunk. Raises StreamError if it is not what was written."""
+        name, start, written = self._chunks[chunk]
+        path = self._folder / name
+        layers = []
+        try:
+            if name not in self._files:
+                self._files[name] = safetensors.safe_open(path, "pt")
+            for layer in self._layers:
+                rows = self._files[name].get_slice(f"layer.{layer}")[
+                    start : start + written["rows"]
+                ]
+                if _checksum(rows) != written["checksums"][layer]:
+                    raise ValueError(
+                        f"rows {start} and on do not have the content that was written"
+                    )
+                layers.append(to_device(rows, self.device))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise _damaged(path, error) from error
+        verdict = torch.zeros(written["rows"], dtype=torch.uint8, device=self.device)
+        return Harvest(tuple(layers), verdict, 0)
+
+    def explain(self, verdict: Tensor) -> StreamError:
+        raise AssertionError("a cache holds finite activations alone")
+
+    def held_out(self) -> tuple[Tensor, ...]:
+        path = self._folder / _HELD_OUT
+        tensors = _load(path, self._manifest["held_out"])
+        rows = [tensors[f"layer.{layer}"][: self._held_out_tokens] for layer in self._layers]
+        return tuple(layer.to(self.device).float() for layer in rows)
+
+    def pack(self, chunks: Sequence[int]) -> dict[str, Tensor]:
+        return {"chunks": torch.tensor(chunks, dtype=torch.int64)}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> list[int]:
+        return tensors["chunks"].tolist()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return {"tensors": {}, "meta": {"position": self._position, "shuffled": self._shuffled}}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        position, shuffled = state["meta"]["position"], state["meta"]["shuffled"]
+        if max(position, shuffled) > len(self._chunks):
+            raise CheckpointError(
+                f"the run has read {position} chunks of a cache of {shuffled}, and {self._folder} now "
+                f"holds {len(self._chunks)}; give it the cache it was started with"
+            )
+        self._shuffle(shuffled)
+        self._position = position
+
+
+# --- what a cache is of ---
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the cached activations depend on, but for the seed and the layers."""
+    text = {
+        "text_files": [[Path(p).name, _size(Path(p))] for p in config.text_files],
+        "text_column": config.text_column,
+    }
+    if not config.text_files:
+        text |= {
+            name: getattr(config, name) for name in ("dataset", "dataset_config", "dataset_split")
+        }
+    model = Path(config.model)
+    weights = sorted(p for p in model.glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
+    return {
+        "model": model.name if model.is_dir() else config.model,
+        "model_files": [[p.name, p.stat().st_size] for p in weights],
+        "quantization": config.quantization,
+        "context_length": config.context_length,
+        "harvest_batch": config.harvest_batch,
+        "separate_documents": config.separate_documents,
+        "outlier_norm": config.outlier_norm,
+        "activation_dtype": config.activation_dtype,
+        "eval_tokens": config.eval_tokens,
+        **text,
+    }
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    if not path.exists():
+        # A run that was killed at the very beginning leaves the held-out rows alone.
+        if any(file.name != _HELD_OUT for file in folder.glob("[!.]*")):
+            raise StreamError(
+                f"{folder} is not empty and holds no cache of activations; give --cache-dir a folder of "
+                f"its own"
+            )
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        sizes = [(shard["file"], shard["bytes"]) for shard in manifest["shards"]]
+        for name, size in [*sizes, (_HELD_OUT, manifest["held_out"]["bytes"])]:
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, {size} were written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    return manifest
+
+
+def _refuse_foreign(folder: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
+    now, then = json.loads(json.dumps(_identity(config))), manifest["identity"]
+    differences = [
+        f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
+        for name in sorted({*now, *then})
+        if then.get(name) != now.get(name)
+    ]
+    missing = [layer for layer in config.layers if str(layer) not in manifest["metadata"]]
+    if missing:
+        held = ", ".join(manifest["metadata"])
+        differences.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
+    if differences:
+        raise StreamError(
+            f"the cache in {folder} holds other activations:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another --cache-dir, or the settings it was written with"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> StreamError:
+    return StreamError(
+        f"the cache of activations is damaged: {path}: {error}. Delete the folder to have it written "
+        f"anew, or give another --cache-dir"
+    )
+
+
+# --- writing ---
+
+
+def _write(
+    folder: Path,
+    manifest: dict[str, Any] | None,
+    config: TrainConfig,
+    device: torch.device,
+    wanted: int,
+) -> dict[str, Any]:
+    """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
+    from . import open_text_chunks
+
+    if manifest is not None:
+        # It was written in the order of its own seed and with all its layers, and goes on so.
+        seed, layers = manifest["stream_seed"], tuple(map(int, manifest["metadata"]))
+        config = replace(config, stream_seed=seed, layer=layers)
+    source = open_text_chunks(config, device)
+    dtype = _DTYPES[config.activation_dtype]
+    row_bytes = source.d_model * dtype.itemsize * source.num_streams
+    _require_space(folder, (wanted - (_rows(manifest) if manifest else 0)) * row_bytes)
+    with _writing(folder):
+        layers = [str(layer) for layer in config.layers]
+        if manifest is None:
+            held_out = dict(zip(layers, source.held_out(), strict=True))
+            held_out = {f"layer.{n}": t.to(source.model.dtype).cpu() for n, t in held_out.items()}
+            manifest = {
+                "format": FORMAT,
+                "identity": _identity(config),
+                "stream_seed": config.resolved_stream_seed,
+                "metadata": dict(zip(layers, source.metadata, strict=True)),
+                "d_model": source.d_model,
+                "held_out": {
+                    "bytes": _save(held_out, folder / _HELD_OUT),
+                    "checksums": {name: _checksum(rows) for name, rows in held_out.items()},
+                },
+                "shards": [],
+                "text_ended": False,
+                "source": None,
+            }
+            _save_manifest(manifest, folder)
+        elif manifest["shards"]:
+            last = load_file(folder / manifest["shards"][-1]["file"])
+            state = {n.removeprefix(_STATE): t for n, t in last.items() if n.startswith(_STATE)}
+            source.load_state_dict({"tensors": state, "meta": manifest["source"]})
+        started, before = time.perf_counter(), _rows(manifest)
+        while _rows(manifest) < wanted and not manifest["text_ended"]:
+            parts: list[tuple[Tensor, ...]] = []
+            chunks: list[dict[str, Any]] = []
+            rows = 0
+            while rows * row_bytes < SHARD_BYTES and _rows(manifest) + rows < wanted:
+                chunk = source.draw()
+                if chunk is None:
+                    manifest["text_ended"] = True
+                    break
+                harvest = source.harvest(chunk)
+                kept = tuple(layer.to(dtype).cpu() for layer in harvest.kept())
+                if len(harvest.verdict) and not len(kept[0]):
+                    raise source.explain(harvest.verdict)
+                parts.append(kept)
+                sums = {n: _checksum(layer) for n, layer in zip(layers, kept, strict=True)}
+                chunks.append({"rows": len(kept[0]), "checksums": sums})
+                rows += len(kept[0])
+            state = source.state_dict()
+            name = f"activations_{len(manifest['shards']):05}.safetensors"
+            if chunks:
+                stacked = (torch.cat(layer) for layer in zip(*parts, strict=True))
+                tensors = {f"layer.{n}": t for n, t in zip(layers, stacked, strict=True)}
+                tensors |= {_STATE + n: t.contiguous() for n, t in state["tensors"].items()}
+                size = _save(tensors, folder / name)
+                manifest["shards"].append({"file": name, "bytes": size, "chunks": chunks})
+                manifest["source"] = state["meta"]
+            _save_manifest(manifest, folder)
+            done = _rows(manifest)
+            speed = (done - before) / (time.perf_counter() - started)
+            log.info(
+                "cache: %s / %s activations | %s tok/s", f"{done:,}", f"{wanted:,}", f"{speed:,.0f}"
+            )
+    return manifest
+
+
+def _save_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    aside = folder / ".manifest.partial"
+    aside.write_text(json.dumps(manifest), encoding="utf-8")
+    os.replace(aside, folder / "manifest.json")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> int:
+    """Write under another name first: a file of that name is whole. Returns its size in bytes."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, aside)
+        os.replace(aside, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise StreamError(
+            f"cannot write to the cache {path.parent}: {error}; free some space or give another "
+            f"--cache-dir, then give the same command again"
+        ) from error
+    return path.stat().st_size
+
+
+def _load(path: Path, written: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+        if {name: _checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
+            raise ValueError("the content is not what was written")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return tensors
+
+
+def _checksum(tensor: Tensor) -> str:
+    content = tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _rows(manifest: dict[str, Any]) -> int:
+    return sum(chunk["rows"] for shard in manifest["shards"] for chunk in shard["chunks"])
+
+
+def _starts(chunks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    start = 0
+    for chunk in chunks:
+        yield start, chunk
+        start += chunk["rows"]
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise StreamError(
+            f"the cache in {folder} needs {needed / 1e9:,.1f} GB more, and its disk has "
+            f"{free / 1e9:,.1f} GB free; give --cache-dir on another disk, or lower --tokens"
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises StreamError if another one writes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise StreamError(
+            f"cannot write to the cache {folder}: {error.strerror or error}; give another --cache-dir"
+        ) from error
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise StreamError(
+                f"another process is writing the cache {folder}; wait for it, or give another --cache-dir"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,277 @@
+"""Chunks of activations, as the language model gives them: one forward pass each.
+
+A source of chunks is what the buffer draws from. There are two: text that a language model reads
+(``TextChunks``, here), and a folder where that was written down (``cache.CachedChunks``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import StreamError
+from .language_model import LanguageModel
+from .tokens import TokenPacker
+
+KEPT, NONFINITE, OUTLIER = 0, 1, 2
+
+
+class Harvest(NamedTuple):
+    """The activations of a chunk, in order of row and position.
+
+    ``layers``: ``[n, D]`` for each hooked layer, all of the same tokens, in the model's dtype; padding
+    and special tokens are left out. ``verdict`` uint8 [n]: ``KEPT``, or why the token is dropped from
+    every layer. ``special``: how many tokens were left out as special.
+    """
+
+    layers: tuple[Tensor, ...]
+    verdict: Tensor
+    special: int
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """The activations that are not dropped; waits for the device."""
+        keep = self.verdict == KEPT
+        return self.layers if bool(keep.all()) else tuple(layer[keep] for layer in self.layers)
+
+
+class ChunkSource(Protocol):
+    """Where a buffer's chunks come from. A chunk is whatever ``harvest`` turns into activations.
+
+    ``chunk_tokens`` is the most activations a chunk may give; ``seconds`` the time spent so far by
+    stages other than ``harvest``.
+    """
+
+    chunk_tokens: int
+    d_model: int
+    num_streams: int
+    device: torch.device
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+    @property
+    def metadata(self) -> tuple[dict[str, Any], ...]: ...
+
+    def draw(self) -> Any | None:
+        """The next chunk, or None at the end."""
+        ...
+
+    def harvest(self, chunk: Any) -> Harvest:
+        """The chunk's activations: the same bits whenever it is asked for them."""
+        ...
+
+    def explain(self, verdict: Tensor) -> StreamError:
+        """The error of a chunk of which nothing is finite."""
+        ...
+
+    def held_out(self) -> tuple[Tensor, ...]: ...
+
+    def pack(self, chunks: Sequence[Any]) -> dict[str, Tensor]:
+        """Chunks as tensors to save."""
+        ...
+
+    def unpack(self, tensors: dict[str, Tensor]) -> list[Any]: ...
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """``tensors`` and ``meta`` (for JSON) that the chunks after this point depend on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of text for one forward pass.
+
+    ``tokens`` [n, context] int32, of which row i uses the first ``lengths[i]``; the rest is padding.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor], context_length: int) -> Chunk:
+        tokens = torch.zeros(len(rows), context_length, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        return cls(tokens, torch.tensor([len(row) for row in rows], dtype=torch.int32))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, rows: int) -> list[Chunk]:
+        parts = zip(self.tokens.split(rows), self.lengths.split(rows), strict=True)
+        return [Chunk(tokens, lengths) for tokens, lengths in parts]
+
+
+def harvest(model: LanguageModel, chunk: Chunk, outlier_norm: float | None = None) -> Harvest:
+    """One forward pass over a chunk; on CUDA, nothing waits for the device.
+
+    A token is dropped from every layer if its activation is not finite in one of them, or if its norm
+    there exceeds ``outlier_norm`` times the median norm of the chunk.
+    """
+    tokens = chunk.tokens.to(torch.int64)
+    text = torch.arange(tokens.shape[1]) < chunk.lengths[:, None]
+    index = (text & ~torch.isin(tokens, model.special_ids)).flatten().nonzero().squeeze(1)
+    special = int(chunk.lengths.sum()) - len(index)
+    residuals = model.residuals(to_device(tokens, model.device))
+    index = to_device(index, model.device)
+    layers = tuple(residual.flatten(0, 1).index_select(0, index) for residual in residuals)
+    verdict = torch.zeros(len(index), dtype=torch.uint8, device=model.device)
+    for layer in layers:
+        if outlier_norm is not None and len(index):
+            norms = layer.float().norm(dim=1)
+            median = torch.where(norms.isfinite(), norms, torch.nan).nanmedian()
+            verdict.masked_fill_(norms > outlier_norm * median, OUTLIER)
+    for layer in layers:
+        verdict.masked_fill_(~layer.isfinite().all(dim=1), NONFINITE)
+    return Harvest(layers, verdict, special)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy from host memory that does not wait for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class TextChunks:
+    """Text in chunks of ``harvest_batch`` rows, read by a language model.
+
+    The first rows of the text, enough for ``held_out_tokens`` activations, are kept for evaluation.
+    Raises StreamError if the text is empty, or if nothing would be left to train on.
+    """
+
+    def __init__(
+        self,
+        packer: TokenPacker,
+        model: LanguageModel,
+        *,
+        harvest_batch: int,
+        held_out_tokens: int,
+        outlier_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.packer = packer
+        self.chunk_tokens = harvest_batch * packer.context_length
+        self.d_model = model.d_model
+        self.num_streams = len(model.layers)
+        self.device = model.device
+        self._harvest_batch = harvest_batch
+        self._outlier_norm = outlier_norm
+        self._held_out_tokens = held_out_tokens
+        self._held_out_rows = hold_out(packer, model, held_out_tokens) if held_out_tokens else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"tokenise": self.packer.seconds}
+
+    @property
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        """Where each layer's activations come from, under the names SAELens has for it."""
+        model = self.model
+        common = {
+            "model_name": model.name,
+            "model_class_name": model.model_class_name,
+            "hook_head_index": None,
+            "context_size": self.packer.context_length,
+            "prepend_bos": model.tokenizer.bos_token_id is not None,
+            "seqpos_slice": [None],
+            "exclude_special_tokens": True,
+            "sequence_separator_token": self.packer.separator,
+            "disable_concat_sequences": False,
+            "dataset_path": self.packer.text.name,
+            "model_layers": model.num_layers,
+            "quantization": model.quantization,
+        }
+        return tuple({"hook_name": hook_name, **common} for hook_name in model.hook_names)
+
+    def draw(self) -> Chunk | None:
+        rows: list[Tensor] = []
+        for row in self.packer:
+            rows.append(row)
+            if len(rows) == self._harvest_batch:
+                break
+        return Chunk.of(rows, self.packer.context_length) if rows else None
+
+    def harvest(self, chunk: Chunk) -> Harvest:
+        return harvest(self.model, chunk, self._outlier_norm)
+
+    def explain(self, verdict: Tensor) -> StreamError:
+        model = self.model
+        advice = (
+            "use --quantization none"
+            if model.quantization != "none"
+            else "convert the model to float32 or bfloat16, or train on an earlier layer"
+        )
+        layers = ", ".join(map(str, model.layers))
+        return StreamError(
+            f"no activation of layer {layers} of {model.name} is finite ({len(verdict)} rows, "
+            f"{model.dtype}, quantization {model.quantization}): the model overflows; {advice}"
+        )
+
+    def held_out(self) -> tuple[Tensor, ...]:
+        """``[held_out_tokens, D]`` float32 for each layer, fewer if some are dropped."""
+        assert self._held_out_rows is not None
+        found = [
+            self.harvest(part).kept() for part in self._held_out_rows.split(self._harvest_batch)
+        ]
+        layers = zip(*found, strict=True)
+        return tuple(torch.cat(layer)[: self._held_out_tokens].float() for layer in layers)
+
+    def pack(self, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+        tokens = [chunk.tokens for chunk in chunks]
+        lengths = [chunk.lengths for chunk in chunks]
+        return {
+            "tokens": _cat(tokens, (0, self.packer.context_length)),
+            "lengths": _cat(lengths, (0,)),
+            "rows": torch.tensor([len(chunk) for chunk in chunks], dtype=torch.int32),
+        }
+
+    def unpack(self, tensors: dict[str, Tensor]) -> list[Chunk]:
+        rows = tensors["rows"].tolist()
+        parts = (tensors["tokens"].split(rows), tensors["lengths"].split(rows))
+        return [Chunk(tokens, lengths) for tokens, lengths in zip(*parts, strict=True)]
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        state = self.packer.state_dict()
+        tensors = {f"packer.{name}": tensor for name, tensor in state["tensors"].items()}
+        if self._held_out_rows is not None:
+            rows = self._held_out_rows
+            tensors |= {"held_out.tokens": rows.tokens, "held_out.lengths": rows.lengths}
+        return {"tensors": tensors, "meta": {"packer": state["meta"]}}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on where ``state`` was taken. Raises CheckpointError if the text is another one."""
+        tensors = state["tensors"]
+        if "held_out.tokens" in tensors:
+            self._held_out_rows = Chunk(tensors["held_out.tokens"], tensors["held_out.lengths"])
+        prefix = "packer."
+        packer = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.packer.load_state_dict({"tensors": packer, "meta": state["meta"]["packer"]})
+
+
+def hold_out(packer: TokenPacker, model: LanguageModel, tokens: int) -> Chunk:
+    """Take the first rows of the text, enough for ``tokens`` activations, out of the stream.
+
+    Raises StreamError if the text is empty, or if nothing would be left to train on.
+    """
+    rows: list[Tensor] = []
+    found = 0
+    if packer.exhausted:
+        raise StreamError(f"the text is empty: {packer.text.name}; give text with words in it")
+    while found < tokens and not packer.exhausted:
+        rows.append(next(packer))
+        found += len(rows[-1]) - int(torch.isin(rows[-1], model.special_ids).sum())
+    if packer.exhausted:
+        raise StreamError(
+            f"the text ({packer.text.name}) holds only {found:,} tokens, and the first {tokens:,} are held "
+            f"out for evaluation: nothing is left to train on; give more text, or lower --eval-tokens"
+        )
+    return Chunk.of(rows, packer.context_length)
+
+
+def _cat(tensors: list[Tensor], empty_shape: tuple[int, ...]) -> Tensor:
+    return torch.cat(tensors) if tensors else torch.empty(empty_shape, dtype=torch.int32)

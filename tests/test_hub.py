@@ -1,0 +1,371 @@
+"""Sharing on the hub: against a stand-in of it on this machine, which fails when it is told to."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub_stand_in
+import huggingface_hub.constants
+import models
+import pytest
+import torch
+import yaml
+
+import fastsae
+from fastsae import cli, hub
+from fastsae.tracking import read_metrics
+
+CONFIG = fastsae.TrainConfig(
+    d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, checkpoint_every_tokens=160,
+    device="cpu", wandb="disabled", name="run", hub_repo="me/mine",
+)  # fmt: skip
+FILES = {
+    "README.md", "cfg.json", "sae_weights.safetensors", "sae_weights.pt", "metrics.jsonl",
+    "run/cfg.json", "run/sae_weights.safetensors",
+}  # fmt: skip
+
+
+def batches() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(32, 8, generator=g) for _ in range(20)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_stand_in.Hub]:
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub, "RETRY_SECONDS", 0.01)
+    # Of the client's own patience nothing is left: what is tested is ours.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
+    with hub_stand_in.hub() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
+        yield running
+
+
+def environment(server: hub_stand_in.Hub, home: Path) -> dict[str, str]:
+    wanted = {"HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return os.environ | wanted | {"HF_TOKEN": "hf_" + "a" * 34}
+
+
+def assert_whole(repository: hub_stand_in.Repository, run: Path, finished: bool = True) -> None:
+    """The repository holds the run, one state of it in all files."""
+    files = repository.files
+    assert set(files) == FILES | ({"summary.json", "training.png"} if finished else set())
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert files[name] == files[f"run/{name}"]
+    if finished:
+        for name in ("cfg.json", "sae_weights.safetensors", "metrics.jsonl", "summary.json"):
+            assert files[name] == (run / name).read_bytes(), name
+        assert b"Training goes on" not in files["README.md"]
+
+
+def test_pushed_at_each_checkpoint_and_at_the_end(server, tmp_path: Path) -> None:
+    pushed, first_done = [], threading.Event()
+
+    def note(request: str) -> None:
+        if "/commit/" in request:
+            first_done.set()
+
+    def slowly() -> Iterator[torch.Tensor]:
+        for i, batch in enumerate(batches()):
+            if i == 8:  # between the first checkpoint and the second
+                assert first_done.wait(30)
+                while not server.repositories["me/mine"].commits:
+                    first_done.wait(0.01)
+                pushed.append(dict(server.repositories["me/mine"].files))
+            yield batch
+
+    server.fail = note
+    config = dataclasses.replace(CONFIG, out=str(tmp_path), hub_private=True)
+    fastsae.train(slowly(), config)
+    repository = server.repositories["me/mine"]
+    assert repository.private and repository.commits[-1] == "Add run"
+    assert repository.commits[0] == "run: checkpoint at 160 tokens"
+    assert set(pushed[0]) == FILES and b"Training goes on" in pushed[0]["README.md"]
+    assert_whole(repository, tmp_path / "run")
+    # Each of the files is what the run had at that checkpoint.
+    checkpoint = tmp_path / "run/checkpoints/step_20/sae_weights.safetensors"
+    assert pushed[0]["sae_weights.safetensors"] != checkpoint.read_bytes()
+    assert repository.files["sae_weights.safetensors"] == checkpoint.read_bytes()
+    assert not list((tmp_path / "run").glob(".hub-*"))
+
+
+FAILURES = {
+    "refused": lambda count, request: 500 if count <= 3 else None,
+    "broken connection": lambda count, request: 0 if count <= 3 else None,
+    "busy": lambda count, request: 429 if count <= 2 else None,
+    "during the large files": lambda count, request: (
+        503 if "/lfs/" in request and count < 14 else None
+    ),
+    "at the commit": lambda count, request: 500 if "/commit/" in request and count < 12 else None,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_that_passes_is_retried(server, tmp_path: Path, failure: str) -> None:
+    server.fail = lambda request: FAILURES[failure](len(server.requests), request)
+    config = dataclasses.replace(CONFIG, out=str(tmp_path), checkpoint_every_tokens=10**6)
+    fastsae.train(batches(), config)
+    assert_whole(server.repositories["me/mine"], tmp_path / "run")
+
+
+def test_a_hub_that_is_gone_costs_nothing_and_the_command_completes_the_push(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub goes away during the first push and comes back after the run."""
+    away = False
+
+    def going(request: str) -> int | None:
+        nonlocal away
+        away = away or "/lfs/" in request
+        return 0 if away else None
+
+    server.fail = going
+    config = dataclasses.replace(CONFIG, out=str(tmp_path / "a folder"))
+    with caplog.at_level(logging.INFO):
+        sae = fastsae.train(batches(), config)
+    run = tmp_path / "a folder/run"
+    assert server.repositories["me/mine"].commits == []
+    x = batches()[0]
+    torch.testing.assert_close(fastsae.load(run)(x), sae(x), rtol=0, atol=1e-6)
+    assert len(read_metrics(run)) == 10 and (run / "summary.json").exists()
+    server.fail = lambda request: None
+    (command,) = set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))
+    assert shlex.split(command)[2:] == ["me/mine", str(run / "hub"), "."]
+    program = str(Path(sys.executable).parent / "hf")
+    done = subprocess.run(
+        [program, *shlex.split(command)[1:]], env=environment(server, tmp_path), capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_whole(server.repositories["me/mine"], run)
+
+
+def test_the_next_checkpoint_completes_a_push_that_failed(server, tmp_path: Path) -> None:
+    """The first push fails for good; a later one carries all it held."""
+    failed = threading.Event()
+
+    def once(request: str) -> int | None:
+        if failed.is_set() or "/commit/" not in request:
+            return None
+        failed.set()
+        return 403
+
+    server.fail = once
+
+    def slowly() -> Iterator[torch.Tensor]:
+        for i, batch in enumerate(batches()):
+            if i == 8:
+                assert failed.wait(30)
+            yield batch
+
+    fastsae.train(slowly(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    assert failed.is_set()
+    assert_whole(server.repositories["me/mine"], tmp_path / "run")
+
+
+def test_a_slow_hub_holds_nobody_up_and_old_pushes_give_way(server, tmp_path: Path) -> None:
+    trained, slow = threading.Event(), []
+
+    def wait(request: str) -> None:
+        if "/commit/" in request:
+            slow.append(request)
+            assert trained.wait(60), "the training waited for the push"
+
+    def counting() -> Iterator[torch.Tensor]:
+        yield from batches()[:19]
+        trained.set()
+        yield batches()[19]
+
+    server.fail = wait
+    fastsae.train(counting(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    commits = server.repositories["me/mine"].commits
+    assert commits[-1] == "Add run" and len(commits) < 5
+    assert_whole(server.repositories["me/mine"], tmp_path / "run")
+
+
+def test_no_permission_is_said_once_and_not_tried_again(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.fail = lambda request: 403 if "/commit/" in request else None
+    config = dataclasses.replace(CONFIG, out=str(tmp_path), checkpoint_every_tokens=10**6)
+    fastsae.train(batches(), config)
+    # At the last checkpoint, unless the end took its place, and at the end.
+    assert sum("/commit/" in request for request in server.requests) <= 2
+    assert "403" in caplog.text and "hf upload me/mine" in caplog.text
+
+
+def test_no_login_shows_at_the_start(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = threading.Event()
+
+    def refuse(request: str) -> int | None:
+        if "create" not in request:
+            return None
+        refused.set()
+        return 401
+
+    def waiting() -> Iterator[torch.Tensor]:
+        yield from batches()[:2]
+        assert refused.wait(30)
+        assert not list((tmp_path / "run/checkpoints").glob("*"))
+        yield from batches()[2:]
+
+    server.fail = refuse
+    fastsae.train(waiting(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    assert "me/mine cannot be pushed to as things are" in caplog.text and "401" in caplog.text
+    assert fastsae.load(tmp_path / "run").d_sae == 32
+
+
+def test_a_finished_run_is_pushed_when_asked_later(server, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, out=str(tmp_path), hub_repo=None)
+    fastsae.train(batches(), config)
+    fastsae.train(batches(), dataclasses.replace(config, hub_repo="me/mine"))
+    assert_whole(server.repositories["me/mine"], tmp_path / "run")
+
+
+# --- the card ---
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers of a text that measure something: with a point, a percent sign or a thousand."""
+    return set(re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?", text))
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[hub_stand_in.Hub, Path]]:
+    """A run on a language model, pushed at its checkpoints and at its end."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "prose.txt").write_text("It was a bright cold day, and the clocks struck.\n\n" * 400)
+    flags = (
+        "--layer", "2", "--quantization", "none", "--context-length", "32", "--harvest-batch", "4",
+        "--d-sae", "128", "--k", "4", "--batch-size", "64", "--tokens", "2560", "--pool-tokens", "1024",
+        "--eval-tokens", "256", "--log-every-tokens", "320", "--checkpoint-every-tokens", "640",
+        "--device", "cpu", "--wandb", "disabled", "--hub-repo", "me",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, hub_stand_in.hub() as running:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
+        given = ["--model", models.llama(), "--text-files", str(folder / "prose.txt"), *flags]
+        assert cli.main(arguments=[*given, "--out", str(folder / "runs")]) == 0
+        yield running, folder / "runs/llama-scope-v1-L2-batchtopk-k4-seed17"
+
+
+def test_every_number_of_the_card_was_recorded(published) -> None:
+    server, run = published
+    (name,) = server.repositories
+    assert name == "me/llama-scope-v1-L2-batchtopk-k4-seed17"
+    card = server.repositories[name].files["README.md"].decode()
+    metrics, summary = read_metrics(run), json.loads((run / "summary.json").read_text())
+    state = json.loads((run / "checkpoints/step_40/state.json").read_text())
+    assert [saved["tokens_seen"] for saved in state["history"]] == [640, 1280, 1920, 2560]
+
+    def told(m: dict) -> list[str]:
+        return [
+            f"{m['tokens_seen']:,}", *(f"{m[n]:.4g}" for n in ("loss", "mse", "aux", "explained_variance")),
+            f"{m['l0']:.2f}", f"{m['alive_fraction']:.1%}", f"{m['dead']:,}", f"{m['threshold']:.4g}",
+        ]  # fmt: skip
+
+    lines = section(card, "Training metrics").strip().splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    by_tokens = {m["tokens_seen"]: m for m in metrics}
+    for row, saved in zip(cells[:-1], state["history"], strict=True):
+        assert row == [f"{saved['tokens_seen']:,}", *told(by_tokens[saved["tokens_seen"]])]
+    peak = max(metrics, key=lambda m: m["explained_variance"])
+    assert cells[-1] == ["**peak explained variance**", *told(peak)]
+
+    progress = section(card, "Training progress")
+    for value in ("2,560", "100.0%", "40", state["history"][-1]["time"][11:19]):
+        assert f" {value} |" in progress or value in progress
+    assert numbers(section(card, "Evaluation").partition("\n\n")[2].partition("\n\n")[2]) - {"k"} <= {
+        f"{summary['explained_variance']:.4g}", f"{summary['threshold_explained_variance']:.4g}",
+        f"{summary['pca_explained_variance']:.4g}", f"{summary['l0']:.2f}",
+        f"{summary['threshold_l0']:.2f}", f"{summary['alive_fraction']:.1%}",
+    }  # fmt: skip
+    settings = dict(re.findall(r"\| `(\w+)` \| `(.*)` \|", section(card, "Hyper-parameters")))
+    for name, value in state["config"].items():
+        if name in settings and name not in ("k_aux", "precision", "text_files"):
+            assert settings[name] == str(value), name
+    assert (settings["d_in"], settings["k_aux"], settings["precision"]) == ("64", "32", "fp32")
+    assert settings["text_files"] == "['prose.txt']"
+    assert len(settings) >= 25 and not {"out", "wandb", "hub_repo"} & settings.keys()
+
+
+def test_the_header_is_what_the_hub_reads(published) -> None:
+    server, run = published
+    card = server.repositories[f"me/{run.name}"].files["README.md"].decode()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["license"] == "apache-2.0" and header["library_name"] == "saelens"
+    assert {
+        "sparse-autoencoder",
+        "mechanistic-interpretability",
+        "sae-lens",
+        "llama",
+        "batch-topk",
+    } < set(header["tags"])
+    assert "arxiv:2412.06410" in header["tags"]
+    # A local model and local text are nothing the hub could link to.
+    assert "base_model" not in header and "datasets" not in header
+    assert card.split("---\n", 2)[2].lstrip().startswith(f"# {run.name}\n")
+
+
+def test_the_header_of_the_recipe() -> None:
+    from fastsae.model_card import model_card
+
+    config = fastsae.TrainConfig(hub_repo="me").runs[0]
+    sae = fastsae.SAE(
+        1536, 64, 64, metadata={"model_name": config.model, "hook_name": "model.layers.17"}
+    )
+    history = [{"tokens_seen": 16_000_000, "step": 15_625, "time": "2026-01-02T03:04:05+00:00"}]
+    card = model_card(config, sae, history, [])
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["base_model"] == "google/gemma-4-E2B" and "gemma-4" in header["tags"]
+    assert (header["datasets"], header["language"]) == ("HuggingFaceFW/fineweb-edu", "en")
+    assert "# gemma-4-e2b-scope-v1-L17-batchtopk-k64-seed17\n" in card
+    for told in (
+        "| 16,000,000 |",
+        "| 100,000,000 |",
+        "| 16.0% |",
+        "| 15,625 |",
+        "2026-01-02 03:04:05",
+    ):
+        assert told in card
+    assert "Training goes on" in card and "Training has not ended" in card
+
+
+@pytest.mark.slow
+def test_the_snippets_run_and_agree(published, tmp_path: Path) -> None:
+    """Every snippet of the card, one after the other as a reader would, and all read the same SAE."""
+    server, run = published
+    card = server.repositories[f"me/{run.name}"].files["README.md"].decode()
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 4
+    check = textwrap.dedent(f"""
+        import fastsae
+        found = [x, *results]
+        ours = fastsae.load({str(run)!r}).eval()
+        assert x.shape[1] == 64 and len(x) > 5
+        for latents, reconstruction in results:
+            assert (latents - ours.encode(x)).abs().max() < 1e-4 * ours.encode(x).abs().max()
+            assert (reconstruction - ours(x)).abs().max() < 1e-4 * ours(x).abs().max()
+        print("agree", len(results))
+    """)
+    keep = "\nresults.append((latents.detach(), reconstruction.detach()))\n"
+    program = snippets[0] + "\nresults = []\n" + "".join(s + keep for s in snippets[1:]) + check
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(server, tmp_path), capture_output=True, text=True
+    )  # fmt: skip
+    assert "agree 3" in done.stdout, done.stderr[-2000:]
