@@ -33,7 +33,7 @@ def train_fastsae(tokens: int, step: str = "fused") -> tuple[float, Reconstruct]
             device="cpu",
         )  # fmt: skip
         start = time.perf_counter()
-        sae = Trainer(config).fit()
+        (sae,) = Trainer(config).fit()
         return time.perf_counter() - start, lambda x: sae(x, inference="batch")
 
 
