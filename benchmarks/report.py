@@ -135,8 +135,9 @@ def _step_tables(rows: list[dict[str, Any]]) -> list[str]:
         ]
         name = group.replace(" | ", ", ", 1)
         rounds = len(mine[0]["seconds"])
+        gate = "same F and k, few tokens" if mine[0].get("gate_shape") == "narrow" else "this size"
         found.append(
-            f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds)\n\n"
+            f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds; checked at {gate})\n\n"
             + _table(["trainer", "a step", "time / ours", "peak memory", "memory / ours"], body)
         )
     return found
