@@ -38,7 +38,7 @@ from peers import Setting
 from torch import Tensor
 
 import fastsae
-from fastsae.evaluate import evaluate
+from fastsae import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2, 3, 4)
@@ -150,8 +150,8 @@ def measure(
     start = time.perf_counter()
     sae = train([batch.clone() for batch in batches], setting)
     seconds = time.perf_counter() - start
-    batch = evaluate(sae, held_out, "batch")
-    threshold = evaluate(sae, held_out, "threshold")
+    batch = evaluate(sae, held_out, "batch")["batch"]
+    threshold = evaluate(sae, held_out, "threshold")["threshold"]
     return {
         "explained_variance": batch.explained_variance,
         "alive_fraction": batch.alive_fraction,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .activation import BatchTopK, JumpReLU, TopK
     from .config import TrainConfig
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
+    from .evaluation import Evaluation, HeldOutText, SplicedModel, evaluate
     from .formats import load
     from .sae import SAE, Loss
     from .trainer import Trainer, train
@@ -20,15 +21,19 @@ __all__ = [
     "BatchTopK",
     "CheckpointError",
     "ConfigError",
+    "Evaluation",
     "FastsaeError",
     "FormatError",
+    "HeldOutText",
     "JumpReLU",
     "Loss",
+    "SplicedModel",
     "StreamError",
     "TopK",
     "TrainConfig",
     "Trainer",
     "__version__",
+    "evaluate",
     "load",
     "train",
 ]
@@ -43,6 +48,10 @@ _HOME = {
     "StreamError": "errors",
     "CheckpointError": "errors",
     "FormatError": "errors",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation",
+    "HeldOutText": "evaluation",
+    "SplicedModel": "evaluation",
     "load": "formats",
     "SAE": "sae",
     "Loss": "sae",

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .activation import BatchTopK
 from .config import TrainConfig
+from .dashboard import Collector, write_report_page
 from .device import peak_memory_bytes
-from .evaluate import evaluate, pca_explained_variance
+from .errors import FastsaeError
+from .evaluation import HeldOutText, SplicedModel, evaluate, layer_of
 from .sae import SAE
 from .tracking import read_metrics
 
@@ -30,14 +32,17 @@ def write_report(
     config: TrainConfig,
     progress: dict[str, float | int],
     held_out: Tensor | None,
+    text: HeldOutText | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a finished run, write ``summary.json`` and the picture, and say where things are.
+    """Evaluate a finished run, write ``summary.json``, ``report.html`` and the picture, and say where.
 
     Args:
         directory: the run's folder, which holds ``metrics.jsonl``.
         progress: tokens seen, steps and speed of the whole run.
         held_out: activations ``[N, D]`` that were not trained on. Without them the summary gives the
             last training metrics, and says so in ``evaluated_on``.
+        text: the held-out text itself, for what the whole language model loses and for the passages of
+            each latent in ``report.html``; the model is loaded anew, whole, for that.
 
     Returns:
         The content of ``summary.json``.
@@ -47,12 +52,13 @@ def write_report(
     density = None
     if held_out is not None:
         assert isinstance(sae.activation, BatchTopK)
-        result = evaluate(sae, held_out)
-        by_threshold = evaluate(sae, held_out, "threshold")
+        own = sae.inference or "topk"
+        evaluation = evaluate(sae, held_out, list(dict.fromkeys((own, "threshold"))))
+        result, by_threshold = evaluation[own], evaluation["threshold"]
         density = result.density.numpy()
         summary |= {
             "explained_variance": result.explained_variance,
-            "pca_explained_variance": pca_explained_variance(held_out, sae.activation.k_per_token),
+            "pca_explained_variance": evaluation.pca_explained_variance,
             "l0": result.l0,
             "alive_fraction": result.alive_fraction,
             "evaluated_on": f"{len(held_out)} held-out activations",
@@ -75,11 +81,42 @@ def write_report(
         density=density,
         pca_explained_variance=summary["pca_explained_variance"],
     )
+    summary["report"] = _write_page(directory, sae, config, text)
     aside = directory / ".summary.partial"
     aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, directory / "summary.json")
     log.info("%s", _describe(directory, config, summary))
     return summary
+
+
+def _write_page(
+    directory: Path, sae: SAE, config: TrainConfig, text: HeldOutText | None
+) -> str | None:
+    """Write ``report.html``; a failure is logged and costs the run nothing, for the SAE is saved."""
+    try:
+        if text is None:
+            return write_report_page(directory, sae, title=config.run_name).name
+        model = SplicedModel.load(
+            config.model,
+            layer_of(sae.hook_name),
+            quantization=config.quantization,
+            device=sae.W_dec.device,
+        )
+        collector = Collector(sae.d_sae, sae.W_dec.device)
+        evaluation = evaluate(
+            sae, text, model=model, rows=config.harvest_batch, observers=[collector]
+        )
+        page = write_report_page(
+            directory, sae, evaluation, collector, model, text, title=config.run_name
+        )
+        return page.name
+    except (FastsaeError, OSError, RuntimeError) as error:
+        log.warning(
+            "report.html was not written (%s). The SAE is safe; write the report with\n"
+            "  python -m fastsae.evaluate %s",
+            error, directory,
+        )  # fmt: skip
+        return None
 
 
 def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
@@ -104,6 +141,7 @@ def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
         *([f"  peak memory         {peak / 1e9:.2f} GB"] if peak is not None else []),
         f"  SAE                 {directory}/sae_weights.safetensors, cfg.json",
         f"  metrics, picture    {directory}/metrics.jsonl, summary.json, {PICTURE}",
+        *([f"  look at it          {directory}/{s['report']}"] if s["report"] else []),
         f"  load it             fastsae.load({str(directory)!r})",
     ]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from .background import Background
 from .config import MAY_CHANGE_ON_RESUME, TrainConfig
 from .device import resolve_device
 from .errors import CheckpointError, StreamError
+from .evaluation import HeldOutText
 from .hub import Publisher
 from .model_card import model_card
 from .sae import SAE
@@ -240,14 +241,17 @@ class Run:
         """The steps that have a checkpoint, ascending."""
         return [] if self.directory is None else checkpoint.steps(self.checkpoints)
 
-    def finish(self, shared: Shared, held_out: Tensor | None) -> SAE:
-        """The trained SAE, scaling folded in; saved, evaluated on ``held_out [N, D]`` and published."""
+    def finish(
+        self, shared: Shared, held_out: Tensor | None, text: HeldOutText | None = None
+    ) -> SAE:
+        """The trained SAE, scaling folded in; saved, evaluated on ``held_out [N, D]`` and on its ``text``,
+        and published."""
         sae = self.step.sae.eval().fold_scaling()
         if self.directory is None:
             return sae
         sae.save(self.directory)
         progress = {"lr": float(self.step.lr), **self._progress(shared)}
-        summary = report.write_report(self.directory, sae, self.config, progress, held_out)
+        summary = report.write_report(self.directory, sae, self.config, progress, held_out, text)
         assert self._tracker is not None
         self._tracker.summarize(summary)
         if self._publisher is not None:

@@ -357,12 +357,14 @@ class Trainer:
     def _finish(self, training: list[Run]) -> list[SAE]:
         held_out = getattr(self.stream, "held_out", None)
         rows = held_out() if held_out else (None,) * len(self.config.layers)
+        text = getattr(self.stream, "held_out_text", lambda: None)()
         now = self._shared()
         idle = replace(
             now, seconds={}
         )  # a run that was finished before took no time of this process
         return [
-            run.finish(now if run in training else idle, rows[run.layer_index]) for run in self.runs
+            run.finish(now if run in training else idle, rows[run.layer_index], text)
+            for run in self.runs
         ]
 
     def _how_to_resume(self) -> str:

@@ -14,7 +14,7 @@ from small_saes import activations, largest_difference, small_sae
 from tolerances import OTHER_PROGRAM, UNIT_NORM
 
 import fastsae
-from fastsae.evaluate import evaluate
+from fastsae.evaluation import evaluate
 from fastsae.formats import save
 from fastsae.run import Run
 
@@ -122,13 +122,14 @@ def test_continuing_elsewhere_keeps_the_latents_and_improves(tmp_path: Path) -> 
     fastsae.train(Mixtures(0, 0), config).save(tmp_path / "sae")
     origin = fastsae.load(tmp_path / "sae")
     held_out = Mixtures(0.3, 9).rows(2000)
-    before = evaluate(origin, held_out).explained_variance
+    before = evaluate(origin, held_out)["topk"].explained_variance
     warm = dataclasses.replace(config, d_sae=None, init_from=str(tmp_path / "sae"), tokens=64 * 100)
     after = fastsae.train(Mixtures(0.3, 1), warm)
     cold = fastsae.train(Mixtures(0.3, 1), dataclasses.replace(config, tokens=64 * 100))
-    assert evaluate(after, held_out).explained_variance > before + 0.05
+    assert evaluate(after, held_out)["topk"].explained_variance > before + 0.05
     assert (
-        evaluate(after, held_out).explained_variance > evaluate(cold, held_out).explained_variance
+        evaluate(after, held_out)["topk"].explained_variance
+        > evaluate(cold, held_out)["topk"].explained_variance
     )
     same = torch.nn.functional.cosine_similarity(after.W_dec, origin.W_dec)
     assert same.median() > 0.9

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
+    from ..evaluation import HeldOutText
     from .buffer import ActivationBuffer
     from .chunks import ChunkSource, TextChunks
     from .text import TextSource
@@ -39,6 +40,12 @@ class Stream:
         """``[eval_tokens, D]`` float32 on the model's device, for each hooked layer: activations of the
         first rows of the text, which are never trained on. Tokens that are dropped are left out."""
         return self.source.held_out()
+
+    def held_out_text(self) -> HeldOutText | None:
+        """The text of the held-out rows; None where the activations come from a cache."""
+        from .chunks import TextChunks
+
+        return self.source.held_out_text() if isinstance(self.source, TextChunks) else None
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
+from ..evaluation import HeldOutText
 from .language_model import LanguageModel
 from .tokens import TokenPacker
 
@@ -220,6 +221,14 @@ class TextChunks:
         ]
         layers = zip(*found, strict=True)
         return tuple(torch.cat(layer)[: self._held_out_tokens].float() for layer in layers)
+
+    def held_out_text(self) -> HeldOutText:
+        """The held-out rows as text to evaluate on; rows stand for documents there."""
+        held = self._held_out_rows
+        assert held is not None
+        rows = [row[:n] for row, n in zip(held.tokens, held.lengths.tolist(), strict=True)]
+        special = self.model.special_ids.tolist()
+        return HeldOutText(rows, range(len(rows)), special, self.packer.text.name, "rows")
 
     def pack(self, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
         tokens = [chunk.tokens for chunk in chunks]

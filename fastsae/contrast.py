@@ -1,0 +1,289 @@
+"""Which latents tell two sets of texts apart?
+
+    python -m fastsae.contrast SAE --positive a.jsonl --negative b.jsonl
+    python -m fastsae.contrast SAE --positive a.txt --negative b.txt --model DIR --fdr 0.01 --out DIR
+
+A document is one observation: each latent's mean activation over its tokens. Latents are compared by
+the rank-sum test, and those reported keep the false discovery rate below ``--fdr``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from .command import guarded
+from .errors import ConfigError
+from .evaluation import HeldOutText, SplicedModel, text_activations
+from .evaluation.command import Source
+from .sae import SAE
+from .statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
+
+FOLDS = 5
+PERMUTATIONS = 20
+FEWEST = 10
+"""Documents that each side must have: below, the normal approximation of the test is poor."""
+_RANKS = 2**24  # ranks held at a time: 128 MB
+
+
+@dataclass(frozen=True)
+class ContrastConfig(Source):
+    """Compare two sets of texts latent by latent."""
+
+    positive: tuple[str, ...] = ()
+    """.txt, .jsonl or .parquet files of the first set, a document a record."""
+    negative: tuple[str, ...] = ()
+    """The same for the second set."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    fdr: float = 0.05
+    """False discovery rate among the latents reported."""
+    documents: int = 2000
+    """Documents of each set, at most; memory is two numbers per document and latent."""
+    probe_latents: int = 8
+    """Latents in the sparse probe."""
+    seed: int = 0
+    """Of the folds and of the shuffled labels."""
+    out: str | None = None
+    """Folder for contrast.json and contrast.html. [the SAE's own, if it is a folder]"""
+
+
+@dataclass
+class Pooled:
+    """Documents as rows: ``mean [N, F]`` activation of each latent over a document's tokens, ``active
+    [N, F]`` whether it is active at all, ``dense [N, D]`` the mean residual; all on the CPU."""
+
+    mean: Tensor
+    active: Tensor
+    dense: Tensor
+
+
+@torch.no_grad()
+def pool(
+    sae: SAE, model: SplicedModel, texts: Iterable[str], context_length: int, rows: int = 32
+) -> Pooled:
+    """Run documents through the model and the SAE; one row for each document with a measured token."""
+    text = HeldOutText.tokenize(texts, model.tokenizer, context_length)
+    count = max(text.documents) + 1
+    tokens = torch.zeros(count, 1)
+    mean, dense = torch.zeros(count, sae.d_sae), torch.zeros(count, sae.d_in)
+    longest = max(map(len, text.rows))
+    rows = max(1, min(rows, 2**27 // (longest * sae.d_sae)))
+    for batch, measured, x in text_activations(model, text, rows):
+        documents = batch.documents_of(measured)
+        z = sae.encode(x.to(sae.W_dec.device)).float().cpu()
+        tokens.index_add_(0, documents, torch.ones(len(z), 1))
+        mean.index_add_(0, documents, z)
+        dense.index_add_(0, documents, x.cpu())
+    there = tokens[:, 0] > 0
+    mean, dense, tokens = mean[there], dense[there], tokens[there]
+    return Pooled(mean / tokens, mean > 0, dense / tokens)
+
+
+def contrast(
+    positive: Pooled,
+    negative: Pooled,
+    fdr: float = 0.05,
+    probe_latents: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare two sets of documents; returns what ``contrast.json`` holds.
+
+    Tested are the latents active in at least ``FEWEST`` documents of both sets together, which is
+    decided without the labels. ``shuffled`` says how many latents the same procedure reports when the
+    labels are shuffled: there is nothing to find then. ``probes`` are held-out accuracies of logistic
+    regressions over ``FOLDS`` folds: on the ``probe_latents`` latents that differ most on the other
+    folds, on the mean raw activation, and on the latents with shuffled labels.
+
+    Raises ConfigError: too few documents, or settings that make no sense.
+    """
+    if not 0 < fdr < 1:
+        raise ConfigError(f"fdr must be between 0 and 1, got {fdr!r}")
+    if probe_latents < 1:
+        raise ConfigError(f"probe_latents must be at least 1, got {probe_latents!r}")
+    for name, side in (("positive", positive), ("negative", negative)):
+        if len(side.mean) < FEWEST:
+            raise ConfigError(
+                f"the {name} set has {len(side.mean)} documents with text; give at least {FEWEST}: a "
+                f".jsonl file with one document a line, for example"
+            )
+    x = torch.cat([positive.mean, negative.mean])
+    active = torch.cat([positive.active, negative.active])
+    dense = torch.cat([positive.dense, negative.dense])
+    y = torch.arange(len(x)) < len(positive.mean)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.stack([
+        y[torch.randperm(len(y), generator=generator)] for _ in range(PERMUTATIONS)
+    ])  # fmt: skip
+    tested = (active.sum(0) >= FEWEST).nonzero()[:, 0]
+    auroc, p = _test(x, tested, torch.cat([y[None], shuffled]))
+    discoveries = [int((benjamini_hochberg(column) <= fdr).sum()) for column in p.T]
+    q = benjamini_hochberg(p[:, 0])
+    order = torch.argsort((auroc[:, 0] - 0.5).abs(), descending=True)
+    n = len(positive.mean)
+    latents = [
+        {
+            "latent": int(tested[i]),
+            "auroc": float(auroc[i, 0]),
+            "p_value": float(p[i, 0]),
+            "q_value": float(q[i]),
+            "fires_positive": float(active[:n, tested[i]].double().mean()),
+            "fires_negative": float(active[n:, tested[i]].double().mean()),
+            "mean_positive": float(x[:n, tested[i]].mean()),
+            "mean_negative": float(x[n:, tested[i]].mean()),
+        }
+        for i in order.tolist()
+        if q[i] <= fdr
+    ]
+    return {
+        "documents": {"positive": n, "negative": len(x) - n},
+        "fdr": fdr,
+        "latents_tested": len(tested),
+        "latents_found": len(latents),
+        "shuffled": {"permutations": PERMUTATIONS, "latents_found": discoveries[1:]},
+        "probes": _probes(x, dense, y, shuffled[0], probe_latents, generator),
+        "latents": latents,
+    }
+
+
+def _test(x: Tensor, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """AUROC and p ``[latents, labellings]``."""
+    parts = [
+        rank_sum_test(*midranks(x[:, part].T), labels)
+        for part in latents.split(max(1, _RANKS // len(x)))
+    ]
+    empty = torch.empty(0, len(labels), dtype=torch.float64)
+    return (
+        torch.cat([empty, *(auroc for auroc, _ in parts)]),
+        torch.cat([empty, *(p for _, p in parts)]),
+    )
+
+
+def _probes(
+    x: Tensor, dense: Tensor, y: Tensor, shuffled: Tensor, latents: int, generator: torch.Generator
+) -> dict[str, Any]:
+    fold = torch.empty(len(y), dtype=torch.int64)
+    for side in (y, ~y):  # the same share of both sets in every fold
+        where = side.nonzero()[:, 0]
+        fold[where[torch.randperm(len(where), generator=generator)]] = (
+            torch.arange(len(where)) % FOLDS
+        )
+
+    def sparse(train: Tensor, labels: Tensor) -> Tensor:
+        every = torch.arange(x.shape[1])
+        auroc, _ = _test(x[train], every, labels[train][None])
+        return x[:, (auroc[:, 0] - 0.5).abs().topk(min(latents, x.shape[1])).indices]
+
+    def accuracy(features: Any, labels: Tensor) -> float:
+        right = 0
+        for i in range(FOLDS):
+            train, test = fold != i, fold == i
+            chosen = features(train, labels)
+            chosen = (chosen - chosen[train].mean(0)) / chosen[train].std(0).clamp_min(1e-6)
+            w = fit_logistic(chosen[train], labels[train])
+            right += int(((chosen[test].double() @ w[:-1] + w[-1] > 0) == labels[test]).sum())
+        return right / len(labels)
+
+    return {
+        "folds": FOLDS,
+        "latents": latents,
+        "majority": float(torch.maximum(y.double().mean(), (~y).double().mean())),
+        "sparse": accuracy(sparse, y),
+        "dense": accuracy(lambda _train, _labels: dense, y),
+        "sparse_shuffled": accuracy(sparse, shuffled),
+    }
+
+
+def describe(result: dict[str, Any], rows: int = 20) -> str:
+    """The table for the terminal."""
+    lines = [*summary(result)]
+    if result["latents"]:
+        lines.append(f"  {'latent':>7}  {'AUROC':>6}  {'q':>8}  {'fires in + / -':>17}  mean + / -")
+    for row in result["latents"][:rows]:
+        fires = f"{row['fires_positive']:.1%} / {row['fires_negative']:.1%}"
+        lines.append(
+            f"  {row['latent']:>7}  {row['auroc']:>6.3f}  {row['q_value']:>8.1e}  {fires:>17}  "
+            f"{row['mean_positive']:.3g} / {row['mean_negative']:.3g}"
+        )
+    if len(result["latents"]) > rows:
+        lines.append(f"  ... and {len(result['latents']) - rows:,} more")
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Sentences that say what was found."""
+    probes, documents, found = result["probes"], result["documents"], result["shuffled"]
+    none = sum(not count for count in found["latents_found"])
+    return [
+        f"{result['latents_found']:,} of {result['latents_tested']:,} latents tested differ between "
+        f"{documents['positive']:,} positive and {documents['negative']:,} negative documents, at a "
+        f"false discovery rate of {result['fdr']:g}.",
+        f"With shuffled labels, {none} of {found['permutations']} times none is found, at most "
+        f"{max(found['latents_found'])}.",
+        f"Held-out accuracy: {probes['sparse']:.1%} from {probes['latents']} latents, "
+        f"{probes['dense']:.1%} from the raw activations, {probes['sparse_shuffled']:.1%} from latents "
+        f"with shuffled labels; the larger set is {probes['majority']:.1%}.",
+    ]
+
+
+def run(config: ContrastConfig) -> None:
+    """Compare, print the table, and write what there is to write."""
+    from .dashboard import Collector, write_report_page
+    from .evaluation import evaluate
+    from .stream.text import open_files
+
+    for name in ("positive", "negative"):
+        if not getattr(config, name):
+            raise ConfigError(f"no {name} texts: give files with --{name}")
+    texts = {
+        name: list(
+            islice(
+                open_files(getattr(config, name), text_column=config.text_column, seed=config.seed),
+                config.documents,
+            )
+        )
+        for name in ("positive", "negative")
+    }
+    sae, model = config.open()
+    context = config.context(sae)
+    sides = [pool(sae, model, t, context, config.batch_rows) for t in texts.values()]
+    result = contrast(*sides, config.fdr, config.probe_latents, config.seed)
+    print(describe(result))  # noqa: T201
+    directory = Path(config.out or config.sae)
+    if config.out is None and not directory.is_dir():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "contrast.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    both = [document for side in texts.values() for document in side]
+    text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
+    collector = Collector(sae.d_sae, sae.W_dec.device)
+    evaluation = evaluate(
+        sae, text, model=model, losses=False, rows=config.batch_rows, observers=[collector]
+    )
+    shown = {"contrast": {"latents": result["latents"], "summary": summary(result)}}
+    page = write_report_page(
+        directory, sae, evaluation, collector, model, text,
+        title="Contrast of two sets of texts", page="contrast.html", extra=shown,
+    )  # fmt: skip
+    print(f"wrote {path}, {page}")  # noqa: T201
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    return guarded(
+        lambda given: run(tyro.cli(ContrastConfig, args=list(given), description=__doc__)),
+        arguments,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,343 @@
+"""Evaluation of an SAE on held-out text: reconstruction, sparsity, and what the language model loses.
+
+``fastsae.evaluate`` is :func:`evaluate` here; ``python -m fastsae.evaluate`` is the same as a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
+from ..errors import ConfigError, StreamError
+from ..sae import SAE
+from .estimate import DocumentSums, Estimate
+from .moments import Moments, pca_explained_variance
+from .scores import Scores, ScoreSums, finite
+from .splice import SplicedModel, cross_entropy, kl_divergence, layer_of
+from .text import Batch, HeldOutText
+
+__all__ = [
+    "Batch",
+    "Estimate",
+    "Evaluation",
+    "HeldOutText",
+    "Moments",
+    "Scores",
+    "SplicedModel",
+    "cross_entropy",
+    "evaluate",
+    "inference_modes",
+    "kl_divergence",
+    "layer_of",
+    "pca_explained_variance",
+    "text_activations",
+]
+
+_AT_ONCE = 2**27
+"""Logits of one forward pass, and latents of one batch: with more, fewer rows are taken at a time."""
+
+Observer = Callable[[Batch, Tensor, Tensor, Tensor], None]
+"""Is given every batch, the mask ``[n, t]`` of the measured positions, and x ``[m, D]`` and z ``[m, F]``
+there, the latents as the first mode selects them."""
+
+
+@dataclass
+class Evaluation:
+    """What :func:`evaluate` returns: ``evaluation["topk"]`` are the scores of an inference mode."""
+
+    scores: dict[str, Scores]
+    tokens: int
+    documents: int
+    documents_are: str
+    nonfinite: int
+    """Tokens whose activation is not finite; they are left out, and left as they are in the model."""
+    pca_components: int
+    pca_explained_variance: float | None
+    """Of PCA with as many components as latents per token, fitted to half of the documents and scored
+    on the other half, both ways round; None with a single document."""
+    losses: dict[str, Estimate] = field(default_factory=dict)
+    """Of the language model, if there was one: ``clean``, and ``zero`` (residual zero at every position)
+    and ``mean`` (mean activation at every position that is text): cross-entropy in nats per token; and
+    ``kl_zero``, ``kl_mean``."""
+    text: str = ""
+
+    def __getitem__(self, mode: str) -> Scores:
+        return self.scores[mode]
+
+    def to_json(self) -> dict[str, Any]:
+        pca = self.pca_explained_variance
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            self.documents_are: self.documents,
+            "nonfinite": self.nonfinite,
+            "interval": f"95 %, bootstrap over {self.documents} {self.documents_are}",
+            "pca": {
+                "components": self.pca_components,
+                "explained_variance": None if pca is None else finite(pca),
+                "fitted_on": f"half of the {self.documents_are}, scored on the other half, both ways",
+            },
+            "losses": {name: value.to_json() for name, value in self.losses.items()},
+            "modes": {mode: scores.to_json() for mode, scores in self.scores.items()},
+        }
+
+
+def inference_modes(sae: SAE) -> tuple[Inference, ...]:
+    """How ``sae`` can select: all modes of a BatchTopK (no ``threshold`` before one is known), its own
+    first; the one way of other activations."""
+    if not isinstance(sae.activation, BatchTopK):
+        return ("threshold",) if isinstance(sae.activation, JumpReLU) else ("topk",)
+    own = sae.activation.inference
+    modes = [own, *(mode for mode in INFERENCE_MODES if mode != own)]
+    if not float(sae.activation.threshold) > 0:
+        modes.remove("threshold")
+    return tuple(modes)
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE,
+    source: Tensor | HeldOutText,
+    modes: Inference | Sequence[Inference] | None = None,
+    *,
+    model: SplicedModel | None = None,
+    losses: bool = True,
+    batch_size: int = 1024,
+    rows: int = 32,
+    observers: Sequence[Observer] = (),
+) -> Evaluation:
+    """Evaluate ``sae`` in eval mode; nothing in it changes. Memory does not grow with the tokens.
+
+    Args:
+        source: activations ``[N, D]`` (every row counts as a document), or text, with ``model``.
+        modes: inference modes; all the SAE has, its own first, if absent. ``"batch"`` selects within
+            the tokens of each batch.
+        losses: run the rest of the model too: clean, with the reconstruction of each mode in the place
+            of the residual stream, and ablated.
+        batch_size: tokens at a time, of activations.
+        rows: rows of text at a time, at most; fewer where their logits would be too many.
+        observers: called with every batch of text and its latents.
+
+    Special tokens are not measured, and keep their residual when others are replaced. Raises
+    ConfigError if widths do not fit or there is no such mode, StreamError if nothing is finite.
+    """
+    modes = inference_modes(sae) if modes is None else (modes,) if isinstance(modes, str) else modes
+    _require_modes(sae, modes)
+    if isinstance(source, HeldOutText):
+        if model is None:
+            raise ConfigError(
+                "text needs the language model that turns it into activations: model="
+            )
+        if model.d_model != sae.d_in:
+            raise ConfigError(
+                f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
+                f"{model.name} has width {model.d_model}: they do not belong together"
+            )
+    was_training = sae.training
+    sae.eval()
+    try:
+        if isinstance(source, Tensor):
+            return _evaluate_activations(sae, source, modes, batch_size)
+        assert model is not None
+        longest = max(map(len, source.rows))
+        widest = max(sae.d_sae, model.vocabulary if losses else 0)
+        rows = max(1, min(rows, _AT_ONCE // (longest * widest)))
+        return _evaluate_text(sae, source, modes, model, losses, rows, observers)
+    finally:
+        sae.train(was_training)
+
+
+def _evaluate_activations(
+    sae: SAE, x: Tensor, modes: Sequence[Inference], batch_size: int
+) -> Evaluation:
+    if x.dim() != 2 or x.shape[1] != sae.d_in or not len(x):
+        raise ConfigError(
+            f"expected activations [N, {sae.d_in}] with N of at least 1, got shape {tuple(x.shape)}"
+        )
+    device = sae.W_dec.device
+    documents = torch.arange(len(x))
+    moments = Moments(sae.d_in, device)
+    for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
+        moments.add(batch.to(device), ids)
+    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, moments.mean) for mode in modes}
+    for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
+        batch = batch.to(device)
+        for mode in modes:
+            sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
+    scores = {mode: sums[mode].scores() for mode in modes}
+    return _evaluation(sae, scores, moments, len(x), "rows", 0, "activations")
+
+
+def _evaluate_text(
+    sae: SAE,
+    text: HeldOutText,
+    modes: Sequence[Inference],
+    model: SplicedModel,
+    losses: bool,
+    rows: int,
+    observers: Sequence[Observer],
+) -> Evaluation:
+    moments = Moments(sae.d_in, sae.W_dec.device)
+    nonfinite = 0
+    for batch, measured, x in text_activations(model, text, rows):
+        nonfinite += int(batch.text.sum()) - len(x)
+        moments.add(x.to(sae.W_dec.device), batch.documents_of(measured))
+    if not moments.count:
+        raise StreamError(
+            f"no activation of layer {model.layer} of {model.name} is finite: the model overflows; "
+            f"use another precision, or an SAE of an earlier layer"
+        )
+    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, moments.mean) for mode in modes}
+    spliced = _Losses(model, moments.mean) if losses else None
+    for batch in text.batches(rows, model.device):
+        residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
+        measured, x = _measured(batch, residual)
+        if not len(x):
+            continue
+        x = x.to(sae.W_dec.device)
+        documents = batch.documents_of(measured)
+        if spliced is not None:
+            spliced.ablate(measured)
+        for i, mode in enumerate(modes):
+            z, x_hat = _encode_decode(sae, x, mode)
+            sums[mode].add(x, z, x_hat, documents)
+            if spliced is not None:
+                spliced.replace(mode, measured, x_hat)
+            if i == 0:
+                for observe in observers:
+                    observe(batch, measured, x, z)
+    scores = {mode: sums[mode].scores() for mode in modes}
+    if spliced is not None:
+        for mode in modes:
+            spliced.complete(mode, scores[mode])
+    documents = len(set(text.documents))
+    result = _evaluation(sae, scores, moments, documents, text.documents_are, nonfinite, text.name)
+    result.losses = {} if spliced is None else spliced.losses()
+    return result
+
+
+def text_activations(
+    model: SplicedModel, text: HeldOutText, rows: int = 32
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Every batch of ``text``, the mask ``[n, t]`` of what is text and finite, and x ``[m, D]`` there."""
+    for batch in text.batches(rows, model.device):
+        yield batch, *_measured(batch, model.residual(batch.tokens))
+
+
+def _measured(batch: Batch, residual: Tensor) -> tuple[Tensor, Tensor]:
+    measured = batch.text & residual.isfinite().all(dim=-1)
+    return measured, residual[measured].float()
+
+
+class _Losses:
+    """Cross-entropy and KL of the model with its residual stream replaced, summed by document."""
+
+    def __init__(self, model: SplicedModel, mean: Tensor) -> None:
+        self._model, self._mean = model, mean
+        self._sums = DocumentSums()
+
+    def begin(self, batch: Batch) -> Tensor:
+        """Run the clean model; returns its residual stream."""
+        self._batch = batch
+        self._clean, self._residual = self._model.logits(batch.tokens)
+        # Text that something follows in its row; that may be a special token.
+        followed = torch.arange(batch.text.shape[1]) < batch.lengths[:, None] - 1
+        self._predicting = batch.text & followed.to(batch.text.device)
+        documents = batch.documents_of(self._predicting)
+        clean = cross_entropy(self._clean, batch.tokens, self._predicting)
+        self._sums.add(documents, predictions=torch.ones_like(clean), ce_clean=clean)
+        return self._residual
+
+    def ablate(self, measured: Tensor) -> None:
+        self._add("zero", torch.zeros_like(self._residual))
+        mean = self._residual.clone()
+        mean[measured] = self._mean.to(mean.device, mean.dtype)
+        self._add("mean", mean)
+
+    def replace(self, mode: str, measured: Tensor, x_hat: Tensor) -> None:
+        replaced = self._residual.clone()
+        replaced[measured] = x_hat.to(replaced.device, replaced.dtype)
+        self._add(mode, replaced)
+
+    def _add(self, name: str, replacement: Tensor) -> None:
+        batch = self._batch
+        logits, _ = self._model.logits(batch.tokens, replacement)
+        ce = cross_entropy(logits, batch.tokens, self._predicting)
+        self._sums.add(batch.documents_of(self._predicting), **{f"ce_{name}": ce})
+        kl = kl_divergence(self._clean, logits, batch.text)
+        self._sums.add(
+            batch.documents_of(batch.text),
+            **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)},
+        )
+
+    def complete(self, mode: str, scores: Scores) -> None:
+        ratio = lambda part, whole: part / whole
+        recovered = lambda ablated, replaced, clean: (ablated - replaced) / (ablated - clean)
+        estimate = self._sums.estimate
+        scores.cross_entropy = estimate(ratio, f"ce_{mode}", "predictions")
+        scores.loss_recovered = estimate(recovered, "ce_zero", f"ce_{mode}", "ce_clean")
+        scores.loss_recovered_from_mean = estimate(recovered, "ce_mean", f"ce_{mode}", "ce_clean")
+        scores.kl = estimate(ratio, f"kl_{mode}", f"kl_tokens_{mode}")
+
+    def losses(self) -> dict[str, Estimate]:
+        ratio = lambda part, whole: part / whole
+        ce = {
+            n: self._sums.estimate(ratio, f"ce_{n}", "predictions")
+            for n in ("clean", "zero", "mean")
+        }
+        kl = {
+            f"kl_{n}": self._sums.estimate(ratio, f"kl_{n}", f"kl_tokens_{n}")
+            for n in ("zero", "mean")
+        }
+        return ce | kl
+
+
+def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor]:
+    selectable = isinstance(sae.activation, BatchTopK)
+    z = sae.encode(x, mode if selectable else None)
+    return z, sae.decode(z, sae.token_statistics(x.to(z.dtype)))
+
+
+def _evaluation(
+    sae: SAE,
+    scores: dict[str, Scores],
+    moments: Moments,
+    documents: int,
+    documents_are: str,
+    nonfinite: int,
+    text: str,
+) -> Evaluation:
+    first = next(iter(scores.values()))
+    activation = sae.activation
+    if isinstance(activation, BatchTopK):
+        components = activation.k_per_token
+    else:
+        components = getattr(activation, "k", None) or max(1, round(first.l0))
+    components = min(components, sae.d_in)
+    return Evaluation(
+        scores=scores,
+        tokens=moments.count,
+        documents=documents,
+        documents_are=documents_are,
+        nonfinite=nonfinite,
+        pca_components=components,
+        pca_explained_variance=moments.pca_explained_variance(components),
+        text=text,
+    )
+
+
+def _require_modes(sae: SAE, modes: Sequence[Inference]) -> None:
+    possible = INFERENCE_MODES if isinstance(sae.activation, BatchTopK) else inference_modes(sae)
+    for mode in modes:
+        if mode not in possible:
+            raise ConfigError(
+                f"inference mode {mode!r}: this SAE selects by {type(sae.activation).__name__}, which "
+                f"has {', '.join(map(repr, possible))}"
+            )
+    if not modes or len(set(modes)) < len(modes):
+        raise ConfigError(f"modes = {tuple(modes)!r}: expected at least one, and each of them once")

@@ -1,0 +1,160 @@
+"""What an SAE does to activations, token by token, added up over a stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimate import DocumentSums, Estimate
+
+DENSE = 0.1
+"""A latent that is active on more than this share of tokens counts as dense."""
+DENSITY_BINS = 40
+DENSITY_DECADES = 8  # the histogram reaches from 1e-8 to 1
+
+
+@dataclass
+class Scores:
+    """One inference mode on held-out tokens, in the units of the raw activations.
+
+    Estimates are floats with ``low`` and ``high``, the 95 % interval of the bootstrap over documents.
+    """
+
+    explained_variance: Estimate
+    """``1 - Σ‖x - x̂‖² / Σ‖x - x̄‖²``, x̄ the mean over the evaluated tokens (fixed in the bootstrap)."""
+    normalized_mse: Estimate
+    """``Σ‖x - x̂‖² / Σ‖x‖²``: the error as a share of the energy."""
+    mse: Estimate
+    """``mean (x - x̂)²`` over tokens and dimensions."""
+    cosine: Estimate
+    """Mean over tokens of the cosine of x and x̂; 0 where one of them is zero."""
+    l0: Estimate
+    """Mean active latents per token."""
+    l0_counts: Tensor
+    """``[max L0 + 1]``: the number of tokens with 0, 1, 2, ... active latents."""
+    fired: Tensor
+    """``[F]`` int64: tokens on which each latent is active."""
+    tokens: int
+    cross_entropy: Estimate | None = None
+    """Of the language model with its residual stream replaced by the reconstruction; nats per token."""
+    loss_recovered: Estimate | None = None
+    """``(CE_zero - CE) / (CE_zero - CE_clean)``: 1 is the untouched model, 0 the zero-ablated one."""
+    loss_recovered_from_mean: Estimate | None = None
+    """The same with mean ablation in the place of zero ablation: a harder scale."""
+    kl: Estimate | None = None
+    """Mean KL divergence of the next-token distributions, clean to replaced; nats per token."""
+
+    @property
+    def density(self) -> Tensor:
+        """``[F]`` float64: the share of the evaluated tokens on which each latent is active."""
+        return self.fired.double() / self.tokens
+
+    @property
+    def alive(self) -> int:
+        """Latents active on at least one evaluated token."""
+        return int((self.fired > 0).sum())
+
+    @property
+    def dead(self) -> int:
+        """Latents active on none."""
+        return len(self.fired) - self.alive
+
+    @property
+    def dense(self) -> int:
+        """Latents active on more than a tenth of the tokens."""
+        return int((self.density > DENSE).sum())
+
+    @property
+    def alive_fraction(self) -> float:
+        return self.alive / len(self.fired)
+
+    def l0_quantile(self, share: float) -> int:
+        """The smallest L0 that at least this share of the tokens does not exceed."""
+        return int((self.l0_counts.cumsum(0) < share * self.tokens - 1e-9).sum())
+
+    def density_histogram(self) -> dict[str, list[float]]:
+        """``edges`` in log10 of the density, and the ``counts`` of alive latents between them."""
+        edges = torch.linspace(-DENSITY_DECADES, 0, DENSITY_BINS + 1, dtype=torch.float64)
+        logs = self.density[self.fired > 0].log10().clamp(-DENSITY_DECADES, 0)
+        counts = torch.histogram(logs.cpu(), edges).hist
+        return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+    def to_json(self) -> dict[str, Any]:
+        estimates = {
+            name: value.to_json()
+            for name, value in vars(self).items()
+            if isinstance(value, Estimate)
+        }
+        return {
+            **estimates,
+            "alive": self.alive,
+            "dead": self.dead,
+            "dense": self.dense,
+            "alive_fraction": self.alive_fraction,
+            "l0_quantiles": {
+                f"{share:g}": self.l0_quantile(share)
+                for share in (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+            },
+            "density_histogram": self.density_histogram(),
+        }
+
+
+@dataclass
+class ScoreSums:
+    """The running sums behind :class:`Scores`; memory does not grow with the number of tokens."""
+
+    d_in: int
+    d_sae: int
+    mean: Tensor
+    """``[D]``: the mean activation over all tokens that will be added."""
+    sums: DocumentSums = field(default_factory=DocumentSums)
+
+    def __post_init__(self) -> None:
+        self.fired = torch.zeros(self.d_sae, dtype=torch.int64, device=self.mean.device)
+        self.l0_counts = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=self.mean.device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, z: Tensor, x_hat: Tensor, documents: Tensor) -> None:
+        """Take in raw activations ``x [n, D]``, latents ``z [n, F]`` and reconstructions ``x_hat``."""
+        x, x_hat = x.double(), x_hat.double()
+        active = z > 0
+        l0 = active.sum(1)
+        norms = x.norm(dim=1) * x_hat.norm(dim=1)
+        cosine = (x * x_hat).sum(1) / norms.where(norms > 0, 1)
+        self.sums.add(
+            documents,
+            tokens=torch.ones_like(norms),
+            error=(x - x_hat).square().sum(1),
+            energy=x.square().sum(1),
+            variance=(x - self.mean).square().sum(1),
+            cosine=cosine,
+            l0=l0,
+        )
+        self.fired += active.sum(0)
+        self.l0_counts += torch.bincount(l0, minlength=self.d_sae + 1)
+        self.tokens += len(x)
+
+    def scores(self) -> Scores:
+        ratio = lambda part, whole: part / whole
+        estimate = self.sums.estimate
+        counts = self.l0_counts.cpu()
+        highest = int(counts.nonzero().max()) if counts.any() else 0
+        return Scores(
+            explained_variance=estimate(lambda e, v: 1 - e / v, "error", "variance"),
+            normalized_mse=estimate(ratio, "error", "energy"),
+            mse=estimate(lambda e, n: e / n / self.d_in, "error", "tokens"),
+            cosine=estimate(ratio, "cosine", "tokens"),
+            l0=estimate(ratio, "l0", "tokens"),
+            l0_counts=counts[: highest + 1],
+            fired=self.fired.cpu(),
+            tokens=self.tokens,
+        )
+
+
+def finite(value: float) -> float | None:
+    """``value`` for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,68 @@
+"""An evaluation as lines for the terminal."""
+
+from __future__ import annotations
+
+from . import Evaluation
+from .estimate import Estimate
+
+
+def describe(evaluation: Evaluation) -> str:
+    """A table, one inference mode a column; intervals are 95 %, by bootstrap over documents."""
+    e, modes = evaluation, list(evaluation.scores.values())
+    rows: list[tuple[str, list[str]]] = [
+        ("explained variance", [interval(s.explained_variance) for s in modes]),
+        ("normalised MSE", [interval(s.normalized_mse) for s in modes]),
+        ("cosine", [interval(s.cosine) for s in modes]),
+        ("L0", [interval(s.l0) for s in modes]),
+        (
+            "L0, 5 % to 95 % of tokens",
+            [f"{s.l0_quantile(0.05)} to {s.l0_quantile(0.95)}" for s in modes],
+        ),
+        ("alive latents", [f"{s.alive:,} of {len(s.fired):,}" for s in modes]),
+        ("dense latents (over 10 %)", [f"{s.dense:,}" for s in modes]),
+    ]
+    if e.losses:
+        rows += [
+            ("cross-entropy, nats", [interval(s.cross_entropy) for s in modes]),
+            ("loss recovered", [interval(s.loss_recovered) for s in modes]),
+            ("  from mean ablation", [interval(s.loss_recovered_from_mean) for s in modes]),
+            ("KL, nats", [interval(s.kl) for s in modes]),
+        ]
+    lines = [
+        f"{e.tokens:,} tokens of {e.documents:,} {e.documents_are} ({e.text}); "
+        f"95 % intervals over {e.documents_are}",
+        *_columns([("", list(e.scores)), *rows]),
+    ]
+    if e.nonfinite:
+        lines.append(f"{e.nonfinite:,} tokens left out: their activation is not finite")
+    if e.pca_explained_variance is not None:
+        lines.append(
+            f"PCA with {e.pca_components} components explains {e.pca_explained_variance:.4f} (fitted to "
+            f"half of the {e.documents_are}, scored on the other half, both ways)"
+        )
+    if e.losses:
+        clean, zero, mean = (interval(e.losses[name]) for name in ("clean", "zero", "mean"))
+        lines.append(
+            f"cross-entropy of the model: clean {clean}, zero ablation {zero}, mean {mean}"
+        )
+    return "\n".join(lines)
+
+
+def interval(value: Estimate | None, digits: int = 4) -> str:
+    """``0.8803 [0.8790, 0.8815]``, with as many digits as ``digits`` significant ones take."""
+    if value is None:
+        return "-"
+    places = max(0, digits - len(str(int(abs(value)))) + (abs(value) < 1))
+    if value.low is None or value.high is None:
+        return f"{value:.{places}f}"
+    return f"{value:.{places}f} [{value.low:.{places}f}, {value.high:.{places}f}]"
+
+
+def _columns(rows: list[tuple[str, list[str]]]) -> list[str]:
+    first = max(len(name) for name, _ in rows)
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(rows[0][1]))]
+    return [
+        f"  {name:<{first}}  "
+        + "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for name, cells in rows
+    ]

@@ -1,0 +1,113 @@
+"""Held-out text as rows of token ids, each of one document, so that documents stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import StreamError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass: ``tokens [n, t]`` int64, padded at the end; ``text [n, t]``, which of
+    them are text (neither padding nor special tokens); ``lengths [n]`` without padding;
+    ``documents [n]``; ``first``, the number of the first row."""
+
+    tokens: Tensor
+    text: Tensor
+    lengths: Tensor
+    documents: Tensor
+    first: int
+
+    def documents_of(self, mask: Tensor) -> Tensor:
+        """The document of every position in ``mask [n, t]``, on the CPU."""
+        mask = mask.cpu()
+        return self.documents[:, None].expand(mask.shape)[mask]
+
+
+class HeldOutText:
+    """Token ids of text to evaluate on. Ids alone are kept; activations are never all in memory.
+
+    Args:
+        rows: token ids, one tensor a row; no row is empty.
+        documents: the document each row belongs to, for statistics over documents.
+        special_ids: tokens that are not text: nothing is measured at them.
+        documents_are: what a document is, for messages and tables.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        documents: Sequence[int],
+        special_ids: Iterable[int],
+        name: str,
+        documents_are: str = "documents",
+    ) -> None:
+        if not rows:
+            raise StreamError(f"there is no text to evaluate on: {name} is empty")
+        self.rows = [row.to(torch.int32) for row in rows]
+        self.documents = list(documents)
+        self.special_ids = torch.tensor(sorted(special_ids), dtype=torch.int64)
+        self.name = name
+        self.documents_are = documents_are
+        self.tokens = sum(int((~torch.isin(row, self.special_ids)).sum()) for row in self.rows)
+        if not self.tokens:
+            raise StreamError(f"there is no text to evaluate on: {name} holds special tokens alone")
+
+    @classmethod
+    def tokenize(
+        cls,
+        texts: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        tokens: int | None = None,
+        name: str = "the text",
+    ) -> HeldOutText:
+        """Cut every document into rows of at most ``context_length``, each beginning with BOS, if any.
+
+        Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
+        the end of the text.
+        """
+        from ..stream.language_model import special_ids
+
+        bos = tokenizer.bos_token_id
+        prefix = [] if bos is None else [bos]
+        width = context_length - len(prefix)
+        rows: list[Tensor] = []
+        documents: list[int] = []
+        left = float("inf") if tokens is None else tokens
+        for number, text in enumerate(texts):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = ids[: min(left, len(ids))]
+            for start in range(0, len(ids), width):
+                rows.append(torch.tensor(prefix + ids[start : start + width]))
+                documents.append(number)
+            left -= len(ids)
+            if left <= 0:
+                break
+        return cls(rows, documents, special_ids(tokenizer), name)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, rows: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """The text in order, ``rows`` rows at a time, each batch as long as its longest row."""
+        for first in range(0, len(self.rows), rows):
+            part = self.rows[first : first + rows]
+            longest = max(map(len, part))
+            tokens = torch.zeros(len(part), longest, dtype=torch.int64)
+            for i, row in enumerate(part):
+                tokens[i, : len(row)] = row
+            lengths = torch.tensor([len(row) for row in part])
+            inside = torch.arange(longest) < lengths[:, None]
+            text = inside & ~torch.isin(tokens, self.special_ids)
+            documents = torch.tensor(self.documents[first : first + rows])
+            yield Batch(tokens.to(device), text.to(device), lengths, documents, first)

@@ -1,0 +1,99 @@
+"""The contrast finds what was planted, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastsae import ConfigError
+from fastsae.contrast import Pooled, contrast
+from fastsae.statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
+
+
+def columns(*values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_ranks_share_ties() -> None:
+    ranks, ties = midranks(columns([3.0, 1.0, 3.0, 2.0, 3.0]))
+    assert ranks.tolist() == [[4.0, 1.0, 4.0, 2.0, 4.0]] and ties.tolist() == [24.0]
+
+
+def test_auroc_counts_pairs() -> None:
+    x = torch.randint(0, 4, (3, 30), generator=torch.Generator().manual_seed(0)).double()
+    y = torch.arange(30) < 12
+    auroc, _ = rank_sum_test(*midranks(x), y[None])
+    for row, found in zip(x, auroc[:, 0], strict=True):
+        pairs = [(a > b) + (a == b) / 2 for a, b in itertools.product(row[y], row[~y])]
+        assert float(found) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
+def test_p_values_are_those_of_permutation() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 6, (4, 40), generator=generator).double()
+    y = torch.arange(40) < 15
+    x[:, y] += torch.tensor([0.0, 0.5, 1.0, 1.5])[:, None]
+    ranks, ties = midranks(x.round())
+    _, p = rank_sum_test(ranks, ties, y[None])
+    shuffled = torch.stack([y[torch.randperm(40, generator=generator)] for _ in range(20_000)])
+    auroc, _ = rank_sum_test(ranks, ties, torch.cat([y[None], shuffled]))
+    extreme = (auroc[:, 1:] - 0.5).abs() >= (auroc[:, :1] - 0.5).abs() - 1e-12
+    exact = extreme.double().mean(1)
+    assert (p[:, 0] - exact).abs().max() < 0.012
+    scipy = pytest.importorskip("scipy.stats")
+    for row, found in zip(x.round(), p[:, 0], strict=True):
+        theirs = scipy.mannwhitneyu(row[y], row[~y], method="asymptotic").pvalue
+        assert float(found) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_constant_columns_say_nothing() -> None:
+    auroc, p = rank_sum_test(*midranks(torch.zeros(1, 20)), (torch.arange(20) < 9)[None])
+    assert auroc.item() == 0.5 and p.item() == 1
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    p = torch.tensor([0.04, 0.001, 0.03, 0.9], dtype=torch.float64)
+    assert benjamini_hochberg(p).tolist() == pytest.approx([0.16 / 3, 0.004, 0.16 / 3, 0.9])
+
+
+@pytest.mark.parametrize("width", [3, 50])
+def test_the_logistic_fit_is_at_its_minimum(width: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, width, generator=generator, dtype=torch.float64)
+    y = x[:, 0] + torch.randn(40, generator=generator) > 0
+    w = fit_logistic(x, y)
+    gradient = x.T @ (torch.sigmoid(x @ w[:-1] + w[-1]) - y.double()) + w[:-1]
+    assert gradient.abs().max() < 1e-6
+
+
+def documents(n: int, seed: int, planted: bool = False) -> Pooled:
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.rand(n, 400, generator=generator)
+    mean *= torch.rand(n, 400, generator=generator) < 0.3
+    if planted:
+        mean[:, :3] += 0.3 + 0.4 * torch.rand(n, 3, generator=generator)
+    return Pooled(mean, mean > 0, mean @ torch.randn(400, 16, generator=torch.Generator()))
+
+
+def test_what_is_planted_is_found() -> None:
+    result = contrast(documents(80, 0, planted=True), documents(90, 1))
+    assert {row["latent"] for row in result["latents"][:3]} == {0, 1, 2}
+    assert result["latents_found"] <= 5
+    assert all(row["q_value"] <= 0.05 and row["auroc"] > 0.6 for row in result["latents"][:3])
+    assert result["probes"]["sparse"] > 0.9
+    assert result["probes"]["sparse_shuffled"] < 0.65
+
+
+def test_nothing_is_found_where_nothing_is() -> None:
+    found = [contrast(documents(60, 10 + i), documents(60, 50 + i)) for i in range(6)]
+    assert sum(result["latents_found"] > 0 for result in found) <= 2
+    shuffled = [n for result in found for n in result["shuffled"]["latents_found"]]
+    # The chance of any false discovery is the stated 5 %: 120 tries, three standard deviations.
+    assert sum(n > 0 for n in shuffled) <= 6 + 3 * (120 * 0.05 * 0.95) ** 0.5
+
+
+def test_too_few_documents() -> None:
+    with pytest.raises(ConfigError, match="the negative set has 4 documents"):
+        contrast(documents(20, 0), documents(4, 1))
