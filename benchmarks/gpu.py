@@ -32,6 +32,11 @@ import torch  # noqa: E402
 
 PARTS = ("tests", "kernels", "step", "stream")
 SECONDS_PER_PART = 460
+COLUMNS = {
+    "kernels": ("kernel", "B", "provider", "us", "us_p20", "us_p80", "roof", "share"),
+    "stream": ("quantization", "stage", "tokens", "seconds", "tokens_per_second"),
+}
+"""What is printed of each part's rows at the end."""
 
 
 class Report:
@@ -196,9 +201,7 @@ def main() -> int:
         elif report.part == "tests":
             print(f"tests: {report.rows[-1]}")
         else:
-            print(
-                report.table("kernel", "B", "provider", "us", "us_p20", "us_p80", "roof", "share")
-            )
+            print(report.table(*COLUMNS.get(report.part, COLUMNS["kernels"])))
     failed = any(row.get("result") in ("failure", "error") for r in reports for row in r.rows)
     failed |= any(row.get("exit_code") for r in reports for row in r.rows)
     failed |= any("failed" in row for r in reports for row in r.rows)

@@ -9,14 +9,13 @@ the other and beside each other; for packed and for dequantized weights.
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import Report
 from torch import Tensor, nn
 
 E2B: dict[str, Any] = {
@@ -56,11 +55,8 @@ class Case:
     text: dict[str, Any] = field(default_factory=lambda: dict(E2B))
 
 
-def run(out_dir: Path, case: Case | None = None) -> dict[str, Any]:
-    """Measure, write ``stream.json`` to ``out_dir`` and return its content.
-
-    Where CUDA or bitsandbytes is missing, the content is ``{"skipped": why}``.
-    """
+def run(report: Report, case: Case | None = None) -> None:
+    """One row a stage and quantization; one that says why, where CUDA or a package is missing."""
     case = case or Case()
     skipped = None
     if case.device == "cuda" and not torch.cuda.is_available():
@@ -69,13 +65,11 @@ def run(out_dir: Path, case: Case | None = None) -> dict[str, Any]:
         if importlib.util.find_spec(package) is None:
             skipped = f"{package} is not installed"
     if skipped:
-        result: dict[str, Any] = {"skipped": skipped}
-    else:
-        rows = [row for quantization in case.quantizations for row in _measure(case, quantization)]
-        result = {"case": {**vars(case)}, "rows": rows}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "stream.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+        report.add(part="stream", skipped=skipped)
+        return
+    for quantization in case.quantizations:
+        for row in _measure(case, quantization):
+            report.add(**row)
 
 
 def _measure(case: Case, quantization: str) -> Iterator[dict[str, Any]]:

@@ -46,6 +46,8 @@ class Setting:
     dead_after_tokens: int
     lr: float = 3e-4
     seed: int = 0
+    device: str = "cpu"
+    autocast: bool = False  # bf16, in the way that each documents
 
     @property
     def tokens(self) -> int:
@@ -71,7 +73,11 @@ def saelens_trainer(setting: Setting, batches: Iterator[Tensor], **sae_config: A
     torch.manual_seed(setting.seed)
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
-            d_in=setting.d_in, d_sae=setting.d_sae, k=setting.k, **sae_config
+            d_in=setting.d_in,
+            d_sae=setting.d_sae,
+            k=setting.k,
+            device=setting.device,
+            **sae_config,
         )
     )
     config = SAETrainerConfig(
@@ -82,6 +88,8 @@ def saelens_trainer(setting: Setting, batches: Iterator[Tensor], **sae_config: A
         # Dead is a count of steps *above* the window here, of at least so many tokens elsewhere.
         dead_feature_window=-(-setting.dead_after_tokens // setting.batch_size) - 1,
         n_batches_for_norm_estimate=min(NORM_BATCHES, setting.steps),
+        device=setting.device,
+        autocast=setting.autocast,
     )
     return SAETrainer(config, sae, batches)
 
@@ -89,7 +97,7 @@ def saelens_trainer(setting: Setting, batches: Iterator[Tensor], **sae_config: A
 def train_saelens(batches: list[Tensor], setting: Setting, **sae_config: Any) -> fastsae.SAE:
     """Train with SAELens and convert by way of its inference files."""
     estimate = batches[:NORM_BATCHES] if "normalize_activations" in sae_config else []
-    with _quiet():
+    with quiet():
         sae: BatchTopKTrainingSAE = saelens_trainer(
             setting, chain(estimate, batches), **sae_config
         ).fit()
@@ -118,7 +126,7 @@ def dictionary_learning_trainer(setting: Setting) -> BatchTopKTrainer:
         threshold_beta=1 - 1 / average_over,
         threshold_start_step=setting.scaled_steps(1000),
         seed=setting.seed,
-        device="cpu",
+        device=setting.device,
     )
     trainer.dead_feature_threshold = setting.dead_after_tokens
     return trainer
@@ -130,7 +138,7 @@ def train_dictionary_learning(
     """Train with dictionary_learning's ``trainSAE`` and convert by way of its files."""
     from dictionary_learning.training import trainSAE
 
-    with _quiet(), tempfile.TemporaryDirectory() as directory:
+    with quiet(), tempfile.TemporaryDirectory() as directory:
         trainSAE(
             data=_Clones(batches),
             trainer_configs=[{"trainer": dictionary_learning_trainer, "setting": setting}],
@@ -153,7 +161,7 @@ class _Clones:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the peers' progress bars and prints."""
     level = logging.root.manager.disable
     logging.disable(logging.INFO)

@@ -176,7 +176,7 @@ def _settings(config: TrainConfig, sae: SAE) -> str:
     elif config.text_files:
         untold |= {"dataset", "dataset_config", "dataset_split"}
     settings = {"d_in": sae.d_in, **config.to_dict(), "d_sae": sae.d_sae}
-    settings["k_aux"] = config.k_aux or max(1, sae.d_in // 2)
+    settings["k_aux"] = config.k_aux or sae.default_k_aux
     settings["precision"] = sae.precision
     settings["text_files"] = [Path(file).name for file in config.text_files]
     rows = [

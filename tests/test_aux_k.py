@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sparse_inputs import BACKENDS
 from tolerances import AUX_K
 
-from fastsae_kernels import reference
+from fastsae_kernels import aux_k_sparse, reference
 from fastsae_kernels.aux_k import (
     _aux_k,
     _aux_k_gradients,
@@ -26,9 +26,17 @@ DEAD = (0, 1, K_AUX - 1, K_AUX, 11, LATENTS)
 NORMALIZATIONS = ("residual_variance", "total_variance", "none")
 
 
-@pytest.fixture(params=BACKENDS)
+# A CPU that gathers instead of multiplying; blocks and strips that leave a rest.
+GATHERED = pytest.param(("cpu", "torch", "gathered"), id="torch gathered")
+
+
+@pytest.fixture(params=[*BACKENDS, GATHERED])
 def device(request, monkeypatch):
-    where, implementation = request.param
+    where, implementation, *gathered = request.param
+    if gathered:
+        monkeypatch.setattr(module, "SPARSE_FROM", 1)
+        for name, size in (("STRIP", 3), ("LATENTS", 2), ("TOKENS", 2)):
+            monkeypatch.setattr(aux_k_sparse, name, size)
     if where == "cpu":
         monkeypatch.setattr(
             module, "BLOCK_COLUMNS", 32

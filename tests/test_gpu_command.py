@@ -68,3 +68,56 @@ def test_a_wrong_result_is_not_timed(kernels, monkeypatch, tmp_path):
     with pytest.raises(AssertionError):
         kernels.time_entry(Report("kernels", tmp_path), entry, 32, {"copy": 1.0})
     assert not timed
+
+
+@pytest.fixture
+def gpu_step(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_step")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.38])
+def test_our_steps_are_checked_and_timed(gpu_step, tmp_path, share):
+    report = gpu_step.Report("step", tmp_path)
+    ceiling = {"copy": 1e12, "gather": 1e12, "gemm": 1e15}
+    shape = gpu_step.Shape(64, 64, 512, 8)
+    gpu_step.time_ours(report, shape, share, ceiling, device="cpu", lengths=(1, 5), rounds=2)
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == list(gpu_step.WAYS)
+    for row in rows:
+        assert "failed" not in row, row
+        assert row["us"] > 0 and row["share"] == pytest.approx(row["roof"] / row["us"])
+
+
+def test_a_wrong_step_is_not_timed(gpu_step, tmp_path, monkeypatch):
+    class Moved(gpu_step.gates.Weights):
+        def __init__(self, problem):
+            super().__init__(problem)
+            self.b_dec = self.b_dec + 0.1
+
+    monkeypatch.setattr(gpu_step.gates, "Weights", Moved)
+    report = gpu_step.Report("step", tmp_path)
+    ceiling = {"copy": 1e12, "gather": 1e12, "gemm": 1e15}
+    shape = gpu_step.Shape(64, 64, 512, 8)
+    gpu_step.time_ours(
+        report, shape, 0.0, ceiling, device="cpu", lengths=(1, 3), rounds=2,
+        ways=("fastsae, eager",),
+    )  # fmt: skip
+    (row,) = report.rows
+    assert "us" not in row and row["failed"]
+
+
+def test_the_roofline_adds_up(gpu_step):
+    ceiling = {"copy": 4.3e12, "gather": 5.5e12, "gemm": 790e12}
+    shape = gpu_step.RECIPE
+    # Masters and moments twice, the copy once: 26 bytes a weight; 8-bit moments: 14.
+    weights = 2 * 24576 * 1536 * 26 / 4.3e12
+    rest = 2 * 4 * 1024 * 24576 / 4.3e12 + 4 * 65536 * 1536 * 2 / 5.5e12
+    rest += 2 * 1024 * 1536 * 24576 / 790e12
+    least = gpu_step.least_microseconds
+    assert least(shape, ceiling) == pytest.approx(1e6 * (weights + rest))
+    small = least(shape, ceiling, moment_bytes=1)
+    assert small == pytest.approx(1e6 * (weights * 14 / 26 + rest))
+    dead = least(shape, ceiling, dead=9339) - least(shape, ceiling)
+    assert dead == pytest.approx(1e6 * 10 * 1024 * 1536 * 9339 / 790e12)

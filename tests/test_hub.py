@@ -299,7 +299,7 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     for name, value in state["config"].items():
         if name in settings and name not in ("k_aux", "precision", "text_files"):
             assert settings[name] == str(value), name
-    assert (settings["d_in"], settings["k_aux"], settings["precision"]) == ("64", "32", "fp32")
+    assert (settings["d_in"], settings["k_aux"], settings["precision"]) == ("64", "8", "fp32")
     assert settings["text_files"] == "['prose.txt']"
     assert len(settings) >= 25 and not {"out", "wandb", "hub_repo"} & settings.keys()
 

@@ -33,31 +33,35 @@ def tiny(gpu_stream):
     )  # fmt: skip
 
 
+@pytest.fixture
+def report(gpu_stream, tmp_path: Path):
+    return gpu_stream.Report("stream", tmp_path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which it would use")
-def test_skips_without_a_gpu(gpu_stream, tmp_path: Path) -> None:
-    assert gpu_stream.run(tmp_path) == {"skipped": "no CUDA device"}
-    assert json.loads((tmp_path / "stream.json").read_text()) == {"skipped": "no CUDA device"}
+def test_skips_without_a_gpu(gpu_stream, report) -> None:
+    gpu_stream.run(report)
+    assert report.rows == [{"part": "stream", "skipped": "no CUDA device"}]
 
 
-def test_skips_without_bitsandbytes(gpu_stream, tmp_path: Path, monkeypatch) -> None:
+def test_skips_without_bitsandbytes(gpu_stream, report, monkeypatch) -> None:
     find = gpu_stream.importlib.util.find_spec
     monkeypatch.setattr(
         gpu_stream.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find(n)
     )
-    assert gpu_stream.run(tmp_path, tiny(gpu_stream)) == {
-        "skipped": "bitsandbytes is not installed"
-    }
+    gpu_stream.run(report, tiny(gpu_stream))
+    assert report.rows == [{"part": "stream", "skipped": "bitsandbytes is not installed"}]
 
 
-def test_measures_each_stage(gpu_stream, tmp_path: Path) -> None:
-    result = gpu_stream.run(tmp_path, tiny(gpu_stream))
-    assert json.loads((tmp_path / "stream.json").read_text())["rows"] == result["rows"]
+def test_measures_each_stage(gpu_stream, report, tmp_path: Path) -> None:
+    gpu_stream.run(report, tiny(gpu_stream))
+    rows = json.loads((tmp_path / "stream.json").read_text())["rows"]
     stages = ["harvest", "step", "end to end, in turn", "end to end, overlapped"]
-    found = [(row["quantization"], row["stage"]) for row in result["rows"]]
+    found = [(row["quantization"], row["stage"]) for row in rows]
     assert found == [(q, stage) for q in ("nf4", "nf4-dequantized") for stage in stages]
-    for row in result["rows"]:
+    for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
-    assert result["rows"][0]["model_bytes"] < result["rows"][4]["model_bytes"]
+    assert rows[0]["model_bytes"] < rows[4]["model_bytes"]
 
 
 def test_the_random_model_is_quantized_and_cut(gpu_stream) -> None:

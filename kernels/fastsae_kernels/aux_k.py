@@ -176,7 +176,7 @@ def _aux_k_gradients(
     coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dead = _chosen_dead(tokens_since_active, dead_after, capacity)
-    if not x.is_cuda and implementation(x) == "torch" and int(dead.sum()) > SPARSE_FROM * k_aux:
+    if not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < int(dead.sum()):
         return sparse_gradients(
             x,
             residual,

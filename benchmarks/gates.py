@@ -1,0 +1,134 @@
+"""What must be right before anything is timed. Each check raises AssertionError and says by how much.
+
+A trainer of the same mathematics must take the reference's step: the same selection, loss and gradients
+(Adam's first moments after one step), at the size that is timed. A trainer of other mathematics (another
+aux loss, clipping, an unconstrained decoder, per-token selection) must reconstruct as the reference does
+from equal weights, and its explained variance after the same steps must be close to ours: none may be
+fast by not training, and ours may not be fast by training worse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from measure import Shape, activations
+from torch import Tensor
+from trainers import DEAD_AFTER, RUNNERS, Problem, Runner, Weights
+
+from fastsae_kernels import reference
+
+RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}
+"""Of the norm. fp32: sums of up to F products in another order, a few times sqrt(F) half-units. bf16:
+each operand is rounded to 8 bits (2^-9), in up to four products one after the other."""
+COARSE = 0.2
+"""Of the gradients' norm, where bf16 rounds the pre-activations before selecting: about 2 % of the selected
+are then others, near the threshold, and the error is the square root of that share."""
+RECONSTRUCTION = 1e-3
+"""Of the reconstruction's norm, from equal weights in fp32: latents at the threshold may change places."""
+TRAINED, TRAINED_STEPS, TRAINED_LR = Shape(256, 64, 512, 8), 300, 3e-3
+CLOSE = 0.1
+"""By how much explained variance after ``TRAINED_STEPS`` steps may differ: peers' schedules are made for
+runs hundreds of times as long, so this finds what does not train, not which trains best
+(``quality.py`` compares that)."""
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def require_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = relative_error(found, expected)
+    assert error <= tolerance, (
+        f"{what}: relative error {error:.2e}, at most {tolerance:.0e} allowed"
+    )
+
+
+def unambiguous(problem: Problem, search: int = 512) -> Problem:
+    """``problem`` with a k near its own at which selection cannot depend on rounding.
+
+    Of the gaps between neighbouring values around the K-th largest, the selection ends at the widest.
+    """
+    weights, x = Weights(problem), problem.batches[0]
+    pre = reference.pre_activations(x, weights.W_dec.T, weights.b_enc, weights.b_dec)
+    K, search = problem.shape.K, min(search, problem.shape.K - 1)
+    values = pre.flatten().topk(K + search + 1).values[K - search :]
+    at = K - search + 1 + int((values[:-1] - values[1:]).argmax())
+    return dataclasses.replace(
+        problem, shape=dataclasses.replace(problem.shape, k=(at + 0.5) / len(x))
+    )
+
+
+@torch.no_grad()
+def check_step(runner_type: type[Runner], problem: Problem) -> None:
+    """One step is the reference's: selection, loss, and both weights' gradients."""
+    if problem.low:
+        batches = [x.bfloat16().float() for x in problem.batches]
+        problem = dataclasses.replace(problem, batches=batches, rounded=True)
+    problem = unambiguous(problem)
+    runner, weights, x = runner_type(problem), Weights(problem), problem.batches[0]
+    with torch.enable_grad():
+        runner.run(1)
+    state = reference.initial_state(weights.W_dec, weights.b_dec)
+    since = state.tokens_since_active
+    if problem.dead is not None:
+        since = since.masked_fill(problem.dead, DEAD_AFTER)
+    # As given: the reference starts from rows of unit norm to the last bit.
+    params = reference.Gradients(weights.W_dec.T, weights.b_enc, weights.W_dec, weights.b_dec)
+    state = dataclasses.replace(state, tokens_since_active=since, params=params)
+    settings = reference.Settings(k=problem.shape.k, k_aux=problem.k_aux, lr=problem.lr)
+    expected = reference.train_step(state, x, settings)
+    if problem.dead is not None:
+        assert expected.aux > 0, "the aux loss does not run"
+    coarse = problem.low and runner_type.coarse_selection
+    tolerance = COARSE if coarse else RELATIVE[problem.precision]
+    for name, found, at in zip(("W_enc", "W_dec"), runner.moments(), (0, 2), strict=True):
+        moment = expected.state.moments[at].m
+        require_close(
+            f"gradient of {name}", found, moment.T if name == "W_enc" else moment, tolerance
+        )
+    counts = getattr(getattr(runner, "result", None), "counts", None)
+    if counts is not None:
+        wrong = int((counts != expected.mask.sum(0)).sum())
+        assert wrong == 0, f"selection: {wrong} latents have other counts than the reference"
+
+
+@torch.no_grad()
+def check_reconstruction(runner_type: type[Runner], problem: Problem) -> None:
+    """From equal weights the reference's reconstruction, hence its loss."""
+    runner, weights, x = runner_type(problem), Weights(problem), problem.batches[0]
+    params = (weights.W_dec.T, weights.b_enc, weights.b_dec)
+    pre = reference.pre_activations(x, *params)
+    mask = (
+        reference.topk_mask(pre, int(problem.shape.k))
+        if runner.per_token
+        else reference.batch_topk_mask(pre, problem.shape.K)
+    )
+    expected = reference.decode(pre * mask, weights.W_dec, weights.b_dec)
+    tolerance = RECONSTRUCTION if problem.precision == "fp32" else RELATIVE["bf16"]
+    require_close("reconstruction", runner.reconstruct(x), expected, tolerance)
+
+
+def trained_variance(runner_type: type[Runner], device: str) -> float:
+    """Explained variance after ``TRAINED_STEPS`` steps at a small size, on the data trained on."""
+    batches = activations(TRAINED, 16, device)
+    runner = runner_type(Problem(TRAINED, batches, device, lr=TRAINED_LR))
+    runner.run(TRAINED_STEPS)
+    x = torch.cat(batches[:4])
+    parts = [runner.reconstruct(batch) for batch in batches[:4]]
+    return float(reference.explained_variance(x, torch.cat(parts)))
+
+
+def check(name: str, problem: Problem) -> dict[str, float]:
+    """All that is asked of trainer ``name`` before its steps of ``problem`` are timed."""
+    runner_type = RUNNERS[name]
+    if runner_type.exact:
+        check_step(runner_type, problem)
+        return {}
+    check_reconstruction(runner_type, problem)
+    variance = trained_variance(runner_type, problem.device)
+    ours = trained_variance(RUNNERS["fastsae"], problem.device)
+    assert abs(ours - variance) <= CLOSE, (
+        f"explained variance after {TRAINED_STEPS} steps: {variance:.3f}, ours {ours:.3f}"
+    )
+    return {"explained_variance": variance, "explained_variance_ours": ours}
