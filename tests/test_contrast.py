@@ -73,7 +73,7 @@ def documents(n: int, seed: int, planted: bool = False) -> Pooled:
     mean = torch.rand(n, 400, generator=generator)
     mean *= torch.rand(n, 400, generator=generator) < 0.3
     if planted:
-        mean[:, :3] += 0.3 + 0.4 * torch.rand(n, 3, generator=generator)
+        mean[:, :3] += 0.6 + 0.4 * torch.rand(n, 3, generator=generator)
     return Pooled(mean, mean > 0, mean @ torch.randn(400, 16, generator=torch.Generator()))
 
 

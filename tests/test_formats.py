@@ -353,8 +353,13 @@ def test_what_is_not_one_sae_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match=r"none of sae_weights.safetensors, .*ae.pt.* is there$"):
         fastsae.load(tmp_path / "empty")
-    with pytest.raises(FormatError, match="is a file; give the folder"):
-        fastsae.load(tmp_path / "run" / "layer_3" / "cfg.json")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert fastsae.load(tmp_path / "run" / "layer_3" / name).d_sae == 40
+    (tmp_path / "run" / "mine.pt").write_bytes(b"")
+    with pytest.raises(
+        FormatError, match="is a file of a name fastsae does not know.*sae.safetensors"
+    ):
+        fastsae.load(tmp_path / "run" / "mine.pt")
     with pytest.raises(FormatError, match="does not exist; give a folder"):
         fastsae.load(tmp_path / "nowhere")
     small_sae().save(tmp_path / "both")

@@ -35,7 +35,7 @@ class Source:
     """The language model: an id on the hub or a directory. [what the SAE says]"""
     layer: int | None = None
     """Decoder layer whose output the SAE reads (0 is the first). [what the SAE says]"""
-    quantization: Literal["nf4", "none"] | None = None
+    quantization: Literal["nf4", "nf4-dequantized", "none"] | None = None
     """Weights of the language model. [what the SAE says, or none]"""
     context_length: int | None = None
     """Tokens per row given to the language model. [what the SAE says, or 128]"""

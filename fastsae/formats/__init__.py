@@ -84,7 +84,7 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
     """Read an SAE, in eval mode, from a folder or the Hugging Face hub; the format is detected.
 
     Args:
-        source: a folder, or ``"owner/name"`` or ``"owner/name/folder"`` on the hub.
+        source: a folder, a file of an SAE in it, or ``"owner/name"`` or ``"owner/name/folder"`` on the hub.
         device: where the SAE is put.
 
     An SAE that fastsae saved comes back as it was: the exact ``k``, the threshold and the metadata,
@@ -143,7 +143,13 @@ def _local_folder(source: str | Path) -> Path:
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise FormatError(f"{directory} is a file; give the folder that holds the SAE")
+        known = {file for m in FORMATS.values() for file in (m.CONFIG, *m.WEIGHTS)}
+        if directory.name in known:
+            return directory.parent
+        raise FormatError(
+            f"{directory} is a file of a name fastsae does not know; expected a folder, or one of "
+            f"{', '.join(sorted(known))} in it"
+        )
     repository = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+?))?/*", str(source))
     if repository is None:
         raise FormatError(

@@ -217,10 +217,13 @@ def take_tensors(
         )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
-            raise FormatError(
-                f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}; config and weights "
-                f"do not belong together, or a matrix was stored transposed"
+            found = tuple(tensors[name].shape)
+            reason = (
+                "the matrix is stored transposed: the program that wrote it keeps another format"
+                if found == shape[::-1] and found != shape
+                else "config and weights do not belong together"
             )
+            raise FormatError(f"{name} has shape {found}, expected {shape}; {reason}")
     _require_finite(tensors)
     return tensors
 
