@@ -182,7 +182,7 @@ class AutogradStep(TrainStep):
         self._optimizer.zero_grad(set_to_none=True)
         objective.backward()
         with torch.no_grad():
-            gradients = [p.grad for p in self._parameters.values()]
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             assert sae.W_dec.grad is not None
             project_gradient_(sae.W_dec, sae.W_dec.grad)
             if config.clip_norm is not None:
