@@ -137,7 +137,9 @@ def test_gradients_of_the_loss_and_of_the_whole_step_agree():
     mask = torch.rand(TOKENS, LATENTS) < 0.3
     pre = reference.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
     residual = x - reference.decode(pre * mask, params.W_dec, params.b_dec)
-    options = {"aux_coefficient": 0.5, "normalization": "residual_variance"}
+    options = {
+        "aux_coefficient": 0.5, "normalization": "residual_variance", "objective": "plain",
+    }  # fmt: skip
     both = reference.gradients(x, params, mask, since >= 50, k_aux=K_AUX, **options)
     alone = reference.gradients(x, params, mask, since >= 50, k_aux=0, **options)
     difference = [a - b for a, b in zip(both, alone, strict=True)]

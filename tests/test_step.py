@@ -303,3 +303,25 @@ def test_graphs_replay_the_same_bits() -> None:
     assert eager.dead.any()
     for name, tensor in eager.state_dict().items():
         assert tensor.equal(graphed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_on_equally_many_threads_are_bitwise_equal(threads: int) -> None:
+    """Blocks of latents and tokens that leave a rest, aux-k gathered, on the CPU's own products."""
+    config = dataclasses.replace(CONFIG, d_sae=1100, k=8, k_aux=8)
+    x = torch.randn(300, 48, generator=torch.Generator().manual_seed(2))
+    before, states = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(2):
+            sae = fastsae.SAE(48, 1100, 8, generator=torch.Generator().manual_seed(0))
+            step = STEPS["fused"](sae, config)
+            step.tokens_since_active[:400] = 50
+            for _ in range(3):
+                result = step(x)
+                assert result.aux > 0
+                step.tokens_since_active[:400] = 50
+            states.append(step.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
