@@ -238,7 +238,7 @@ def run(config: ContrastConfig) -> None:
     """Compare, print the table, and write what there is to write."""
     from .dashboard import Collector, write_report_page
     from .evaluation import evaluate
-    from .stream.text import open_files
+    from .stream.files import open_files
 
     for name in ("positive", "negative"):
         if not getattr(config, name):

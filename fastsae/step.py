@@ -187,7 +187,9 @@ class AutogradStep(TrainStep):
             project_gradient_(sae.W_dec, sae.W_dec.grad)
             if config.clip_norm is not None:
                 norm = torch.stack([g.norm() for g in gradients]).norm()
-                torch._foreach_mul_(gradients, clip_factor(norm, config.clip_norm))
+                clip = clip_factor(norm, config.clip_norm)
+                for gradient in gradients:
+                    gradient *= clip
             for state in self._optimizer.state.values():
                 state["step"].copy_(self.updates)
             self._optimizer.step()

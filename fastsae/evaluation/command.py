@@ -97,7 +97,8 @@ class EvaluateConfig(Source):
 def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutText:
     """The text that ``config`` asks for, tokenised."""
     from .. import demo
-    from ..stream.text import open_dataset, open_files
+    from ..stream.dataset import open_dataset
+    from ..stream.files import open_files
 
     tokens = config.tokens or _TRAINING.eval_tokens
     if config.text_files:
