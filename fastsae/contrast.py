@@ -254,8 +254,8 @@ def run(config: ContrastConfig) -> None:
     }
     sae, model = config.open()
     context = config.context(sae)
-    sides = [pool(sae, model, t, context, config.batch_rows) for t in texts.values()]
-    result = contrast(*sides, config.fdr, config.probe_latents, config.seed)
+    positive, negative = (pool(sae, model, t, context, config.batch_rows) for t in texts.values())
+    result = contrast(positive, negative, config.fdr, config.probe_latents, config.seed)
     print(describe(result))  # noqa: T201
     directory = Path(config.out or config.sae)
     if config.out is None and not directory.is_dir():

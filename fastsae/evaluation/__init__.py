@@ -93,7 +93,7 @@ def inference_modes(sae: SAE) -> tuple[Inference, ...]:
     if not isinstance(sae.activation, BatchTopK):
         return ("threshold",) if isinstance(sae.activation, JumpReLU) else ("topk",)
     own = sae.activation.inference
-    modes = [own, *(mode for mode in INFERENCE_MODES if mode != own)]
+    modes: list[Inference] = [own, *(mode for mode in INFERENCE_MODES if mode != own)]
     if not float(sae.activation.threshold) > 0:
         modes.remove("threshold")
     return tuple(modes)

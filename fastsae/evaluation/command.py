@@ -80,7 +80,7 @@ class EvaluateConfig(Source):
     """Split of the data set."""
     text_column: str = _TRAINING.text_column
     """Column that holds the text."""
-    seed: int = _TRAINING.seed
+    seed: int = _TRAINING.initial_seed
     """Order of the text. With the text and the seed of a training run, its first tokens are held out."""
     tokens: int | None = None
     """Tokens of text to evaluate on. [as many as training holds out: 65536, in the demo 16384]"""

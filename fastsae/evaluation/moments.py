@@ -21,8 +21,10 @@ class Moments:
 
     def add(self, x: Tensor, documents: Tensor) -> None:
         """Take in activations ``x [n, D]`` of ``documents [n]``."""
+        if not len(x):
+            return
         x = x.double()
-        if self._shift is None and len(x):
+        if self._shift is None:
             self._shift = x.mean(0)
         for half in (0, 1):
             rows = x[(documents % 2 == half).to(x.device)] - self._shift

@@ -47,7 +47,9 @@ class SplicedModel:
         self.name, self.layer, self.tokenizer = name, layer, tokenizer
         self.d_model: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
-        self.device: torch.device = self._decoder.get_input_embeddings().weight.device
+        embedding = self._decoder.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        self.device = embedding.device
 
     @classmethod
     def load(
@@ -112,6 +114,7 @@ class SplicedModel:
     def unembedding(self) -> tuple[Tensor, Tensor, bool]:
         """``[V, D]`` unembedding; ``[D]`` gain of the final norm; whether that norm subtracts the mean."""
         head = self._model.get_output_embeddings()
+        assert head is not None
         norms = [m for _, m in self._decoder.named_children() if _is_norm(m)]
         # The gain as the norm applies it, however it is parametrised (w, or 1 + w): a vector of signs
         # has mean 0 and mean square 1, and a bias cancels in the difference.
