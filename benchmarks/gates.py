@@ -59,13 +59,18 @@ def unambiguous(problem: Problem, search: int = 512) -> Problem:
     )
 
 
-@torch.no_grad()
-def check_step(runner_type: type[Runner], problem: Problem) -> None:
-    """One step is the reference's: selection, loss, and both weights' gradients."""
+def settled(problem: Problem) -> Problem:
+    """``problem`` without what rounding alone could decide: a selection at a gap, of bf16 numbers if low."""
     if problem.low:
         batches = [x.bfloat16().float() for x in problem.batches]
         problem = dataclasses.replace(problem, batches=batches, rounded=True)
-    problem = unambiguous(problem)
+    return unambiguous(problem)
+
+
+@torch.no_grad()
+def check_step(runner_type: type[Runner], problem: Problem) -> None:
+    """One step is the reference's: selection, loss, and both weights' gradients."""
+    problem = settled(problem)
     runner, weights, x = runner_type(problem), Weights(problem), problem.batches[0]
     with torch.enable_grad():
         runner.run(1)

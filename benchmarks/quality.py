@@ -23,7 +23,6 @@ import functools
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -147,9 +146,7 @@ def measure(
     train: Trainer, batches: list[Tensor], setting: Setting, held_out: Tensor
 ) -> dict[str, Any]:
     """Train on ``batches`` and evaluate on ``held_out``, selecting over the batch and by threshold."""
-    start = time.perf_counter()
     sae = train([batch.clone() for batch in batches], setting)
-    seconds = time.perf_counter() - start
     batch = evaluate(sae, held_out, "batch")["batch"]
     threshold = evaluate(sae, held_out, "threshold")["threshold"]
     return {
@@ -158,7 +155,6 @@ def measure(
         "l0": batch.l0,
         "threshold_explained_variance": threshold.explained_variance,
         "threshold_l0": threshold.l0,
-        "seconds": seconds,
     }
 
 
@@ -332,7 +328,7 @@ def main() -> None:
                 write_runs(args.out, rows)
                 print(
                     f"{name} | seed {seed} | {trainer}: EV {result['explained_variance']:.4f}, "
-                    f"alive {result['alive_fraction']:.4f}, {result['seconds']:.0f} s",
+                    f"alive {result['alive_fraction']:.4f}",
                     flush=True,
                 )
     print(table(rows))
