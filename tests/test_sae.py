@@ -143,7 +143,7 @@ class TestLoss:
         loss.loss.backward()
         expected = ref.gradients(
             x, ref.Gradients(sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach()),
-            loss.latents > 0, dead, aux_coefficient=0.0625, k_aux=3,
+            loss.latents > 0, dead, aux_coefficient=0.0625, k_aux=3, objective="plain",
         )  # fmt: skip
         for name, gradient in expected._asdict().items():
             torch.testing.assert_close(getattr(sae, name).grad, gradient, msg=name)

@@ -25,12 +25,12 @@ from torch import Tensor
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
 
-AUX_GAIN = 1000.0
-"""What the log objective multiplies aux-k by: the steps that Adam's second moments remember.
+AUX_GAIN = 100.0
+"""What the log objective multiplies aux-k by.
 
-While a dead latent's ``v`` still holds the gradients of its life, aux-k's are too small beside them to
-move it. With the log objective this gain depends on no scale; b_dec, which aux-k also reaches, stands
-it (ten times more it does not).
+While a dead latent's second moment still holds the gradients of its life, aux-k's are too small beside
+them to move it. But aux-k reaches ``b_dec`` as well, which all latents share: ten times this gain made
+runs with many dead latents diverge.
 """
 
 
