@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import cpu_name
 from torch import Tensor
 
 import fastsae
@@ -145,21 +146,13 @@ def compare(config: fastsae.TrainConfig, text: str, repeats: int) -> dict[str, A
             )
         },
         "about": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }  # fmt: skip
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ class Problem:
 
     @property
     def k_aux(self) -> int:
-        """Dead latents per token in our aux loss; the peers have their own."""
-        return max(1, round(2 * self.shape.k))
+        """Dead latents per token in everybody's aux loss: what the peers take. Our own default is 2k."""
+        return max(1, self.shape.D // 2)
 
     @property
     def low(self) -> bool:
@@ -122,6 +122,7 @@ class Fastsae(Runner):
             k=p.shape.k,
             batch_size=p.shape.B,
             lr=p.lr,
+            k_aux=p.k_aux,
             dead_after_tokens=DEAD_AFTER,
             normalize="none",
             precision=p.precision,  # pyright: ignore
@@ -178,13 +179,16 @@ def dense_objective(
     k_aux: int,
 ) -> tuple[Tensor, Tensor]:
     """What is minimised, and which latents were active ``[F]``; everything dense, ``W_enc [F, D]``."""
-    active = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+    pre = (x - b_dec) @ W_enc.T + b_enc
+    active = torch.relu(pre)
     top = active.flatten().topk(K, sorted=False)
     z = torch.zeros_like(active).flatten().scatter(0, top.indices, top.values).view_as(active)
     residual = x - (z @ W_dec + b_dec)
     objective = residual.float().square().sum(1).mean().log()
     if dead is not None:
-        best = torch.where(dead, active, 0).topk(k_aux, dim=-1, sorted=False)
+        # Zero, and its gradient takes back what aux-k would give b_dec: cheaper than another product.
+        given = torch.relu(pre + (b_dec - b_dec.detach()) @ W_enc.T)
+        best = torch.where(dead, given, 0).topk(k_aux, dim=-1, sorted=False)
         z_aux = torch.zeros_like(active).scatter(-1, best.indices, best.values)
         target = residual.detach().float()
         error = (z_aux @ W_dec - target).float().square().mean()

@@ -229,7 +229,8 @@ class SAE(nn.Module):
         aux = torch.zeros_like(error)
         if dead is not None and aux_coefficient > 0:
             aux = reference.aux_k_loss(
-                pre,
+                # b_dec as given: aux-k moves the dead latents, and nothing that the others share.
+                self._pre_activations(scaled, self.b_dec.detach()),
                 scaled - x_hat,
                 self._operand(self.W_dec),
                 dead,
@@ -279,9 +280,10 @@ class SAE(nn.Module):
 
     # --- the two halves of encode ---
 
-    def _pre_activations(self, scaled: Tensor) -> Tensor:
+    def _pre_activations(self, scaled: Tensor, b_dec: Tensor | None = None) -> Tensor:
         # The difference is taken in full precision, and only then rounded to the operands'.
-        return self._operand(scaled - self.b_dec) @ self._operand(self.W_enc) + self.b_enc
+        centred = scaled - (self.b_dec if b_dec is None else b_dec)
+        return self._operand(centred) @ self._operand(self.W_enc) + self.b_enc
 
     def _select(
         self, pre: Tensor, inference: Inference | None, budget: int | None = None

@@ -136,7 +136,8 @@ def autograd(
     pre = ref.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
     x_hat = ref.decode(pre * mask, params.W_dec, params.b_dec)
     dead = state.tokens_since_active >= s.dead_after_tokens
-    aux = ref.aux_k_loss(pre, x - x_hat, params.W_dec, dead, s.k_aux, s.aux_normalization, x)
+    given = ref.pre_activations(x, params.W_enc, params.b_enc, params.b_dec.detach())
+    aux = ref.aux_k_loss(given, x - x_hat, params.W_dec, dead, s.k_aux, s.aux_normalization, x)
     error = ref.squared_error(x, x_hat)
     loss = error + s.aux_coefficient * aux
     if s.objective == "log":
@@ -182,6 +183,20 @@ class TestGradients:
         assert (g.W_enc.norm(dim=0) > 0).equal(used)
         assert (g.W_dec.norm(dim=1) > 0).equal(used)
         assert (g.b_enc.abs() > 0).equal(used)
+
+    @pytest.mark.parametrize("objective", ["log", "plain"])
+    def test_aux_k_leaves_the_shared_bias_alone(self, objective: str) -> None:
+        state, x = small_problem(1)
+        mask = torch.rand(len(x), 40, generator=torch.Generator().manual_seed(1)) < 0.1
+        dead = state.tokens_since_active > 0
+        none, strong = (
+            ref.gradients(
+                x, state.params, mask, dead, aux_coefficient=c, k_aux=3, objective=objective
+            )
+            for c in (0.0, 10.0)
+        )
+        assert none.b_dec.equal(strong.b_dec) and none.b_dec.any()
+        assert not none.b_enc.equal(strong.b_enc)
 
     def test_aux_target_is_detached(self) -> None:
         state, x = small_problem(2)

@@ -10,6 +10,9 @@ Per latent ``f``, with ``(b, z)`` its actives (its CSC segment) and ``dY = dL/dx
 and then
     db_dec   = Σ_b dY[b] - Σ_f db_enc[f] · W_enc[f]  (W_enc before its update);  Adam on b_dec
 
+Extra gradients of some rows (aux-k's) are added to ``dW_dec``, ``dW_enc`` and ``db_enc``, and not to
+``db_dec``: they move the latents they belong to and nothing that others share.
+
 ``W_enc`` and ``W_dec`` are both stored ``[F, D]``: one latent, one row of each. The gradients of a row
 exist only while its program runs; the dense ``[F, D]`` gradient never does. A latent without actives
 still gets its Adam step, with a zero gradient. Gradients are of the master weights.
@@ -324,6 +327,9 @@ def _encoder_kernel(
             gradient += tl.load(chunk_dW_enc_ptr + there, mask=inside, other=0.0)
         # Σ dz·(x - b_dec), centred once: b_dec would occupy registers all through the loop.
         gradient -= db_enc * tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+        at = f * D + columns
+        w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
+        db_dec += db_enc * w
         if slots_ptr is not None:
             slot = tl.load(slots_ptr + f).to(tl.int64)
             there = inside & (slot >= 0)
@@ -331,10 +337,6 @@ def _encoder_kernel(
             db_enc += tl.load(extra_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
 
         tl.store(db_enc_ptr + f, db_enc, mask=tile == 0)
-
-        at = f * D + columns
-        w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
-        db_dec += db_enc * w
         if squares_ptr is not None:
             tl.store(squares_ptr + tile.to(tl.int64) * F + f, tl.sum(gradient * gradient, 0))
         else:
@@ -537,6 +539,7 @@ class _Block(NamedTuple):
     dW_enc: Tensor
     db_enc: Tensor
     dW_dec: Tensor
+    db_dec: Tensor  # what these latents take from it
 
 
 def _gradient_blocks(
@@ -563,6 +566,7 @@ def _gradient_blocks(
         # <dW_dec, w> is the same sum over z·<dY, w>, so the gradient need not be read for it.
         ends = offsets.long()
         db_enc = torch.segment_reduce(dz, "sum", offsets=ends, initial=0)
+        db_dec = w_enc.T @ db_enc
         along = torch.segment_reduce(dz * z[entries], "sum", offsets=ends, initial=0)
         if extra is not None:
             slots = extra.slots[at]
@@ -575,7 +579,7 @@ def _gradient_blocks(
             db_enc.index_add_(0, here, extra.b_enc[slots])
         norm2 = torch.linalg.vector_norm(w_dec, dim=1).square().clamp_min(torch.finfo(work).tiny)
         dW_dec.addcmul_(w_dec, (along / norm2)[:, None], value=-1)
-        yield _Block(at, w_enc, w_dec, dW_enc, db_enc, dW_dec)
+        yield _Block(at, w_enc, w_dec, dW_enc, db_enc, dW_dec, db_dec)
 
 
 def _gradient_norm_torch(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra) -> Tensor:
@@ -584,7 +588,7 @@ def _gradient_norm_torch(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extr
     for block in _gradient_blocks(W_enc, W_dec, b_dec, values, csc, x, dY, dY_scale, extra):
         for gradient in (block.dW_enc, block.db_enc, block.dW_dec):
             squares += torch.linalg.vector_norm(gradient).square()
-        db_dec -= block.w_enc.T @ block.db_enc
+        db_dec -= block.db_dec
     return (squares + db_dec.square().sum()).sqrt()
 
 
@@ -611,7 +615,7 @@ def _fused_update_torch(
     db_dec = dY.sum(0, dtype=b_dec.weight.dtype) * dY_scale
     for block in _gradient_blocks(W_enc, W_dec, b_dec.weight, values, csc, x, dY, dY_scale, extra):
         at = block.at
-        db_dec -= block.w_enc.T @ block.db_enc
+        db_dec -= block.db_dec
         m, v = zip(_moment_block(W_enc, at), _moment_block(W_dec, at), strict=True)
         adam(
             [block.w_enc, block.w_dec, b_enc.weight[at]],

@@ -25,12 +25,11 @@ from torch import Tensor
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
 
-AUX_GAIN = 100.0
+AUX_GAIN = 300.0
 """What the log objective multiplies aux-k by.
 
 While a dead latent's second moment still holds the gradients of its life, aux-k's are too small beside
-them to move it. But aux-k reaches ``b_dec`` as well, which all latents share: ten times this gain made
-runs with many dead latents diverge.
+them to move it. More of it revives more latents and costs explained variance where many die.
 """
 
 
@@ -230,7 +229,8 @@ def gradients(
     ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
     ``db_enc[f] = Σ dz`` and ``db_dec = Σ_b dY - Σ_f db_enc[f] W_enc[f]``. Aux-k adds terms of the same
-    form; its target is detached, so none of them reaches ``dY``.
+    form to the dead latents' rows; its target is detached, so none of them reaches ``dY``, and its
+    pre-activations take ``b_dec`` as given, so none reaches ``db_dec``.
     """
     W_enc, b_enc, W_dec, b_dec = params
     centred = x - b_dec
@@ -244,6 +244,7 @@ def gradients(
         aux_coefficient *= AUX_GAIN
     dz = (dY @ W_dec.T) * mask
     dW_dec = z.T @ dY
+    db_dec = dY.sum(0) - W_enc @ dz.sum(0)
 
     n_dead = int(dead.sum())
     if n_dead and k_aux:
@@ -255,8 +256,7 @@ def gradients(
         dz = dz + (dE @ W_dec.T) * mask_aux
         dW_dec = dW_dec + z_aux.T @ dE
 
-    db_enc = dz.sum(0)
-    return Gradients(centred.T @ dz, db_enc, dW_dec, dY.sum(0) - W_enc @ db_enc)
+    return Gradients(centred.T @ dz, dz.sum(0), dW_dec, db_dec)
 
 
 # --- update -------------------------------------------------------------------------------------
