@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError
+from .files import save_tensors
 from .sae import SAE
 
 _NAME = re.compile(r"step_(\d+)")
@@ -64,7 +65,7 @@ def save(
         state = {
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE_FILE
         }
-        save_file(state, aside / "state.safetensors")
+        save_tensors(state, aside / "state.safetensors")
         checksums = {name: _checksum(aside / name) for name in _TENSOR_FILES}
         content = json.dumps({**meta, "checksums": checksums}, indent=1)
         (aside / "state.json").write_text(content, encoding="utf-8")

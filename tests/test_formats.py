@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import stat
 import zipfile
 from pathlib import Path
 
@@ -250,6 +251,16 @@ def test_a_view_of_a_larger_tensor_is_saved_alone(tmp_path):
     assert contents(sae.save(tmp_path / "view")) == expected
 
 
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        small_sae().save(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {"-rw-r-----"}, modes
+
+
 def test_some_files_alone(tmp_path):
     files = ("cfg.json", "sae_weights.safetensors")
     small_sae().save(tmp_path, files=files)
@@ -301,7 +312,9 @@ def test_a_folder_keeps_to_one_format(tmp_path):
 # --- interruptions ---
 
 
-@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "fastsae.formats.files.save_file"])
+@pytest.mark.parametrize(
+    "failing", ["torch.save", "os.fsync", "fastsae.formats.files.save_tensors"]
+)
 def test_a_failure_while_writing_leaves_the_old_sae(tmp_path, monkeypatch, failing):
     small_sae(seed=1).save(tmp_path)
     before = contents(tmp_path)

@@ -11,10 +11,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import save_tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def replace_files(directory: Path, contents: dict[str, Any], last: str) -> None:
             if path.suffix == ".json":
                 path.write_bytes(encoded[name])
             elif path.suffix == ".safetensors":
-                save_file(content, path)
+                save_tensors(content, path)
             else:
                 # The archive inside is named after the file, so the name aside must be the final one.
                 torch.save(content, path)

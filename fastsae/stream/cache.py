@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
+from ..files import save_tensors
 from .chunks import Harvest, to_device
 
 log = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> int:
     """Write under another name first: a file of that name is whole. Returns its size in bytes."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, aside)
+        save_tensors(tensors, aside)
         os.replace(aside, path)
     except (OSError, safetensors.SafetensorError) as error:
         aside.unlink(missing_ok=True)
