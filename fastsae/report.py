@@ -81,11 +81,12 @@ def write_report(
         density=density,
         pca_explained_variance=summary["pca_explained_variance"],
     )
+    # Said before the page is made: a large language model reads the held-out text for a while.
+    log.info("%s", _describe(directory, config, summary))
     summary["report"] = _write_page(directory, sae, config, text)
     aside = directory / ".summary.partial"
     aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, directory / "summary.json")
-    log.info("%s", _describe(directory, config, summary))
     return summary
 
 
@@ -95,7 +96,13 @@ def _write_page(
     """Write ``report.html``; a failure is logged and costs the run nothing, for the SAE is saved."""
     try:
         if text is None:
-            return write_report_page(directory, sae, title=config.run_name).name
+            page = write_report_page(directory, sae, title=config.run_name)
+            log.info("  look at it          %s", page)
+            return page.name
+        log.info(
+            "  evaluating          the whole language model on %s tokens",
+            f"{sum(map(len, text.rows)):,}",
+        )
         model = SplicedModel.load(
             config.model,
             layer_of(sae.hook_name),
@@ -109,6 +116,7 @@ def _write_page(
         page = write_report_page(
             directory, sae, evaluation, collector, model, text, title=config.run_name
         )
+        log.info("  look at it          %s", page)
         return page.name
     except (FastsaeError, OSError, RuntimeError) as error:
         log.warning(
@@ -141,7 +149,6 @@ def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
         *([f"  peak memory         {peak / 1e9:.2f} GB"] if peak is not None else []),
         f"  SAE                 {directory}/sae_weights.safetensors, cfg.json",
         f"  metrics, picture    {directory}/metrics.jsonl, summary.json, {PICTURE}",
-        *([f"  look at it          {directory}/{s['report']}"] if s["report"] else []),
         f"  load it             fastsae.load({str(directory)!r})",
     ]
     return "\n".join(lines)
