@@ -116,7 +116,7 @@ def cases(shape: Shape):
 @pytest.mark.parametrize(
     "number",
     range(sum(map(len, GRID.values()))),
-    ids=lambda i: "{} {}".format(*list(cases(Shape(1024, 1536, 24576, 64)))[i]),
+    ids=[f"{axis} {value}" for axis, values in GRID.items() for value in values],
 )
 def bench_scaling(benchmark, request, shape, device, number):
     if request.config.fastsae_scale in ("tiny", "small"):

@@ -68,7 +68,12 @@ class Pooled:
 
 @torch.no_grad()
 def pool(
-    sae: SAE, model: SplicedModel, texts: Iterable[str], context_length: int, rows: int = 32
+    sae: SAE,
+    model: SplicedModel,
+    texts: Iterable[str],
+    context_length: int,
+    rows: int = 32,
+    outlier_norm: float | None = None,
 ) -> Pooled:
     """Run documents through the model and the SAE; one row for each document with a measured token."""
     text = HeldOutText.tokenize(texts, model.tokenizer, context_length)
@@ -77,7 +82,7 @@ def pool(
     mean, dense = torch.zeros(count, sae.d_sae), torch.zeros(count, sae.d_in)
     longest = max(map(len, text.rows))
     rows = max(1, min(rows, 2**27 // (longest * sae.d_sae)))
-    for batch, measured, x in text_activations(model, text, rows):
+    for batch, measured, x in text_activations(model, text, rows, outlier_norm):
         documents = batch.documents_of(measured)
         z = sae.encode(x.to(sae.W_dec.device)).float().cpu()
         tokens.index_add_(0, documents, torch.ones(len(z), 1))
@@ -254,7 +259,10 @@ def run(config: ContrastConfig) -> None:
     }
     sae, model = config.open()
     context = config.context(sae)
-    positive, negative = (pool(sae, model, t, context, config.batch_rows) for t in texts.values())
+    outliers = config.outliers(sae)
+    positive, negative = (
+        pool(sae, model, t, context, config.batch_rows, outliers) for t in texts.values()
+    )
     result = contrast(positive, negative, config.fdr, config.probe_latents, config.seed)
     print(describe(result))  # noqa: T201
     directory = Path(config.out or config.sae)
@@ -267,7 +275,13 @@ def run(config: ContrastConfig) -> None:
     text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
     collector = Collector(sae.d_sae, sae.W_dec.device)
     evaluation = evaluate(
-        sae, text, model=model, losses=False, rows=config.batch_rows, observers=[collector]
+        sae,
+        text,
+        model=model,
+        losses=False,
+        rows=config.batch_rows,
+        outlier_norm=outliers,
+        observers=[collector],
     )
     shown = {"contrast": {"latents": result["latents"], "summary": summary(result)}}
     page = write_report_page(

@@ -111,7 +111,12 @@ def _write_page(
         )
         collector = Collector(sae.d_sae, sae.W_dec.device)
         evaluation = evaluate(
-            sae, text, model=model, rows=config.harvest_batch, observers=[collector]
+            sae,
+            text,
+            model=model,
+            rows=config.harvest_batch,
+            outlier_norm=config.outlier_norm,
+            observers=[collector],
         )
         page = write_report_page(
             directory, sae, evaluation, collector, model, text, title=config.run_name

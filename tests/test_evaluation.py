@@ -121,6 +121,33 @@ def test_losses_are_what_they_are_defined_as() -> None:
     assert result["topk"].kl == pytest.approx(mean["kl"], rel=1e-4)
 
 
+def test_outliers_are_left_out_and_left_as_they_are() -> None:
+    model = SplicedModel.load(models.llama(), 2)
+    text, sae = text_for(model), small_sae(64, 128, 8)
+    (batch,) = text.batches(len(text))
+    residual = model.residual(batch.tokens)
+    norms = residual.norm(dim=-1)
+    kept = batch.text & (norms <= 1.1 * norms[batch.text].median())
+    assert 0 < int((batch.text & ~kept).sum()) < int(batch.text.sum()) / 2
+    result = evaluate(sae, text, "topk", model=model, rows=len(text), outlier_norm=1.1)
+    alone = evaluate(sae, residual[kept], "topk")
+    assert result.tokens == alone.tokens == int(kept.sum())
+    assert result.outliers == int((batch.text & ~kept).sum())
+    assert result.nonfinite == 0
+    assert result["topk"].explained_variance == pytest.approx(alone["topk"].explained_variance)
+    assert result["topk"].fired.equal(alone["topk"].fired)
+    replaced = residual.clone()
+    replaced[kept] = sae(residual[kept], "topk")
+    logits = model.logits(batch.tokens, replaced)[0]
+    losses = plain_cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none"
+    )
+    inside = torch.arange(1, logits.shape[1]) < batch.lengths[:, None]
+    expected = losses[batch.text[:, :-1] & inside].mean()
+    assert result["topk"].cross_entropy == pytest.approx(float(expected), rel=1e-5)
+    assert evaluate(sae, text, "topk", model=model, outlier_norm=float("inf")).outliers == 0
+
+
 class _Hooked:
     """A transformers model as SAELens's evaluator calls a model: logits, losses per token, hooks."""
 
@@ -247,8 +274,17 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = json.loads((tmp_path / "sae/evaluation.json").read_text())
     assert saved["tokens"] == 300 and set(saved["modes"]) == {"topk", "threshold", "batch"}
     assert (tmp_path / "sae/report.html").is_file()
+    assert saved["outliers"] == 0
     assert main([*given, "--layer", "9"]) == 2
     assert "has 4 layers" in capsys.readouterr().err
+    # What the SAE was trained with is what it is evaluated with, unless told otherwise.
+    small_sae(64, 128, 8, metadata=sae.metadata | {"outlier_norm": 1.01}).save(tmp_path / "sae")
+    quick = [*given, "--tokens", "300", "--no-report", "--no-losses"]
+    for more, expected in (([], True), (["--outlier-norm", "inf"], False)):
+        assert main([*quick, *more]) == 0
+        assert (" is an outlier" in capsys.readouterr().out) == expected
+    assert main([*quick, "--outlier-norm", "1"]) == 2
+    assert "greater than 1" in capsys.readouterr().err
 
 
 def test_the_function_is_not_shadowed_by_the_command() -> None:

@@ -56,6 +56,8 @@ class Evaluation:
     documents_are: str
     nonfinite: int
     """Tokens whose activation is not finite; they are left out, and left as they are in the model."""
+    outliers: int
+    """Tokens left out, in the same way, because the norm of their activation is far from the others'."""
     pca_components: int
     pca_explained_variance: float | None
     """Of PCA with as many components as latents per token, fitted to half of the documents and scored
@@ -76,6 +78,7 @@ class Evaluation:
             "tokens": self.tokens,
             self.documents_are: self.documents,
             "nonfinite": self.nonfinite,
+            "outliers": self.outliers,
             "interval": f"95 %, bootstrap over {self.documents} {self.documents_are}",
             "pca": {
                 "components": self.pca_components,
@@ -109,6 +112,7 @@ def evaluate(
     losses: bool = True,
     batch_size: int = 1024,
     rows: int = 32,
+    outlier_norm: float | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Evaluate ``sae`` in eval mode; nothing in it changes. Memory does not grow with the tokens.
@@ -121,6 +125,9 @@ def evaluate(
             of the residual stream, and ablated.
         batch_size: tokens at a time, of activations.
         rows: rows of text at a time, at most; fewer where their logits would be too many.
+        outlier_norm: leave out tokens of text whose activation has more than so many times the median
+            norm of its forward pass, as training with ``--outlier-norm`` does. Few such tokens can hold
+            most of the variance.
         observers: called with every batch of text and its latents.
 
     Special tokens are not measured, and keep their residual when others are replaced. Raises
@@ -147,7 +154,7 @@ def evaluate(
         longest = max(map(len, source.rows))
         widest = max(sae.d_sae, model.vocabulary if losses else 0)
         rows = max(1, min(rows, _AT_ONCE // (longest * widest)))
-        return _evaluate_text(sae, source, modes, model, losses, rows, observers)
+        return _evaluate_text(sae, source, modes, model, losses, rows, outlier_norm, observers)
     finally:
         sae.train(was_training)
 
@@ -170,7 +177,7 @@ def _evaluate_activations(
         for mode in modes:
             sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
     scores = {mode: sums[mode].scores() for mode in modes}
-    return _evaluation(sae, scores, moments, len(x), "rows", 0, "activations")
+    return _evaluation(sae, scores, moments, len(x), "rows", 0, 0, "activations")
 
 
 def _evaluate_text(
@@ -180,12 +187,17 @@ def _evaluate_text(
     model: SplicedModel,
     losses: bool,
     rows: int,
+    outlier_norm: float | None,
     observers: Sequence[Observer],
 ) -> Evaluation:
     moments = Moments(sae.d_in, sae.W_dec.device)
-    nonfinite = 0
-    for batch, measured, x in text_activations(model, text, rows):
-        nonfinite += int(batch.text.sum()) - len(x)
+    nonfinite = outliers = 0
+    for batch in text.batches(rows, model.device):
+        residual = model.residual(batch.tokens)
+        measured, x = _measured(batch, residual, outlier_norm)
+        finite_text = int((batch.text & residual.isfinite().all(dim=-1)).sum())
+        nonfinite += int(batch.text.sum()) - finite_text
+        outliers += finite_text - len(x)
         moments.add(x.to(sae.W_dec.device), batch.documents_of(measured))
     if not moments.count:
         raise StreamError(
@@ -196,7 +208,7 @@ def _evaluate_text(
     spliced = _Losses(model, moments.mean) if losses else None
     for batch in text.batches(rows, model.device):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
-        measured, x = _measured(batch, residual)
+        measured, x = _measured(batch, residual, outlier_norm)
         if not len(x):
             continue
         x = x.to(sae.W_dec.device)
@@ -216,21 +228,27 @@ def _evaluate_text(
         for mode in modes:
             spliced.complete(mode, scores[mode])
     documents = len(set(text.documents))
-    result = _evaluation(sae, scores, moments, documents, text.documents_are, nonfinite, text.name)
+    result = _evaluation(
+        sae, scores, moments, documents, text.documents_are, nonfinite, outliers, text.name
+    )
     result.losses = {} if spliced is None else spliced.losses()
     return result
 
 
 def text_activations(
-    model: SplicedModel, text: HeldOutText, rows: int = 32
+    model: SplicedModel, text: HeldOutText, rows: int = 32, outlier_norm: float | None = None
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Every batch of ``text``, the mask ``[n, t]`` of what is text and finite, and x ``[m, D]`` there."""
+    """Every batch of ``text``, the mask ``[n, t]`` of what is text, finite and no outlier (see
+    :func:`evaluate`), and x ``[m, D]`` there."""
     for batch in text.batches(rows, model.device):
-        yield batch, *_measured(batch, model.residual(batch.tokens))
+        yield batch, *_measured(batch, model.residual(batch.tokens), outlier_norm)
 
 
-def _measured(batch: Batch, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _measured(batch: Batch, residual: Tensor, outlier_norm: float | None) -> tuple[Tensor, Tensor]:
     measured = batch.text & residual.isfinite().all(dim=-1)
+    if outlier_norm is not None and measured.any():
+        norms = residual.float().norm(dim=-1)
+        measured = measured & (norms <= outlier_norm * norms[measured].median())
     return measured, residual[measured].float()
 
 
@@ -310,6 +328,7 @@ def _evaluation(
     documents: int,
     documents_are: str,
     nonfinite: int,
+    outliers: int,
     text: str,
 ) -> Evaluation:
     first = next(iter(scores.values()))
@@ -325,6 +344,7 @@ def _evaluation(
         documents=documents,
         documents_are=documents_are,
         nonfinite=nonfinite,
+        outliers=outliers,
         pca_components=components,
         pca_explained_variance=moments.pca_explained_variance(components),
         text=text,

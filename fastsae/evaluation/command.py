@@ -41,6 +41,9 @@ class Source:
     """Tokens per row given to the language model. [what the SAE says, or 128]"""
     batch_rows: int = 32
     """Rows per forward pass, at most."""
+    outlier_norm: float | None = None
+    """Leave out tokens whose activation has more than so many times the median norm of its forward
+    pass; inf keeps all. [what the SAE was trained with]"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
 
@@ -58,6 +61,12 @@ class Source:
         layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
         return sae, SplicedModel.load(name, layer, quantization=quantization, device=device)
+
+    def outliers(self, sae: SAE) -> float | None:
+        given = sae.metadata.get("outlier_norm") if self.outlier_norm is None else self.outlier_norm
+        if given is not None and not given > 1:
+            raise ConfigError(f"outlier_norm must be greater than 1, got {given}")
+        return given
 
     def context(self, sae: SAE) -> int:
         context = self.context_length or sae.metadata.get("context_size") or 128
@@ -134,6 +143,7 @@ def run(config: EvaluateConfig) -> None:
         model=model,
         losses=config.losses,
         rows=config.batch_rows,
+        outlier_norm=config.outliers(sae),
         observers=observers,
     )
     print(describe(result))  # noqa: T201

@@ -35,6 +35,8 @@ def describe(evaluation: Evaluation) -> str:
     ]
     if e.nonfinite:
         lines.append(f"{e.nonfinite:,} tokens left out: their activation is not finite")
+    if e.outliers:
+        lines.append(f"{e.outliers:,} tokens left out: the norm of their activation is an outlier")
     if e.pca_explained_variance is not None:
         lines.append(
             f"PCA with {e.pca_components} components explains {e.pca_explained_variance:.4f} (fitted to "

@@ -186,6 +186,7 @@ class TextChunks:
             "dataset_path": self.packer.text.name,
             "model_layers": model.num_layers,
             "quantization": model.quantization,
+            "outlier_norm": self._outlier_norm,
         }
         return tuple({"hook_name": hook_name, **common} for hook_name in model.hook_names)
 
