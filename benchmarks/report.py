@@ -189,6 +189,7 @@ def _op_table(rows: list[dict[str, Any]]) -> str:
 def _scaling_table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
+    rows = sorted(rows, key=lambda r: ("FkB".index(r["axis"]), r[r["axis"]]))
     body = []
     for r in rows:
         time = median(r["seconds"])
@@ -259,7 +260,7 @@ def plot_stages(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: Path) -> None:
-    """Tokens per second over F, k and B, and what the roofline allows at the machine's measured rates."""
+    """Tokens per second over F, k and B, and what ``fastsae.plan`` predicts from the machine's measured rates."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -282,11 +283,14 @@ def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: P
             roof = [
                 r["B"] / step_seconds(r["B"], r["D"], r["F"], r["k"], device, low=low) for r in mine
             ]
-            axes.plot(at, roof, "--", color="gray", label="roofline")
+            axes.plot(at, roof, "--", color="gray", label="fastsae.plan")
         axes.set(xscale="log", yscale="log", xlabel=axis)
         axes.set_xticks(at, [f"{v:g}" for v in at], fontsize=7)
         axes.minorticks_off()
     panels[0].set_ylabel("tokens/s")
+    low, high = panels[0].get_ylim()
+    shown = [v for e in range(7) for v in (10**e, 2 * 10**e, 5 * 10**e) if low <= v <= high]
+    panels[0].set_yticks(shown, [f"{v:,}" for v in shown], fontsize=8)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['about']['hardware']}, {rows[0]['precision']}", fontsize=9)
     figure.savefig(path, dpi=120)
