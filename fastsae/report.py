@@ -202,10 +202,10 @@ def plot_run(
             f"PCA, {max(1, round(k))} components (held out): {pca_explained_variance:.3f}",
             xy=(0.98, pca_explained_variance),
             xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
+            xytext=(0, 2),
             textcoords="offset points",
             ha="right",
-            va="top",
+            va="bottom",
             fontsize=8,
             color="#c2703d",
         )
