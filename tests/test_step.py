@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tolerances import FREE_STEPS
 
 import fastsae
 from fastsae.schedule import k_at, lr_at
@@ -327,7 +328,9 @@ def test_steps_on_equally_many_threads_are_bitwise_equal(threads: int) -> None:
     assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
 
 
-def test_a_thousand_free_steps_explain_as_much() -> None:
+# In bf16 at the larger lr, runs that part at a step's rounding end at other EVs by more than any bound.
+@pytest.mark.parametrize(("precision", "lr"), [("fp32", 3e-3), ("bf16", 1e-3)])
+def test_a_thousand_free_steps_explain_as_much(precision: str, lr: float) -> None:
     """Single weights part, as two orders of summation do; what was learnt does not."""
     g = torch.Generator().manual_seed(4)
     directions = ref.normalize_rows(torch.randn(96, 24, generator=g))
@@ -337,15 +340,16 @@ def test_a_thousand_free_steps_explain_as_much() -> None:
         return (torch.rand(tokens, 96, generator=g) * active) @ directions
 
     data, held_out = [batch(128) for _ in range(1000)], batch(4096)
-    config = dataclasses.replace(CONFIG, d_sae=96, k=3, lr=3e-3, dead_after_tokens=12_800)
+    config = dataclasses.replace(CONFIG, d_sae=96, k=3, lr=lr, dead_after_tokens=12_800)
     found = []
     for way in ("fused", "autograd"):
         start = torch.Generator().manual_seed(0)
         sae = fastsae.SAE(24, 96, 3, normalize="none", generator=start)
+        sae.precision = precision
         step = STEPS[way](sae, config)
         for x in data:
             step(x)
         x_hat = sae.eval()(held_out, "batch").detach()
         found.append(float(ref.explained_variance(held_out, x_hat)))
     assert found[0] > 0.7  # that of 3 principal components is below 0.3
-    assert found[0] == pytest.approx(found[1], abs=0.002)
+    assert found[0] == pytest.approx(found[1], abs=FREE_STEPS)
