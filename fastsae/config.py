@@ -87,7 +87,7 @@ class TrainConfig:
     moments: Literal["fp32", "8bit"] = "fp32"
     """Adam's moments of the weights: fp32, or 8 bits with a scale per latent (fused step)."""
     objective: Literal["log", "plain"] = "log"
-    """What is minimised: log(error) + 100 aux, whose gradient keeps its size as the error falls, or error + aux."""
+    """What is minimised: log(error) + 300 aux, whose gradient keeps its size as the error falls, or error + aux."""
     aux_coefficient: float = 0.0625
     """Weight of the aux-k loss, which revives dead latents."""
     aux_normalization: Literal["residual_variance", "total_variance", "none"] = "residual_variance"

@@ -8,7 +8,7 @@ With ``r = x - x̂ [B, D]``, not differentiated, and ``S`` the ``n`` dead latent
     aux   = s · Σ E² / B,   s = min(n / k_aux, 1) / denominator
     dE    = s · 2 E / B;    dA = (dE @ W_dec[S]ᵀ) where A > 0
     dW_dec[S] = Aᵀ dE,   dW_enc[S] = dAᵀ (x - b_dec),   db_enc[S] = Σ_b dA
-    db_dec    = - Σ_f db_enc[f] · W_enc[f]                  which the update adds up for all latents
+    db_dec    = 0: of what latents share, b_dec is taken as given
 
 The denominator is the mean over tokens of ``‖r - mean_B r‖²`` (``residual_variance``), that of ``x``
 (``total_variance``), or 1 (``none``). Where it vanishes, or nothing is dead, all is zero.
