@@ -19,7 +19,7 @@ from .estimate import DocumentSums, Estimate
 from .moments import Moments, pca_explained_variance
 from .scores import Scores, ScoreSums, finite
 from .splice import SplicedModel, cross_entropy, kl_divergence, layer_of
-from .text import Batch, HeldOutText
+from .text import Batch, HeldOutText, outlying
 
 __all__ = [
     "Batch",
@@ -34,6 +34,7 @@ __all__ = [
     "inference_modes",
     "kl_divergence",
     "layer_of",
+    "outlying",
     "pca_explained_variance",
     "text_activations",
 ]
@@ -195,9 +196,9 @@ def _evaluate_text(
     for batch in text.batches(rows, model.device):
         residual = model.residual(batch.tokens)
         measured, x = _measured(batch, residual, outlier_norm)
-        finite_text = int((batch.text & residual.isfinite().all(dim=-1)).sum())
-        nonfinite += int(batch.text.sum()) - finite_text
-        outliers += finite_text - len(x)
+        finite_tokens = int(_finite(batch, residual).sum())
+        nonfinite += int(batch.text.sum()) - finite_tokens
+        outliers += finite_tokens - len(x)
         moments.add(x.to(sae.W_dec.device), batch.documents_of(measured))
     if not moments.count:
         raise StreamError(
@@ -244,11 +245,14 @@ def text_activations(
         yield batch, *_measured(batch, model.residual(batch.tokens), outlier_norm)
 
 
+def _finite(batch: Batch, residual: Tensor) -> Tensor:
+    return batch.text & residual.isfinite().all(dim=-1)
+
+
 def _measured(batch: Batch, residual: Tensor, outlier_norm: float | None) -> tuple[Tensor, Tensor]:
-    measured = batch.text & residual.isfinite().all(dim=-1)
+    measured = _finite(batch, residual)
     if outlier_norm is not None and measured.any():
-        norms = residual.float().norm(dim=-1)
-        measured = measured & (norms <= outlier_norm * norms[measured].median())
+        measured = measured.masked_scatter(measured, ~outlying(residual[measured], outlier_norm))
     return measured, residual[measured].float()
 
 

@@ -33,6 +33,13 @@ class Batch:
         return self.documents[:, None].expand(mask.shape)[mask]
 
 
+def outlying(x: Tensor, factor: float) -> Tensor:
+    """Which rows ``[n]`` of ``x [n, D]``, n at least 1, have more than ``factor`` times the median norm of
+    the finite ones. Waits for no device."""
+    norms = x.float().norm(dim=1)
+    return norms > factor * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()
+
+
 class HeldOutText:
     """Token ids of text to evaluate on. Ids alone are kept; activations are never all in memory.
 

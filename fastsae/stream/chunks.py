@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
-from ..evaluation import HeldOutText
+from ..evaluation import HeldOutText, outlying
 from .language_model import LanguageModel
 from .tokens import TokenPacker
 
@@ -125,9 +125,7 @@ def harvest(model: LanguageModel, chunk: Chunk, outlier_norm: float | None = Non
     verdict = torch.zeros(len(index), dtype=torch.uint8, device=model.device)
     for layer in layers:
         if outlier_norm is not None and len(index):
-            norms = layer.float().norm(dim=1)
-            median = torch.where(norms.isfinite(), norms, torch.nan).nanmedian()
-            verdict.masked_fill_(norms > outlier_norm * median, OUTLIER)
+            verdict.masked_fill_(outlying(layer, outlier_norm), OUTLIER)
     for layer in layers:
         verdict.masked_fill_(~layer.isfinite().all(dim=1), NONFINITE)
     return Harvest(layers, verdict, special)
