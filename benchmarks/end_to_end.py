@@ -28,7 +28,7 @@ from measure import cpu_name
 from torch import Tensor
 
 import fastsae
-from fastsae.stream import open_stream
+from fastsae.data.stream import open_stream
 
 PACKAGES = ("torch", "transformers", "sae-lens", "numpy")
 
@@ -112,7 +112,7 @@ def saelens(config: fastsae.TrainConfig, text: str) -> dict[str, float]:
 
 
 def open_width(model: str) -> int:
-    from fastsae.stream.loading import load_config
+    from fastsae.lm.loading import load_config
 
     return load_config(model).get_text_config(decoder=True).hidden_size
 

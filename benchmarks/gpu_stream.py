@@ -74,7 +74,7 @@ def run(report: Report, case: Case | None = None) -> None:
 
 def _measure(case: Case, quantization: str) -> Iterator[dict[str, Any]]:
     import fastsae
-    from fastsae.stream.buffer import ActivationBuffer
+    from fastsae.data.buffer import ActivationBuffer
 
     device = torch.device(case.device)
     if device.type == "cuda":
@@ -147,7 +147,7 @@ def random_model(case: Case, quantization: str) -> Any:
     import bitsandbytes
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    from fastsae.stream.language_model import LanguageModel
+    from fastsae.lm.hooked import LanguageModel
 
     torch.manual_seed(0)
     config = Gemma4TextConfig(**case.text)
@@ -180,9 +180,9 @@ def random_model(case: Case, quantization: str) -> Any:
 
 
 def _chunks(case: Case, model: Any) -> Any:
-    from fastsae.stream.chunks import TextChunks
-    from fastsae.stream.text import TextSource
-    from fastsae.stream.tokens import TokenPacker
+    from fastsae.data.harvest import TextChunks
+    from fastsae.data.text import TextSource
+    from fastsae.data.tokens import TokenPacker
 
     def read(seed: int) -> Iterator[str]:
         generator = torch.Generator().manual_seed(seed)

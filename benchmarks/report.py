@@ -266,7 +266,7 @@ def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: P
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    from fastsae.plan import Device, step_seconds
+    from fastsae.cli.plan import Device, step_seconds
 
     device = None
     if ceilings:

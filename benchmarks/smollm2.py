@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsae import demo
+from fastsae.lm import demo
 
 PACKAGES = (
     "numpy", "torch", "transformers", "datasets", "pandas", "matplotlib", "sympy", "networkx",

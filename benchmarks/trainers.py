@@ -21,7 +21,7 @@ from measure import Shape
 from torch import Tensor
 
 import fastsae
-from fastsae.step import STEPS
+from fastsae.training.update import STEPS
 from fastsae_kernels import reference
 
 DEAD_AFTER = 10_000_000

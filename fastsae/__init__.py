@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .activation import BatchTopK, JumpReLU, TopK
     from .config import TrainConfig
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
-    from .evaluation import Evaluation, HeldOutText, SplicedModel, evaluate
-    from .formats import load
-    from .sae import SAE, Loss
-    from .trainer import Trainer, train
+    from .evaluation.evaluate import Evaluation, evaluate
+    from .lm.held_out import HeldOutText
+    from .lm.spliced import SplicedModel
+    from .sae.activation import BatchTopK, JumpReLU, TopK
+    from .sae.io import load, save
+    from .sae.module import SAE, Loss
+    from .training.trainer import Trainer, train
 
 __all__ = [
     "SAE",
@@ -35,28 +37,30 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "save",
     "train",
 ]
 
 _HOME = {
-    "BatchTopK": "activation",
-    "TopK": "activation",
-    "JumpReLU": "activation",
+    "BatchTopK": "sae.activation",
+    "TopK": "sae.activation",
+    "JumpReLU": "sae.activation",
     "TrainConfig": "config",
     "FastsaeError": "errors",
     "ConfigError": "errors",
     "StreamError": "errors",
     "CheckpointError": "errors",
     "FormatError": "errors",
-    "evaluate": "evaluation",
-    "Evaluation": "evaluation",
-    "HeldOutText": "evaluation",
-    "SplicedModel": "evaluation",
-    "load": "formats",
-    "SAE": "sae",
-    "Loss": "sae",
-    "Trainer": "trainer",
-    "train": "trainer",
+    "evaluate": "evaluation.evaluate",
+    "Evaluation": "evaluation.evaluate",
+    "HeldOutText": "lm.held_out",
+    "SplicedModel": "lm.spliced",
+    "load": "sae.io",
+    "save": "sae.io",
+    "SAE": "sae.module",
+    "Loss": "sae.module",
+    "Trainer": "training.trainer",
+    "train": "training.trainer",
 }
 
 

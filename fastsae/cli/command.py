@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import tyro
 
-from .config import TrainConfig
-from .errors import FastsaeError
+from ..config import TrainConfig
+from ..errors import FastsaeError
 
 
 def parse(arguments: Sequence[str], description: str | None = None) -> TrainConfig:
@@ -22,7 +22,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> TrainConf
     """
     default = TrainConfig()
     if "--demo" in arguments:
-        from .demo import demo_config
+        from ..lm.demo import demo_config
 
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
@@ -37,7 +37,7 @@ def main(description: str | None = None, arguments: Sequence[str] | None = None)
         logging.getLogger(ours).setLevel(logging.INFO)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, description)
-        from .trainer import Interrupted, Trainer
+        from ..training.trainer import Interrupted, Trainer
 
         try:
             Trainer(config).fit()

@@ -11,14 +11,16 @@ from typing import Literal
 
 import tyro
 
-from ..activation import Inference
-from ..command import guarded
 from ..config import TrainConfig
 from ..errors import ConfigError
-from ..formats import load
-from ..sae import SAE
-from . import HeldOutText, SplicedModel, evaluate, layer_of
-from .table import describe
+from ..evaluation.evaluate import evaluate
+from ..evaluation.table import describe
+from ..lm.held_out import HeldOutText
+from ..lm.spliced import SplicedModel, layer_of
+from ..sae.activation import Inference
+from ..sae.io import load
+from ..sae.module import SAE
+from .guarded import guarded
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +107,9 @@ class EvaluateConfig(Source):
 
 def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutText:
     """The text that ``config`` asks for, tokenised."""
-    from .. import demo
-    from ..stream.dataset import open_dataset
-    from ..stream.files import open_files
+    from ..data.dataset import open_dataset
+    from ..data.text_files import open_files
+    from ..lm import demo
 
     tokens = config.tokens or _TRAINING.eval_tokens
     if config.text_files:
@@ -129,7 +131,7 @@ def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutTex
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, print the table, and write what there is to write."""
-    from ..dashboard import Collector, write_report_page
+    from ..reporting.dashboard.write import Collector, write_report_page
 
     sae, model = config.open()
     text = text_of(config, sae, model)

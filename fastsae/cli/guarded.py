@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import FastsaeError
+from ..errors import FastsaeError
 
 
 def guarded(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .chunks import KEPT, NONFINITE, OUTLIER, ChunkSource, to_device
+from .harvest import KEPT, NONFINITE, OUTLIER, ChunkSource, to_device
 
 
 @dataclass

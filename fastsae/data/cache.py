@@ -30,7 +30,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
 from ..files import save_tensors
-from .chunks import Harvest, to_device
+from .harvest import Harvest, to_device
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _write(
     wanted: int,
 ) -> dict[str, Any]:
     """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
-    from . import open_text_chunks
+    from .stream import open_text_chunks
 
     if manifest is not None:
         # It was written in the order of its own seed and with all its layers, and goes on so.

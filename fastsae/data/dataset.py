@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StreamError
-from .access import access_error, hub_is_reachable
+from ..lm.hub_access import access_error, hub_is_reachable
 from .text import TextSource, as_text, no_column
 
 _SHARD_DOCUMENTS = 1000

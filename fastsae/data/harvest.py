@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
-from ..evaluation import HeldOutText, outlying
-from .language_model import LanguageModel
+from ..lm.held_out import HeldOutText, outlying
+from ..lm.hooked import LanguageModel
 from .tokens import TokenPacker
 
 KEPT, NONFINITE, OUTLIER = 0, 1, 2

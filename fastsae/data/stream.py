@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
-    from ..evaluation import HeldOutText
+    from ..lm.held_out import HeldOutText
     from .buffer import ActivationBuffer
-    from .chunks import ChunkSource, TextChunks
+    from .harvest import ChunkSource, TextChunks
     from .text import TextSource
 
 __all__ = ["Stream", "open_stream", "open_text_chunks"]
@@ -43,7 +43,7 @@ class Stream:
 
     def held_out_text(self) -> HeldOutText | None:
         """The text of the held-out rows; None where the activations come from a cache."""
-        from .chunks import TextChunks
+        from .harvest import TextChunks
 
         return self.source.held_out_text() if isinstance(self.source, TextChunks) else None
 
@@ -101,9 +101,9 @@ def open_stream(config: TrainConfig) -> Stream:
 
 def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
     """The language model and the text of ``config``, without a buffer."""
-    from .chunks import TextChunks
-    from .language_model import LanguageModel
-    from .loading import load_config
+    from ..lm.hooked import LanguageModel
+    from ..lm.loading import load_config
+    from .harvest import TextChunks
     from .tokens import TokenPacker
 
     load_config(config.model, config.layers, config.context_length)
@@ -135,9 +135,9 @@ def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
 
 def open_text(config: TrainConfig) -> TextSource:
     """The text of ``config``: local files, the demo's, or a data set."""
-    from .. import demo
+    from ..lm import demo
     from .dataset import open_dataset
-    from .files import open_files
+    from .text_files import open_files
 
     seed = config.resolved_stream_seed
     if config.text_files:

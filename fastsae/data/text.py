@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, StreamError
-from .access import is_transient
+from ..lm.hub_access import is_transient
 
 log = logging.getLogger(__name__)
 

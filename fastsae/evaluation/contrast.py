@@ -20,11 +20,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from .command import guarded
-from .errors import ConfigError
-from .evaluation import HeldOutText, SplicedModel, text_activations
-from .evaluation.command import Source
-from .sae import SAE
+from ..cli.evaluate import Source
+from ..cli.guarded import guarded
+from ..errors import ConfigError
+from ..lm.held_out import HeldOutText
+from ..lm.spliced import SplicedModel
+from ..sae.module import SAE
+from .evaluate import text_activations
 from .statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
 
 FOLDS = 5
@@ -241,9 +243,9 @@ def summary(result: dict[str, Any]) -> list[str]:
 
 def run(config: ContrastConfig) -> None:
     """Compare, print the table, and write what there is to write."""
-    from .dashboard import Collector, write_report_page
-    from .evaluation import evaluate
-    from .stream.files import open_files
+    from ..data.text_files import open_files
+    from ..reporting.dashboard.write import Collector, write_report_page
+    from .evaluate import evaluate
 
     for name in ("positive", "negative"):
         if not getattr(config, name):

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..errors import ConfigError, StreamError
-from ..sae import SAE
-from .estimate import DocumentSums, Estimate
-from .moments import Moments, pca_explained_variance
+from ..lm.held_out import Batch, HeldOutText, outlying
+from ..lm.spliced import SplicedModel, cross_entropy, kl_divergence, layer_of
+from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
+from ..sae.module import SAE
+from .covariance import Moments, pca_explained_variance
+from .estimates import DocumentSums, Estimate
 from .scores import Scores, ScoreSums, finite
-from .splice import SplicedModel, cross_entropy, kl_divergence, layer_of
-from .text import Batch, HeldOutText, outlying
 
 __all__ = [
     "Batch",

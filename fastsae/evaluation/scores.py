@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimate import DocumentSums, Estimate
+from .estimates import DocumentSums, Estimate
 
 DENSE = 0.1
 """A latent that is active on more than this share of tokens counts as dense."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import Evaluation
-from .estimate import Estimate
+from .estimates import Estimate
+from .evaluate import Evaluation
 
 
 def describe(evaluation: Evaluation) -> str:

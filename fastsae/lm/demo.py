@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import TrainConfig
-from .errors import StreamError
+from ..config import TrainConfig
+from ..errors import StreamError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from .stream.text import TextSource
+    from ..data.text import TextSource
 
 MODEL = "glassllm"
 TEXT = "docstrings"
@@ -171,7 +171,7 @@ _NOT_PROSE = re.compile(r"[^A-Za-z0-9 ,.;:!?'()“”—-]|https?:|\w\(|\w\.\w|_
 
 def open_text(seed: int) -> TextSource:
     """The documents as a text source, in an order drawn from ``seed``."""
-    from .stream.text import TextSource
+    from ..data.text import TextSource
 
     found = documents()
     order = np.random.default_rng(seed).permutation(len(found))

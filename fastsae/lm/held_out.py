@@ -83,7 +83,7 @@ class HeldOutText:
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
-        from ..stream.language_model import special_ids
+        from .hooked import special_ids
 
         bos = tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import demo
 from ..device import resolve_device
 from ..errors import ConfigError, StreamError
-from .access import access_error, hub_is_reachable
+from . import demo
+from .hub_access import access_error, hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -35,8 +35,8 @@ class SplicedModel:
         layer: int,
         name: str = "the model",
     ) -> None:
-        from ..stream.language_model import find_layers
-        from ..stream.loading import require_layers
+        from .hooked import find_layers
+        from .loading import require_layers
 
         self._decoder = model.get_decoder()
         config = self._decoder.config.get_text_config(decoder=True)
@@ -64,7 +64,7 @@ class SplicedModel:
 
         Raises StreamError or ConfigError, each with what to do.
         """
-        from ..stream.loading import load_config, load_pretrained
+        from .loading import load_config, load_pretrained
 
         load_config(name, (layer,))
         model, tokenizer = load_pretrained(name, quantization=quantization, device=device)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .errors import ConfigError, FastsaeError
+from ..errors import ConfigError, FastsaeError
+from ..training import checkpoint
 from .tracking import METRICS_FILE, read_metrics
 
 PICTURE = "comparison.png"

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
-from .sae import SAE
-from .version import __version__
+from ..config import TrainConfig
+from ..sae.module import SAE
+from ..version import __version__
 
 PAPER = "https://arxiv.org/abs/2412.06410"
 

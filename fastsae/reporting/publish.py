@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..sae.formats.files import first_line
 from .background import Background
-from .formats.files import first_line
 
 log = logging.getLogger(__name__)
 

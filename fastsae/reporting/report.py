@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .activation import BatchTopK
-from .config import TrainConfig
-from .dashboard import Collector, write_report_page
-from .device import peak_memory_bytes
-from .errors import FastsaeError
-from .evaluation import HeldOutText, SplicedModel, evaluate, layer_of
-from .sae import SAE
+from ..config import TrainConfig
+from ..device import peak_memory_bytes
+from ..errors import FastsaeError
+from ..evaluation.evaluate import evaluate
+from ..lm.held_out import HeldOutText
+from ..lm.spliced import SplicedModel, layer_of
+from ..sae.activation import BatchTopK
+from ..sae.module import SAE
+from .dashboard.write import Collector, write_report_page
 from .tracking import read_metrics
 
 log = logging.getLogger(__name__)

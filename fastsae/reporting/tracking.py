@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..config import TrainConfig
 from .background import Background
-from .config import TrainConfig
 from .weights_and_biases import WandbRun, wandb_mode
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainConfig
 from .background import Background
-from .config import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsae_kernels import batch_topk, topk
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Inference = Literal["topk", "threshold", "batch"]
 INFERENCE_MODES: tuple[Inference, ...] = ("topk", "threshold", "batch")

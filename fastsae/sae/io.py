@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from ..activation import Inference
 from ..errors import ConfigError, FormatError
-from ..sae import SAE
-from . import dictionary_learning, saelens, sparsify
-from .files import first_line, read_json, read_tensors, replace_files
-from .portable import export
+from .activation import Inference
+from .formats import dictionary_learning, saelens, sparsify
+from .formats.files import first_line, read_json, read_tensors, replace_files
+from .formats.portable import export
+from .module import SAE
 
 FORMATS = {
     "saelens": saelens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from fastsae_kernels import CSR, reference
 from fastsae_kernels.reference import AuxNormalization, TokenStatistics
 
+from ..errors import ConfigError
 from .activation import BatchTopK, Inference, JumpReLU, TopK
-from .errors import ConfigError
 
 Normalize = Literal["scalar", "none", "layer_norm"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -301,27 +300,6 @@ class SAE(nn.Module):
         if self.precision != "bf16":
             return t
         return t + (t.bfloat16().to(t.dtype) - t).detach()
-
-    # --- on disk ---
-
-    def save(
-        self,
-        directory: str | Path,
-        inference: Inference | None = None,
-        format: str = "saelens",
-        files: tuple[str, ...] | None = None,
-    ) -> Path:
-        """Write the SAE for other programs to read; see :func:`fastsae.formats.save`."""
-        from .formats import save
-
-        return save(self, directory, inference=inference, format=format, files=files)
-
-    @staticmethod
-    def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
-        """Read an SAE from a folder or a hub repository; see :func:`fastsae.load`."""
-        from .formats import load
-
-        return load(source, device=device)
 
 
 __all__ = ["CSR", "SAE", "BatchTopK", "JumpReLU", "Loss", "TokenStatistics", "TopK"]

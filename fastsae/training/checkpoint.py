@@ -24,9 +24,10 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import CheckpointError, ConfigError
-from .files import save_tensors
-from .sae import SAE
+from ..errors import CheckpointError, ConfigError
+from ..files import save_tensors
+from ..sae import io
+from ..sae.module import SAE
 
 _NAME = re.compile(r"step_(\d+)")
 _TENSOR_FILES = ("sae_weights.safetensors", "state.safetensors")
@@ -61,7 +62,7 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         aside.mkdir()
-        sae.save(aside, files=("cfg.json", "sae_weights.safetensors"))
+        io.save(sae, aside, files=("cfg.json", "sae_weights.safetensors"))
         state = {
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE_FILE
         }

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import BatchTopK
-from .config import TrainConfig
-from .errors import ConfigError
-from .formats import load
-from .sae import SAE
+from ..config import TrainConfig
+from ..errors import ConfigError
+from ..sae.activation import BatchTopK
+from ..sae.io import load
+from ..sae.module import SAE
 
 log = logging.getLogger(__name__)
 

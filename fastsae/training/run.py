@@ -15,18 +15,20 @@ from torch import Tensor
 
 from fastsae_kernels import reference
 
-from . import checkpoint, report
-from .background import Background
-from .config import MAY_CHANGE_ON_RESUME, TrainConfig
-from .device import resolve_device
-from .errors import CheckpointError, StreamError
-from .evaluation import HeldOutText
-from .hub import Publisher
-from .model_card import model_card
-from .sae import SAE
-from .step import STEPS, StepResult, TrainStep
-from .tracking import DENSITY_EDGES, Tracker, read_metrics
-from .warm_start import continue_from
+from ..config import MAY_CHANGE_ON_RESUME, TrainConfig
+from ..device import resolve_device
+from ..errors import CheckpointError, StreamError
+from ..lm.held_out import HeldOutText
+from ..reporting import report
+from ..reporting.background import Background
+from ..reporting.model_card import model_card
+from ..reporting.publish import Publisher
+from ..reporting.tracking import DENSITY_EDGES, Tracker, read_metrics
+from ..sae.io import save
+from ..sae.module import SAE
+from . import checkpoint
+from .initialize import continue_from
+from .update import STEPS, StepResult, TrainStep
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class Run:
         sae = self.step.sae.eval().fold_scaling()
         if self.directory is None:
             return sae
-        sae.save(self.directory)
+        save(sae, self.directory)
         progress = {"lr": float(self.step.lr), **self._progress(shared)}
         summary = report.write_report(self.directory, sae, self.config, progress, held_out, text)
         assert self._tracker is not None

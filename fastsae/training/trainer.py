@@ -13,15 +13,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..config import TrainConfig
+from ..device import resolve_device
+from ..errors import CheckpointError, ConfigError, StreamError
+from ..reporting.background import Background
+from ..reporting.tracking import Display
+from ..sae.module import SAE
 from . import checkpoint
-from .background import Background
-from .config import TrainConfig
-from .device import resolve_device
-from .errors import CheckpointError, ConfigError, StreamError
+from .initialize import load_origin
 from .run import Run, Shared, resolve_precision
-from .sae import SAE
-from .tracking import Display
-from .warm_start import load_origin
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Trainer:
         fresh = not all(run.saved_steps() for run in self.runs)
         self._origin = load_origin(config) if config.init_from is not None and fresh else None
         if stream is None:
-            from .stream import open_stream
+            from ..data.stream import open_stream
 
             stream = open_stream(config)
         # A single batch where batches are the user's: nothing is drawn ahead of training.

@@ -24,9 +24,9 @@ from fastsae_kernels.encode_topk import encode_batch_topk
 from fastsae_kernels.fused_update import clip_factor, fused_update_, gradient_norm
 from fastsae_kernels.sparse_decoder import sparse_decode_loss
 
-from .activation import BatchTopK
-from .config import TrainConfig
-from .sae import SAE
+from ..config import TrainConfig
+from ..sae.activation import BatchTopK
+from ..sae.module import SAE
 from .schedule import k_at, lr_at
 
 ALIVE_WINDOW_TOKENS = 1_000_000

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import checkpoint, cli
-from fastsae.stream import loading
+from fastsae.cli import command as cli
+from fastsae.lm import loading
+from fastsae.training import checkpoint
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen.\n\n"
 SMALL = (

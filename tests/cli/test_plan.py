@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import plan
-from fastsae.step import STEPS
+from fastsae.cli import plan
+from fastsae.training.update import STEPS
 from fastsae_kernels import Rows
 
 RECIPE = (1024, 1536, 24576, 64)

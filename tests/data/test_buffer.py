@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastsae.data.buffer import ActivationBuffer
+from fastsae.data.harvest import Chunk, TextChunks, harvest
+from fastsae.data.text import TextSource
+from fastsae.data.tokens import TokenPacker
 from fastsae.errors import CheckpointError, StreamError
-from fastsae.stream.buffer import ActivationBuffer
-from fastsae.stream.chunks import Chunk, TextChunks, harvest
-from fastsae.stream.language_model import LanguageModel
-from fastsae.stream.text import TextSource
-from fastsae.stream.tokens import TokenPacker
+from fastsae.lm.hooked import LanguageModel
 
 CONTEXT = 8
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsae.config import TrainConfig
+from fastsae.data import cache
+from fastsae.data.stream import open_stream
 from fastsae.errors import CheckpointError, StreamError
-from fastsae.stream import cache, open_stream
 
 PROSE = "It was a bright cold day in April, and the clocks were striking {}.\n\n"
 
@@ -52,7 +53,7 @@ def assert_equal(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, .
 
 
 def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae import stream
+    from fastsae.data import stream
 
     def refuse(*_arguments):
         raise AssertionError("the language model was opened")

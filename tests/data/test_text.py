@@ -19,12 +19,12 @@ import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastsae.data import dataset as dataset_module
+from fastsae.data import text as text_module
+from fastsae.data.dataset import open_dataset
+from fastsae.data.text import RETRY_SECONDS, TextSource
+from fastsae.data.text_files import LONGEST_DOCUMENT, open_files
 from fastsae.errors import CheckpointError, ConfigError, StreamError
-from fastsae.stream import dataset as dataset_module
-from fastsae.stream import text as text_module
-from fastsae.stream.dataset import open_dataset
-from fastsae.stream.files import LONGEST_DOCUMENT, open_files
-from fastsae.stream.text import RETRY_SECONDS, TextSource
 
 
 def shards(*sizes: int) -> TextSource:

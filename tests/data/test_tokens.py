@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from models import tokenizer
 from torch import Tensor
 
+from fastsae.data.text import TextSource
+from fastsae.data.tokens import BATCHES_AHEAD, TokenPacker
 from fastsae.errors import StreamError
-from fastsae.stream.text import TextSource
-from fastsae.stream.tokens import BATCHES_AHEAD, TokenPacker
 
 BOS, EOS = 2, 1
 documents = st.lists(st.text("abc é", max_size=40), max_size=12)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastsae import ConfigError
-from fastsae.contrast import Pooled, contrast
-from fastsae.statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
+from fastsae.evaluation.contrast import Pooled, contrast
+from fastsae.evaluation.statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
 
 
 def columns(*values: list[float]) -> torch.Tensor:

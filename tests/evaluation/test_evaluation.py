@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy as plain_cross_entropy
 
 import fastsae
 from fastsae import ConfigError, HeldOutText, SplicedModel
-from fastsae.evaluation import evaluate, inference_modes, layer_of, pca_explained_variance
-from fastsae.evaluation.command import main
-from fastsae.evaluation.estimate import DocumentSums
+from fastsae.cli.evaluate import main
+from fastsae.evaluation.covariance import pca_explained_variance
+from fastsae.evaluation.estimates import DocumentSums
+from fastsae.evaluation.evaluate import evaluate, inference_modes
+from fastsae.lm.spliced import layer_of
 
 SAELENS = 2e-5
 """Both sides sum the same float32 terms in another order; ours sums in float64."""
@@ -175,7 +177,7 @@ def test_agrees_with_the_evaluator_of_saelens(tmp_path) -> None:
 
     model = SplicedModel.load(models.llama(), 2)
     sae = small_sae(64, 128, 8, metadata={"hook_name": "model.layers.2"})
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, 200, (12, 24), generator=generator)
@@ -260,7 +262,7 @@ def test_rows_hold_one_document_each_and_no_token_twice() -> None:
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     sae = small_sae(64, 128, 8, metadata={"hook_name": "model.layers.2"})
-    sae.save(tmp_path / "sae")
+    fastsae.save(sae, tmp_path / "sae")
     (tmp_path / "a.txt").write_text("Some words to read. \n\n" * 40)
     given = [
         str(tmp_path / "sae"),
@@ -278,7 +280,9 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*given, "--layer", "9"]) == 2
     assert "has 4 layers" in capsys.readouterr().err
     # What the SAE was trained with is what it is evaluated with, unless told otherwise.
-    small_sae(64, 128, 8, metadata=sae.metadata | {"outlier_norm": 1.01}).save(tmp_path / "sae")
+    fastsae.save(
+        small_sae(64, 128, 8, metadata=sae.metadata | {"outlier_norm": 1.01}), tmp_path / "sae"
+    )
     quick = [*given, "--tokens", "300", "--no-report", "--no-losses"]
     for more, expected in (([], True), (["--outlier-norm", "inf"], False)):
         assert main([*quick, *more]) == 0

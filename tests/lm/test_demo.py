@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsae import demo
 from fastsae.config import TrainConfig
+from fastsae.data.stream import open_stream
 from fastsae.errors import ConfigError, StreamError
-from fastsae.stream import open_stream
-from fastsae.stream.language_model import LanguageModel
+from fastsae.lm import demo
+from fastsae.lm.hooked import LanguageModel
 
 SENTENCES = [
     "Alice was beginning to get very tired of sitting by her sister on the bank.",

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastsae.errors import ConfigError, StreamError
-from fastsae.stream import access, loading
-from fastsae.stream.language_model import LanguageModel
-from fastsae.stream.loading import load_config, load_pretrained, resolve_device
+from fastsae.lm import hub_access as access
+from fastsae.lm import loading
+from fastsae.lm.hooked import LanguageModel
+from fastsae.lm.loading import load_config, load_pretrained, resolve_device
 
 CHECKPOINTS = {
     "llama": (models.llama, models.LLAMA_LAYERS, "model.layers"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import checkpoint, compare
+from fastsae.reporting import compare
+from fastsae.training import checkpoint
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, device="cpu", wandb="disabled"

@@ -11,11 +11,11 @@ import torch
 from small_saes import small_sae
 
 from fastsae import HeldOutText, SplicedModel
-from fastsae.dashboard import Collector, write_report_page
-from fastsae.dashboard.collect import AFTER, BEFORE
-from fastsae.dashboard.geometry import TokenNames, logit_effects, neighbours
-from fastsae.dashboard.page import encode, write_page
-from fastsae.evaluation import evaluate
+from fastsae.evaluation.evaluate import evaluate
+from fastsae.reporting.dashboard.collect import AFTER, BEFORE
+from fastsae.reporting.dashboard.geometry import TokenNames, logit_effects, neighbours
+from fastsae.reporting.dashboard.page import encode, write_page
+from fastsae.reporting.dashboard.write import Collector, write_report_page
 
 NASTY = "</script><!-- \" ' \\ \u2028 \u202e \x00 <script>alert(1)</script>"
 

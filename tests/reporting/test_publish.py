@@ -21,8 +21,9 @@ import torch
 import yaml
 
 import fastsae
-from fastsae import cli, hub
-from fastsae.tracking import read_metrics
+from fastsae.cli import command as cli
+from fastsae.reporting import publish as hub
+from fastsae.reporting.tracking import read_metrics
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, checkpoint_every_tokens=160,
@@ -323,7 +324,7 @@ def test_the_header_is_what_the_hub_reads(published) -> None:
 
 
 def test_the_header_of_the_recipe() -> None:
-    from fastsae.model_card import model_card
+    from fastsae.reporting.model_card import model_card
 
     config = fastsae.TrainConfig(hub_repo="me").runs[0]
     sae = fastsae.SAE(

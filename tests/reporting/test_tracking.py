@@ -17,10 +17,10 @@ import torch
 import wandb_stand_in
 
 import fastsae
-from fastsae.background import Background
-from fastsae.run import density_histogram
-from fastsae.tracking import DENSITY_EDGES, read_metrics
-from fastsae.weights_and_biases import WandbRun, wandb_mode
+from fastsae.reporting.background import Background
+from fastsae.reporting.tracking import DENSITY_EDGES, read_metrics
+from fastsae.reporting.weights_and_biases import WandbRun, wandb_mode
+from fastsae.training.run import density_histogram
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, checkpoint_every_tokens=320,
@@ -159,7 +159,7 @@ PROGRAM = textwrap.dedent("""
     import sys, time
     sys.path.insert(0, {tests!r})
     import fastsae, fastsae.trainer, test_tracking as t, dataclasses
-    fastsae.trainer.WANDB_SECONDS = {patience}
+    fastsae.training.trainer.WANDB_SECONDS = {patience}
     config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb="auto", tokens={tokens})
     def slowly():
         for batch in t.batches():

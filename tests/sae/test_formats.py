@@ -19,7 +19,8 @@ from tolerances import FOLDED_FLOAT64, OTHER_PROGRAM
 from torch import Tensor, nn
 
 import fastsae
-from fastsae import SAE, BatchTopK, ConfigError, FormatError, JumpReLU, TopK, formats
+from fastsae import SAE, BatchTopK, ConfigError, FormatError, JumpReLU, TopK
+from fastsae.sae import io as formats
 
 FILES = {
     "saelens": ("cfg.json", "sae_weights.safetensors", "sae_weights.pt"),
@@ -91,9 +92,9 @@ def test_what_is_saved_comes_back(tmp_path_factory, sae, form):
     directory = tmp_path_factory.mktemp("sae")
     if sae.normalize == "layer_norm" and format != "saelens":
         with pytest.raises(FormatError, match="layer_norm"):
-            sae.save(directory, inference, format=format)
+            fastsae.save(sae, directory, inference, format=format)
         return
-    assert sae.save(directory, inference, format=format) == directory
+    assert fastsae.save(sae, directory, inference, format=format) == directory
     again = fastsae.load(directory)
 
     assert isinstance(again.activation, BatchTopK) and not again.training
@@ -119,14 +120,14 @@ def test_what_is_saved_comes_back(tmp_path_factory, sae, form):
             assert largest_difference(after[1], before[1]) < FOLDED_FLOAT64
     # And once more, without any loss.
     before = contents(directory)
-    again.save(directory, format=format)
+    fastsae.save(again, directory, format=format)
     assert contents(directory) == before
 
 
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_folding_scalar_scaling_keeps_outputs(tmp_path, inference):
     sae = small_sae(16, 64, normalize="scalar")
-    again = fastsae.load(sae.save(tmp_path, inference))
+    again = fastsae.load(fastsae.save(sae, tmp_path, inference))
     x = activations(6, 50, 16)
     for mode in ("topk", "threshold", "batch"):
         assert largest_difference(again.encode(x, mode), sae.encode(x, mode)) < OTHER_PROGRAM
@@ -138,7 +139,7 @@ def test_folding_scalar_scaling_keeps_outputs(tmp_path, inference):
 @pytest.mark.parametrize("format, inference", FORMS)
 def test_other_dtypes_come_back(tmp_path, format, inference, dtype):
     sae = small_sae(dtype=dtype)
-    again = fastsae.load(sae.save(tmp_path, inference, format=format))
+    again = fastsae.load(fastsae.save(sae, tmp_path, inference, format=format))
     x = activations(30, 12, dtype=dtype)
     for mode in ("topk", "threshold"):
         assert again.encode(x, mode).dtype == dtype
@@ -150,7 +151,7 @@ def test_other_dtypes_come_back(tmp_path, format, inference, dtype):
 )
 def test_other_activations_come_back(tmp_path, activation):
     sae = small_sae(k=None, activation=activation, normalize="layer_norm")
-    again = fastsae.load(sae.save(tmp_path))
+    again = fastsae.load(fastsae.save(sae, tmp_path))
     x = activations(30, 12)
     assert type(again.activation) is type(activation)
     assert torch.equal(again(x), sae(x)) and again.metadata == MODEL
@@ -158,30 +159,30 @@ def test_other_activations_come_back(tmp_path, activation):
 
 def test_default_is_the_saes_own_mode(tmp_path):
     sae = small_sae(inference="threshold")
-    assert fastsae.load(sae.save(tmp_path / "own")).inference == "threshold"
-    assert fastsae.load(sae.save(tmp_path / "asked", "topk")).inference == "topk"
+    assert fastsae.load(fastsae.save(sae, tmp_path / "own")).inference == "threshold"
+    assert fastsae.load(fastsae.save(sae, tmp_path / "asked", "topk")).inference == "topk"
     sae.inference = "batch"
     with pytest.raises(FormatError, match="save with inference='topk' or 'threshold'"):
-        sae.save(tmp_path / "batch")
+        fastsae.save(sae, tmp_path / "batch")
     assert not (tmp_path / "batch").exists()
 
 
 def test_the_pt_file_alone_is_read(tmp_path):
     sae = small_sae()
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     (tmp_path / "sae_weights.safetensors").unlink()
     assert torch.equal(fastsae.load(tmp_path).W_enc, sae.W_enc)
 
 
 def test_loading_does_not_touch_the_callers_random_numbers(tmp_path):
-    small_sae().save(tmp_path)
+    fastsae.save(small_sae(), tmp_path)
     state = torch.get_rng_state()
     fastsae.load(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_sae_can_be_trained_on_after_loading(tmp_path):
-    sae = fastsae.load(small_sae().save(tmp_path)).train()
+    sae = fastsae.load(fastsae.save(small_sae(), tmp_path)).train()
     with torch.enable_grad():
         sae.loss(activations(50, 12)).loss.backward()
     assert sae.W_enc.grad is not None and sae.activation.threshold_updates == 124
@@ -195,7 +196,7 @@ def test_an_sae_can_be_trained_on_after_loading(tmp_path):
 def test_saving_leaves_the_sae_as_it_is(tmp_path, format, inference, normalize):
     sae, before = small_sae(normalize=normalize), small_sae(normalize=normalize).state_dict()
     sae.train()
-    sae.save(tmp_path, inference, format=format)
+    fastsae.save(sae, tmp_path, inference, format=format)
     after = sae.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert (sae.normalize, sae.inference, sae.training) == (normalize, "topk", True)
@@ -204,12 +205,14 @@ def test_saving_leaves_the_sae_as_it_is(tmp_path, format, inference, normalize):
 
 @pytest.mark.parametrize("format, inference", FORMS)
 def test_equal_saes_give_equal_bytes(tmp_path, format, inference):
-    first = contents(small_sae(normalize="scalar").save(tmp_path / "a", inference, format))
-    second = contents(small_sae(normalize="scalar").save(tmp_path / "b", inference, format))
+    first = contents(fastsae.save(small_sae(normalize="scalar"), tmp_path / "a", inference, format))
+    second = contents(
+        fastsae.save(small_sae(normalize="scalar"), tmp_path / "b", inference, format)
+    )
     assert first == second and set(first) == set(FILES[format])
     # An earlier SAE in the folder, or a longer file, leaves nothing behind.
-    small_sae(30, 90).save(tmp_path / "c", "topk", format)
-    third = small_sae(normalize="scalar").save(tmp_path / "c", inference, format)
+    fastsae.save(small_sae(30, 90), tmp_path / "c", "topk", format)
+    third = fastsae.save(small_sae(normalize="scalar"), tmp_path / "c", inference, format)
     assert contents(third) == first
 
 
@@ -217,7 +220,7 @@ def test_equal_saes_give_equal_bytes(tmp_path, format, inference):
     "format, name", [("saelens", "sae_weights"), ("dictionary_learning", "ae")]
 )
 def test_pt_files_hold_neither_times_nor_temporary_names(tmp_path, format, name):
-    small_sae().save(tmp_path, format=format)
+    fastsae.save(small_sae(), tmp_path, format=format)
     with zipfile.ZipFile(tmp_path / f"{name}.pt") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 0, 0, 0, 0, 0)}
         assert {entry.filename.partition("/")[0] for entry in archive.infolist()} == {name}
@@ -226,7 +229,7 @@ def test_pt_files_hold_neither_times_nor_temporary_names(tmp_path, format, name)
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_saelens_weights(tmp_path, inference):
     sae = small_sae(normalize="scalar")
-    sae.save(tmp_path, inference)
+    fastsae.save(sae, tmp_path, inference)
     safe = load_file(tmp_path / "sae_weights.safetensors")
     pickled = torch.load(tmp_path / "sae_weights.pt", weights_only=True)
     shapes = {"W_enc": (12, 40), "W_dec": (40, 12), "b_enc": (40,), "b_dec": (12,)}
@@ -244,17 +247,17 @@ def test_saelens_weights(tmp_path, inference):
 
 def test_a_view_of_a_larger_tensor_is_saved_alone(tmp_path):
     sae = small_sae()
-    expected = contents(sae.save(tmp_path / "plain"))
+    expected = contents(fastsae.save(sae, tmp_path / "plain"))
     shared = torch.zeros(1000, 12)
     shared[:40], shared[40:80] = sae.W_dec, sae.W_enc.T
     sae.W_dec, sae.W_enc = nn.Parameter(shared[:40]), nn.Parameter(shared[40:80].T)
-    assert contents(sae.save(tmp_path / "view")) == expected
+    assert contents(fastsae.save(sae, tmp_path / "view")) == expected
 
 
 def test_files_are_for_whom_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        small_sae().save(tmp_path)
+        fastsae.save(small_sae(), tmp_path)
     finally:
         os.umask(before)
     modes = {path.name: stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -263,7 +266,7 @@ def test_files_are_for_whom_the_umask_says(tmp_path):
 
 def test_some_files_alone(tmp_path):
     files = ("cfg.json", "sae_weights.safetensors")
-    small_sae().save(tmp_path, files=files)
+    fastsae.save(small_sae(), tmp_path, files=files)
     assert set(contents(tmp_path)) == set(files)
     assert fastsae.load(tmp_path).k == 3.6
 
@@ -294,18 +297,18 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     ]
     for sae, settings_, message in cases:
         with pytest.raises(FormatError, match=message):
-            sae.save(tmp_path / "sae", **settings_)
+            fastsae.save(sae, tmp_path / "sae", **settings_)
         assert not (tmp_path / "sae").exists()
     (tmp_path / "file").touch()
     with pytest.raises(FormatError, match="is a file; give a folder"):
-        small_sae().save(tmp_path / "file")
+        fastsae.save(small_sae(), tmp_path / "file")
 
 
 def test_a_folder_keeps_to_one_format(tmp_path):
-    small_sae().save(tmp_path, format="sparsify")
+    fastsae.save(small_sae(), tmp_path, format="sparsify")
     before = contents(tmp_path)
     with pytest.raises(FormatError, match="already holds an SAE in sparsify format"):
-        small_sae().save(tmp_path)
+        fastsae.save(small_sae(), tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -313,10 +316,10 @@ def test_a_folder_keeps_to_one_format(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failing", ["torch.save", "os.fsync", "fastsae.formats.files.save_tensors"]
+    "failing", ["torch.save", "os.fsync", "fastsae.sae.formats.files.save_tensors"]
 )
 def test_a_failure_while_writing_leaves_the_old_sae(tmp_path, monkeypatch, failing):
-    small_sae(seed=1).save(tmp_path)
+    fastsae.save(small_sae(seed=1), tmp_path)
     before = contents(tmp_path)
 
     def fail(*arguments, **settings):
@@ -324,14 +327,14 @@ def test_a_failure_while_writing_leaves_the_old_sae(tmp_path, monkeypatch, faili
 
     monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="No space left"):
-        small_sae(seed=2).save(tmp_path, "threshold")
+        fastsae.save(small_sae(seed=2), tmp_path, "threshold")
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_an_interruption_while_replacing_is_noticed(tmp_path, monkeypatch, moved):
     """New weights never meet an old config: without cfg.json the folder is refused."""
-    small_sae(seed=1).save(tmp_path, "topk")
+    fastsae.save(small_sae(seed=1), tmp_path, "topk")
     replace, calls = os.replace, []
 
     def replace_some(source, target):
@@ -342,7 +345,7 @@ def test_an_interruption_while_replacing_is_noticed(tmp_path, monkeypatch, moved
 
     monkeypatch.setattr(os, "replace", replace_some)
     with pytest.raises(KeyboardInterrupt):
-        small_sae(seed=2).save(tmp_path, "threshold")
+        fastsae.save(small_sae(seed=2), tmp_path, "threshold")
     assert set(contents(tmp_path)) == {"sae_weights.safetensors", "sae_weights.pt"}
     with pytest.raises(FormatError, match=r"cfg.json is missing; it must lie beside the weights"):
         fastsae.load(tmp_path)
@@ -353,14 +356,14 @@ def test_an_interruption_while_replacing_is_noticed(tmp_path, monkeypatch, moved
 
 def test_formats_are_detected(tmp_path):
     for format in FILES:
-        small_sae().save(tmp_path / format, format=format)
+        fastsae.save(small_sae(), tmp_path / format, format=format)
         assert formats.detect_format(tmp_path / format) == format
-        assert torch.equal(SAE.load(str(tmp_path / format)).W_dec, small_sae().W_dec)
+        assert torch.equal(fastsae.load(str(tmp_path / format)).W_dec, small_sae().W_dec)
     assert fastsae.load is formats.load
 
 
 def test_what_is_not_one_sae_is_refused(tmp_path):
-    small_sae().save(tmp_path / "run" / "layer_3")
+    fastsae.save(small_sae(), tmp_path / "run" / "layer_3")
     with pytest.raises(FormatError, match=r"holds no SAE.*its folders layer_3 do, name one"):
         fastsae.load(tmp_path / "run")
     (tmp_path / "empty").mkdir()
@@ -375,8 +378,8 @@ def test_what_is_not_one_sae_is_refused(tmp_path):
         fastsae.load(tmp_path / "run" / "mine.pt")
     with pytest.raises(FormatError, match="does not exist; give a folder"):
         fastsae.load(tmp_path / "nowhere")
-    small_sae().save(tmp_path / "both")
-    small_sae().save(tmp_path / "other", format="dictionary_learning")
+    fastsae.save(small_sae(), tmp_path / "both")
+    fastsae.save(small_sae(), tmp_path / "other", format="dictionary_learning")
     (tmp_path / "other" / "ae.pt").rename(tmp_path / "both" / "ae.pt")
     with pytest.raises(FormatError, match=r"several formats \(saelens, dictionary_learning\)"):
         fastsae.load(tmp_path / "both")
@@ -411,7 +414,7 @@ def test_what_is_not_one_sae_is_refused(tmp_path):
     ],
 )
 def test_wrong_configs_are_refused(tmp_path, changes, message):
-    small_sae().save(tmp_path)
+    fastsae.save(small_sae(), tmp_path)
     edit_json(tmp_path / "cfg.json", **changes)
     with pytest.raises(FormatError, match=message) as error:
         fastsae.load(tmp_path)
@@ -437,7 +440,7 @@ def test_wrong_configs_are_refused(tmp_path, changes, message):
     ],
 )
 def test_wrong_weights_are_refused(tmp_path, changes, message):
-    small_sae().save(tmp_path, "threshold")
+    fastsae.save(small_sae(), tmp_path, "threshold")
     edit_weights(tmp_path, **changes)
     with pytest.raises(FormatError, match=message):
         fastsae.load(tmp_path)
@@ -453,7 +456,7 @@ def test_wrong_weights_are_refused(tmp_path, changes, message):
     ],
 )
 def test_damaged_provenance_is_refused(tmp_path, entry, value, message):
-    small_sae().save(tmp_path, "threshold")
+    fastsae.save(small_sae(), tmp_path, "threshold")
     config = json.loads((tmp_path / "cfg.json").read_text())
     config["metadata"]["fastsae"][entry] = value
     (tmp_path / "cfg.json").write_text(json.dumps(config))
@@ -465,7 +468,7 @@ def test_damaged_provenance_is_refused(tmp_path, entry, value, message):
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x80"])
 @pytest.mark.parametrize("format", FILES)
 def test_damaged_json_is_refused(tmp_path, format, text):
-    small_sae().save(tmp_path, format=format)
+    fastsae.save(small_sae(), tmp_path, format=format)
     config = FILES[format][0]
     (tmp_path / config).write_text(text, encoding="latin-1")
     with pytest.raises(FormatError, match=f"{config} (is not readable JSON|holds a list)"):
@@ -483,7 +486,7 @@ def test_damaged_json_is_refused(tmp_path, format, text):
     ],
 )
 def test_damaged_weights_are_refused(tmp_path, format, name, damage):
-    small_sae().save(tmp_path, format=format, files=(FILES[format][0], name))
+    fastsae.save(small_sae(), tmp_path, format=format, files=(FILES[format][0], name))
     whole = (tmp_path / name).read_bytes()
     left = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\x93" * len(whole)}[damage]
     (tmp_path / name).write_bytes(left)
@@ -500,7 +503,7 @@ class _Attack:
 def test_code_in_a_weights_file_is_not_run(tmp_path, write):
     import builtins
 
-    small_sae().save(tmp_path, format="dictionary_learning")
+    fastsae.save(small_sae(), tmp_path, format="dictionary_learning")
     write({"encoder.weight": _Attack()}, tmp_path / "ae.pt")
     with pytest.raises(FormatError, match=r"holds more than tensors.*running code"):
         fastsae.load(tmp_path)
@@ -508,7 +511,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path, write):
 
 
 def test_a_pt_file_of_something_else_is_refused(tmp_path):
-    small_sae().save(tmp_path, format="dictionary_learning")
+    fastsae.save(small_sae(), tmp_path, format="dictionary_learning")
     torch.save([torch.zeros(3)], tmp_path / "ae.pt")
     with pytest.raises(FormatError, match="holds a list, not a dict of tensors"):
         fastsae.load(tmp_path)
@@ -518,7 +521,7 @@ def test_a_pt_file_of_something_else_is_refused(tmp_path):
 
 
 def test_integer_weights_are_refused(tmp_path):
-    small_sae().save(tmp_path, format="sparsify")
+    fastsae.save(small_sae(), tmp_path, format="sparsify")
     tensors = load_file(tmp_path / "sae.safetensors")
     save_file({n: t.to(torch.int8) for n, t in tensors.items()}, tmp_path / "sae.safetensors")
     with pytest.raises(FormatError, match=r"the weights are torch.int8, expected one of float32"):
@@ -549,8 +552,8 @@ def hub_cache(tmp_path, monkeypatch):
 
 def test_loads_from_the_hub_cache_offline(hub_cache):
     snapshot = hub_cache("some-one/my.saes")
-    small_sae(seed=1).save(snapshot)
-    small_sae(seed=2).save(snapshot / "layers" / "3", format="sparsify")
+    fastsae.save(small_sae(seed=1), snapshot)
+    fastsae.save(small_sae(seed=2), snapshot / "layers" / "3", format="sparsify")
     assert torch.equal(fastsae.load("some-one/my.saes").W_enc, small_sae(seed=1).W_enc)
     for name in ("some-one/my.saes/layers/3", "some-one/my.saes/layers/3/"):
         assert torch.equal(fastsae.load(name).W_enc, small_sae(seed=2).W_enc)
@@ -571,7 +574,7 @@ def test_only_the_files_of_one_sae_are_downloaded(tmp_path, monkeypatch):
 
     def snapshot_download(repository, allow_patterns):
         asked[repository] = allow_patterns
-        small_sae().save(tmp_path / "layers[3]")
+        fastsae.save(small_sae(), tmp_path / "layers[3]")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

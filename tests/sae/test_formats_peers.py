@@ -78,7 +78,7 @@ DICT_CLASS = {"topk": "AutoEncoderTopK", "threshold": "BatchTopKSAE"}
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_dictionary_learning_files_by_definition(tmp_path, normalize, inference, shape):
     sae, x = small_sae(normalize=normalize), activations(*shape)
-    sae.save(tmp_path, inference, format="dictionary_learning")
+    fastsae.save(sae, tmp_path, inference, format="dictionary_learning")
     config = json.loads((tmp_path / "config.json").read_text())
     trainer = config["trainer"]
     assert trainer["dict_class"] == DICT_CLASS[inference]
@@ -97,7 +97,7 @@ def test_dictionary_learning_loads_what_is_saved(
     tmp_path, dictionary_learning, normalize, inference, shape
 ):
     sae, x = small_sae(normalize=normalize), activations(*shape)
-    sae.save(tmp_path, inference, format="dictionary_learning")
+    fastsae.save(sae, tmp_path, inference, format="dictionary_learning")
     theirs, _ = dictionary_learning.utils.load_dictionary(str(tmp_path), "cpu")
     assert type(theirs).__name__ == DICT_CLASS[inference]
     assert_close((theirs.encode(x), theirs(x)), ours(sae, x, inference))
@@ -223,16 +223,18 @@ def test_what_dictionary_learning_cannot_hold_is_refused(tmp_path):
         (small_sae(k=None, activation=JumpReLU(torch.rand(40))), None, "has no k"),
     ):
         with pytest.raises(fastsae.FormatError, match=message):
-            sae.save(tmp_path / "sae", inference, format="dictionary_learning")
+            fastsae.save(sae, tmp_path / "sae", inference, format="dictionary_learning")
         assert not (tmp_path / "sae").exists()
 
 
 def test_untracked_threshold_is_marked_unknown(tmp_path):
     sae = small_sae()
     sae.activation.threshold_updates.zero_()
-    sae.save(tmp_path / "batch", "topk", format="dictionary_learning")
+    fastsae.save(sae, tmp_path / "batch", "topk", format="dictionary_learning")
     assert torch.load(tmp_path / "batch" / "ae.pt")["threshold"] == -1
-    small_sae(k=None, activation=TopK(5)).save(tmp_path / "token", format="dictionary_learning")
+    fastsae.save(
+        small_sae(k=None, activation=TopK(5)), tmp_path / "token", format="dictionary_learning"
+    )
     assert torch.load(tmp_path / "token" / "ae.pt")["threshold"] == -1
 
 
@@ -249,7 +251,7 @@ def sparse_coder_by_definition(tensors: dict[str, Tensor], k: int, x: Tensor):
 @pytest.mark.parametrize("normalize", ["scalar", "none"])
 def test_sparsify_files_by_definition(tmp_path, normalize):
     sae, x = small_sae(normalize=normalize), activations(50, 12)
-    sae.save(tmp_path, format="sparsify")
+    fastsae.save(sae, tmp_path, format="sparsify")
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert (config["d_in"], config["num_latents"], config["k"]) == (12, 40, 4)
     tensors = load_file(tmp_path / "sae.safetensors")
@@ -261,7 +263,7 @@ def test_sparsify_files_by_definition(tmp_path, normalize):
 def test_sparsify_loads_what_is_saved(tmp_path, sparsify, normalize):
     sae, x = small_sae(normalize=normalize), activations(50, 12)
     # The layout of its runs: one folder per hook point.
-    sae.save(tmp_path / "layers.3", format="sparsify")
+    fastsae.save(sae, tmp_path / "layers.3", format="sparsify")
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.3")
     assert theirs.cfg.k == 4 and theirs.num_latents == 40
     found = theirs.encode(x)
@@ -347,5 +349,5 @@ def test_what_sparsify_cannot_hold_is_refused(tmp_path):
         (small_sae(normalize="layer_norm"), "topk", "no place for normalize = 'layer_norm'"),
     ):
         with pytest.raises(fastsae.FormatError, match=message):
-            sae.save(tmp_path / "sae", inference, format="sparsify")
+            fastsae.save(sae, tmp_path / "sae", inference, format="sparsify")
         assert not (tmp_path / "sae").exists()

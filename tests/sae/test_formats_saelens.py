@@ -40,7 +40,7 @@ def assert_same_function(theirs, ours: SAE, inference=None):
 def test_saelens_loads_what_is_saved(tmp_path, normalize, inference):
     sae = small_sae(normalize=normalize)
     # The layout of a hub repository: one folder per SAE.
-    sae.save(tmp_path / "release" / "layer_3", inference)
+    fastsae.save(sae, tmp_path / "release" / "layer_3", inference)
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "release" / "layer_3")
     expected = {"topk": sae_lens.TopKSAE, "threshold": sae_lens.JumpReLUSAE}[inference]
     assert type(theirs) is expected
@@ -50,7 +50,7 @@ def test_saelens_loads_what_is_saved(tmp_path, normalize, inference):
 @pytest.mark.parametrize("k, per_token", [(0.3, 1), (2.5, 2), (3.6, 4), (40, 40)])
 def test_topk_form_keeps_k_rounded_latents_per_token(tmp_path, k, per_token):
     sae = small_sae(k=k)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     assert theirs.cfg.k == per_token and type(theirs.cfg.k) is int
     assert_same_function(theirs, sae, "topk")
@@ -61,7 +61,7 @@ def test_topk_form_keeps_k_rounded_latents_per_token(tmp_path, k, per_token):
 )
 def test_other_activations_are_saved_as_they_are(tmp_path, activation):
     sae = small_sae(k=None, activation=activation, normalize="scalar")
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     assert_same_function(sae_lens.SAE.load_from_disk(tmp_path), sae)
     assert_same_function(sae_lens.SAE.load_from_disk(tmp_path), fastsae.load(tmp_path))
 
@@ -70,7 +70,7 @@ def test_other_activations_are_saved_as_they_are(tmp_path, activation):
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_saelens_loads_other_dtypes(tmp_path, dtype, inference):
     sae = small_sae(dtype=dtype)
-    sae.save(tmp_path, inference)
+    fastsae.save(sae, tmp_path, inference)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     # Not the latents: in 16 bits equal pre-activations are common, and torch.topk breaks ties freely.
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
@@ -83,7 +83,7 @@ def test_saelens_loads_other_dtypes(tmp_path, dtype, inference):
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_metadata_reaches_saelens(tmp_path, inference):
     sae = small_sae(normalize="scalar")
-    sae.save(tmp_path, inference)
+    fastsae.save(sae, tmp_path, inference)
     metadata = sae_lens.SAE.load_from_disk(tmp_path).cfg.metadata
     for name, value in MODEL.items():
         assert metadata[name] == value
@@ -102,7 +102,7 @@ def test_metadata_reaches_saelens(tmp_path, inference):
 @pytest.mark.parametrize("inference", ["topk", "threshold"])
 def test_an_sae_that_saelens_saved_again_comes_back(tmp_path, inference):
     sae = small_sae(normalize="scalar")
-    sae.save(tmp_path / "ours", inference)
+    fastsae.save(sae, tmp_path / "ours", inference)
     sae_lens.SAE.load_from_disk(tmp_path / "ours").save_model(tmp_path / "theirs")
     again = fastsae.load(tmp_path / "theirs")
     assert isinstance(again.activation, BatchTopK) and again.k == 3.6
@@ -116,7 +116,7 @@ def test_the_format_is_the_one_of_the_installed_saelens(tmp_path):
         ("topk", sae_lens.TopKSAEConfig),
         ("threshold", sae_lens.JumpReLUSAEConfig),
     ):
-        small_sae().save(tmp_path, inference)
+        fastsae.save(small_sae(), tmp_path, inference)
         written = json.loads((tmp_path / "cfg.json").read_text())
         known = {field.name for field in dataclasses.fields(config)} | {"architecture"}
         assert set(written) == known
@@ -214,7 +214,7 @@ def test_reads_what_saelens_trains(tmp_path, config, activation):
         assert ours.threshold > 0 and ours.threshold.dtype == torch.float32
         # What it says of its training is kept, and written again.
         assert ours.metadata["training_architecture_details"]["topk_threshold_lr"] == 0.01
-        ours.save(tmp_path / "again")
+        fastsae.save(ours, tmp_path / "again")
         assert_same_function(sae_lens.SAE.load_from_disk(tmp_path / "again"), ours)
 
 
@@ -255,14 +255,14 @@ def test_zero_decoder_row_under_rescaling_is_refused(tmp_path):
 
 def test_edits_made_in_saelens_win_over_provenance(tmp_path):
     sae = small_sae()
-    sae.save(tmp_path / "topk", "topk")
+    fastsae.save(sae, tmp_path / "topk", "topk")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "topk")
     theirs.cfg.k = 7
     theirs.save_model(tmp_path / "k")
     assert fastsae.load(tmp_path / "k").k == 7
     assert isinstance(fastsae.load(tmp_path / "k").activation, TopK)
 
-    sae.save(tmp_path / "threshold", "threshold")
+    fastsae.save(sae, tmp_path / "threshold", "threshold")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "threshold")
     theirs.threshold.mul_(2)
     theirs.save_model(tmp_path / "doubled")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import checkpoint
+from fastsae.training import checkpoint
 
 
 def small_sae(seed: int = 0) -> fastsae.SAE:

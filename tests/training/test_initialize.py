@@ -14,9 +14,9 @@ from small_saes import activations, largest_difference, small_sae
 from tolerances import OTHER_PROGRAM, UNIT_NORM
 
 import fastsae
-from fastsae.evaluation import evaluate
-from fastsae.formats import save
-from fastsae.run import Run
+from fastsae.evaluation.evaluate import evaluate
+from fastsae.sae.io import save
+from fastsae.training.run import Run
 
 CONFIG = fastsae.TrainConfig(
     k=4, lr=3e-3, batch_size=64, tokens=64 * 100, dead_after_tokens=600, device="cpu", seed=1,
@@ -26,7 +26,7 @@ CONFIG = fastsae.TrainConfig(
 
 def started(config: fastsae.TrainConfig, rows: torch.Tensor) -> fastsae.SAE:
     """The SAE of a run that was just started on ``rows``, in eval mode."""
-    from fastsae.warm_start import load_origin
+    from fastsae.training.initialize import load_origin
 
     run = Run(config.runs[0], 0)
     run.start(rows, {"model_name": "another/model"}, load_origin(config))
@@ -92,7 +92,7 @@ def test_decoder_rows_of_any_length(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_another_k_tracks_a_threshold_of_its_own(tmp_path: Path) -> None:
-    small_sae(k=5).save(tmp_path / "sae")
+    fastsae.save(small_sae(k=5), tmp_path / "sae")
     sae = started(dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae")), activations(50, 12))
     assert sae.k == 4 and sae.activation.threshold_updates == 0 and sae.threshold == 0
 
@@ -119,7 +119,7 @@ class Mixtures:
 
 def test_continuing_elsewhere_keeps_the_latents_and_improves(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, d_sae=48, tokens=64 * 400)
-    fastsae.train(Mixtures(0, 0), config).save(tmp_path / "sae")
+    fastsae.save(fastsae.train(Mixtures(0, 0), config), tmp_path / "sae")
     origin = fastsae.load(tmp_path / "sae")
     held_out = Mixtures(0.3, 9).rows(2000)
     before = evaluate(origin, held_out)["topk"].explained_variance
@@ -136,7 +136,7 @@ def test_continuing_elsewhere_keeps_the_latents_and_improves(tmp_path: Path) -> 
 
 
 def test_a_resumed_run_does_not_need_its_origin(tmp_path: Path) -> None:
-    small_sae(k=4).save(tmp_path / "sae")
+    fastsae.save(small_sae(k=4), tmp_path / "sae")
     config = dataclasses.replace(
         CONFIG, init_from=str(tmp_path / "sae"), out=str(tmp_path / "runs"), name="run", tokens=640
     )
@@ -160,14 +160,14 @@ def test_a_resumed_run_does_not_need_its_origin(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
-    small_sae(k=4).save(tmp_path / "sae")
+    fastsae.save(small_sae(k=4), tmp_path / "sae")
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae"), **changes)
     with pytest.raises(fastsae.ConfigError, match=message):
         fastsae.Trainer(config, Mixtures(0, 0))
 
 
 def test_another_width_names_both(tmp_path: Path) -> None:
-    small_sae(d_in=10, k=4).save(tmp_path / "sae")
+    fastsae.save(small_sae(d_in=10, k=4), tmp_path / "sae")
     config = dataclasses.replace(
         CONFIG, init_from=str(tmp_path / "sae"), out=str(tmp_path / "runs")
     )
@@ -178,7 +178,7 @@ def test_another_width_names_both(tmp_path: Path) -> None:
 
 def test_layer_norm_goes_on_as_layer_norm(tmp_path: Path) -> None:
     origin = small_sae(k=4, normalize="layer_norm")
-    origin.save(tmp_path / "sae")
+    fastsae.save(origin, tmp_path / "sae")
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae"))
     with pytest.raises(fastsae.ConfigError, match="give --normalize layer_norm"):
         fastsae.Trainer(config, Mixtures(0, 0))

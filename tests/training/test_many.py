@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import checkpoint, cli
-from fastsae.tracking import read_metrics
+from fastsae.cli import command as cli
+from fastsae.reporting.tracking import read_metrics
+from fastsae.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = fastsae.TrainConfig(

@@ -12,8 +12,8 @@ import models
 import pytest
 import torch
 
-from fastsae import checkpoint
-from fastsae.tracking import read_metrics
+from fastsae.reporting.tracking import read_metrics
+from fastsae.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 40_000

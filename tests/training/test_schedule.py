@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import fastsae
-from fastsae.schedule import k_at, lr_at
+from fastsae.training.schedule import k_at, lr_at
 
 CONFIG = fastsae.TrainConfig(d_sae=64, k=4, lr=0.5, tokens=1000, batch_size=10)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.evaluation import evaluate, pca_explained_variance
-from fastsae.tracking import read_metrics
+from fastsae.evaluation.covariance import pca_explained_variance
+from fastsae.evaluation.evaluate import evaluate
+from fastsae.reporting.tracking import read_metrics
 from fastsae_kernels import reference as ref
 
 CONFIG = fastsae.TrainConfig(

@@ -7,8 +7,8 @@ import torch
 from tolerances import FREE_STEPS
 
 import fastsae
-from fastsae.schedule import k_at, lr_at
-from fastsae.step import PARAMETERS, STEPS, Graphs, TrainStep
+from fastsae.training.schedule import k_at, lr_at
+from fastsae.training.update import PARAMETERS, STEPS, Graphs, TrainStep
 from fastsae_kernels import reference as ref
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..evaluation import Batch
+from ...lm.held_out import Batch
 
 BEFORE, AFTER = 18, 9
 """Tokens of a passage before and after its peak."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..evaluation import SplicedModel
-from ..sae import SAE
+from ...lm.spliced import SplicedModel
+from ...sae.module import SAE
 
 _PRODUCTS = 2**26  # entries of one block of a product: 256 MB
 

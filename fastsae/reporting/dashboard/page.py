@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation import HeldOutText
+from ...lm.held_out import HeldOutText
 from .collect import BEFORE, Collector, Passages
 from .geometry import Ranked, TokenNames
 
@@ -27,7 +27,7 @@ TOKENS_PER_FILE = 65_536
 
 def write_page(path: Path, title: str, data: dict[str, Any]) -> Path:
     """Write the page: styles, script and ``data`` are all in it."""
-    assets = files("fastsae") / "assets"
+    assets = files(__package__) / "assets"
     page = (assets / "report.html").read_text(encoding="utf-8")
     parts = {
         "title": html.escape(title),

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from ..evaluation import Evaluation, HeldOutText, SplicedModel
-from ..sae import SAE
+from ...evaluation.evaluate import Evaluation
+from ...lm.held_out import HeldOutText
+from ...lm.spliced import SplicedModel
+from ...sae.module import SAE
 from ..tracking import read_metrics
 from .collect import Collector
 from .geometry import TokenNames, logit_effects, neighbours, random_cosines

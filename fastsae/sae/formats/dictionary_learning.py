@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
-from ..sae import SAE
+from ...errors import FormatError
+from ..module import SAE
 from .portable import (
     Portable,
     build,

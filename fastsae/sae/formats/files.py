@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import FormatError
-from ..files import save_tensors
+from ...errors import FormatError
+from ...files import save_tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...errors import FormatError
+from ...version import __version__
 from ..activation import BatchTopK, Inference, JumpReLU, TopK
-from ..errors import FormatError
-from ..sae import SAE
-from ..version import __version__
+from ..module import SAE
 
 DTYPES = {
     "float32": torch.float32,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import FormatError
 from ..activation import JumpReLU
-from ..errors import FormatError
-from ..sae import SAE
+from ..module import SAE
 from .portable import (
     DTYPES,
     Portable,

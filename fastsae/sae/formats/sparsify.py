@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import FormatError
-from ..sae import SAE
+from ...errors import FormatError
+from ..module import SAE
 from .portable import Portable, build, positive_int, section, take_tensors, topk_activation
 
 CONFIG = "cfg.json"

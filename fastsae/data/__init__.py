@@ -1,0 +1,1 @@
+"""From text to batches of activations: text, tokens, harvest, buffer; each stage with its own state."""

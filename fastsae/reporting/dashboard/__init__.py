@@ -1,0 +1,1 @@
+"""The page about one SAE: curves, distributions, and a view of every latent."""
