@@ -193,7 +193,7 @@ def dense_objective(
         target = residual.detach().float()
         error = (z_aux @ W_dec - target).float().square().mean()
         scale = (dead.sum() / k_aux).clamp(max=1) / (target - target.mean(0)).square().mean()
-        objective = objective + reference.AUX_GAIN * 0.0625 * scale * error
+        objective = objective + 18.75 * scale * error
     return objective, (z > 0).any(0)
 
 

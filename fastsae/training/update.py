@@ -175,10 +175,7 @@ class AutogradStep(TrainStep):
             k_aux=self.k_aux,
             aux_normalization=config.aux_normalization,
         )
-        objective = loss.loss
-        if config.objective == "log":
-            weight = reference.error_weight(loss.error.detach())
-            objective = loss.error * weight + reference.AUX_GAIN * config.aux_coefficient * loss.aux
+        objective = reference.objective(loss.error, loss.aux, config.aux_weight, config.objective)
         self._optimizer.zero_grad(set_to_none=True)
         objective.backward()
         with torch.no_grad():
@@ -267,7 +264,7 @@ class FusedStep(TrainStep):
                 capacity=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,
-                coefficient=config.aux_coefficient * (reference.AUX_GAIN if log else 1.0),
+                coefficient=config.aux_weight,
             )
             loss = error + config.aux_coefficient * aux
         self.updates += 1

@@ -1,7 +1,7 @@
 """What each kernel module says about its kernels so that they can be compiled without a GPU.
 
 A module's ``aot_cases()`` lists every kernel in every configuration it is launched with;
-``benchmarks/aot.py`` compiles the list for each GPU architecture and checks the result.
+``kernels/aot/compile.py`` compiles the list for each GPU architecture and checks the result.
 """
 
 from collections.abc import Mapping

@@ -25,13 +25,6 @@ from torch import Tensor
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
 
-AUX_GAIN = 300.0
-"""What the log objective multiplies aux-k by.
-
-While a dead latent's second moment still holds the gradients of its life, aux-k's are too small beside
-them to move it. More of it revives more latents and costs explained variance where many die.
-"""
-
 
 # --- input scaling ------------------------------------------------------------------------------
 
@@ -197,8 +190,18 @@ def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tenso
 # --- objective and gradients, written out ---------------------------------------------------------------------
 
 
+def objective(error: Tensor, aux: Tensor, weight: float, kind: Objective) -> Tensor:
+    """What training minimises: ``log(error) + weight * aux`` (log) or ``error + weight * aux`` (plain).
+
+    The gradient of the logarithm does not shrink with the error as training goes on: Adam, whose second
+    moments remember a thousand steps, takes ever smaller steps while a gradient shrinks. An error of 0
+    counts as 1: it has no gradient, and the logarithm's would be infinite.
+    """
+    return (torch.where(error > 0, error, 1).log() if kind == "log" else error) + weight * aux
+
+
 def error_weight(error: Tensor) -> Tensor:
-    """``1 / error``, the derivative of its logarithm; 1 where the error is 0 and has no gradient."""
+    """``1 / error``, the derivative of :func:`objective`'s logarithm; 1 where the error is 0."""
     return 1 / torch.where(error > 0, error, 1)
 
 
@@ -220,11 +223,7 @@ def gradients(
     normalization: AuxNormalization = "residual_variance",
     objective: Objective = "log",
 ) -> Gradients:
-    """Gradients of the objective without autograd, for a given selection ``mask``.
-
-    ``plain``: ``error + aux_coefficient * aux``. ``log``: ``log(error) + AUX_GAIN * aux_coefficient *
-    aux``, whose gradient does not shrink with the error as training goes on: Adam, whose second moments
-    remember a thousand steps, takes ever smaller steps while a gradient shrinks.
+    """Gradients of :func:`objective` without autograd, for a given selection ``mask``.
 
     ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
@@ -241,7 +240,6 @@ def gradients(
     dY = -2 * residual / len(x)
     if objective == "log":
         dY = dY * error_weight(squared_error(residual, torch.zeros_like(residual)))
-        aux_coefficient *= AUX_GAIN
     dz = (dY @ W_dec.T) * mask
     dW_dec = z.T @ dY
     db_dec = dY.sum(0) - W_enc @ dz.sum(0)
@@ -353,10 +351,10 @@ class State:
 class Settings:
     k: float
     k_aux: int
+    aux_coefficient: float  # what the objective multiplies aux-k by
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    aux_coefficient: float = 0.0625
     aux_normalization: AuxNormalization = "residual_variance"
     dead_after_tokens: int = 10_000_000
     threshold_rate: float = 0.01
@@ -366,7 +364,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: Tensor
+    objective: Tensor
     error: Tensor
     aux: Tensor
     mask: Tensor
@@ -419,7 +417,7 @@ def train_step(
         state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
     )
     return StepResult(
-        error + settings.aux_coefficient * aux,
+        objective(error, aux, settings.aux_coefficient, settings.objective),
         error,
         aux,
         mask,

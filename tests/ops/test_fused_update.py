@@ -252,7 +252,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_storage_form_takes_the_same_step(device, form):
     state, x, mask = start(3)
-    settings = reference.Settings(k=4, k_aux=0, objective="plain")
+    settings = reference.Settings(k=4, k_aux=0, objective="plain", aux_coefficient=0)
     fused = Fused(state, torch.float32, device, **FORMS[form])
     if "8-bit" in form:
         # From zero moments the first update is that of exact moments: they round when they are stored.
@@ -306,7 +306,7 @@ def test_kernels_store_what_torch_stores(form):
 def test_latents_without_actives_follow_their_momentum(device):
     state, x, mask = start(5)
     expected = reference.train_step(
-        state, x, reference.Settings(k=4, k_aux=0, objective="plain"), mask * 0
+        state, x, reference.Settings(k=4, k_aux=0, objective="plain", aux_coefficient=0), mask * 0
     ).state
     fused = Fused(state, torch.float32, device)
     before = fused.W_enc.weight.clone()

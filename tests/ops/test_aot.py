@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_representative_slice():
-    result = run("benchmarks/aot.py", "--slice")
+    result = run("kernels/aot/compile.py", "--slice")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 with faults" in result.stdout
 
@@ -32,8 +32,8 @@ def test_faults_are_found():
     code = """
 import sys
 from dataclasses import replace
-sys.path[:0] = ["benchmarks", "kernels"]
-import aot
+sys.path[:0] = ["kernels/aot", "kernels"]
+import compile as aot
 cases = aot.all_cases()
 by_label = {case.label: case for case in cases}
 def faults(case, capability=80):
@@ -59,7 +59,7 @@ assert "spills" in crowded, crowded
 def test_interpreted_kernels_are_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "benchmarks/aot.py"],
+        [sys.executable, "kernels/aot/compile.py"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -77,8 +77,8 @@ def test_places_in_large_tensors_are_64_bit():
     """
     code = """
 import re, sys
-sys.path[:0] = ["benchmarks", "kernels"]
-import aot
+sys.path[:0] = ["kernels/aot", "kernels"]
+import compile as aot
 
 def narrow_products(ttir):
     head = re.search(r"tt\\.func public @\\w+\\((.*?)\\) attributes", ttir, re.S)[1]

@@ -1,9 +1,9 @@
 """Compile every kernel for every GPU architecture, on a machine without one, and check the result.
 
-    python benchmarks/aot.py                 the full matrix
-    python benchmarks/aot.py --slice         a representative part, in minutes on two cores
-    python benchmarks/aot.py --write         the full matrix, and its table into kernels/README.md
-    python benchmarks/aot.py --only encode   the cases whose label contains a word
+    python kernels/aot/compile.py                 the full matrix
+    python kernels/aot/compile.py --slice         a representative part, in minutes on two cores
+    python kernels/aot/compile.py --write         the full matrix, and its table into kernels/README.md
+    python kernels/aot/compile.py --only encode   the cases whose label contains a word
 
 Checked of each: it compiles; no register spills to local memory; its shared memory fits the device
 (the compiler does not check that); it loads 128 bits at a time where a launch would; the matrix
@@ -22,8 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "kernels"))
+KERNELS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(KERNELS))
 
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -34,7 +34,7 @@ from fastsae_kernels.aot import Case  # noqa: E402
 
 # Bytes of shared memory one program can have.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-README = ROOT / "kernels" / "README.md"
+README = KERNELS / "README.md"
 BEGIN, END = "<!-- ahead-of-time table: begin -->", "<!-- ahead-of-time table: end -->"
 
 
