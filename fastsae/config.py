@@ -87,9 +87,9 @@ class TrainConfig:
     moments: Literal["fp32", "8bit"] = "fp32"
     """Adam's moments of the weights: fp32, or 8 bits with a scale per latent (fused step)."""
     objective: Literal["log", "plain"] = "log"
-    """What is minimised: log(error) + 300 aux, whose gradient keeps its size as the error falls, or error + aux."""
-    aux_coefficient: float = 0.0625
-    """Weight of the aux-k loss, which revives dead latents."""
+    """What is minimised: log(error) + w aux, whose gradient keeps its size as the error falls, or error + w aux."""
+    aux_coefficient: float | None = None
+    """The weight w of the aux-k loss, which revives dead latents. [log: 18.75, plain: 0.0625]"""
     aux_normalization: Literal["residual_variance", "total_variance", "none"] = "residual_variance"
     """What the aux-k error is divided by."""
     k_aux: int | None = None
@@ -149,7 +149,8 @@ class TrainConfig:
             if getattr(self, field) is not None:
                 self._require_int(field, 1)
         self._require_number("lr", above=0)
-        self._require_number("aux_coefficient", at_least=0)
+        if self.aux_coefficient is not None:
+            self._require_number("aux_coefficient", at_least=0)
         for field in ("expansion", "k_initial", "clip_norm"):
             if getattr(self, field) is not None:
                 self._require_number(field, above=0)
@@ -187,16 +188,6 @@ class TrainConfig:
         if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name = {self.name!r} must be a plain folder name, without '/'")
         self._validate_hub_repo()
-
-    @property
-    def aux_weight(self) -> float:
-        """What aux-k weighs in the objective: :attr:`aux_coefficient`, 300 times that in the log's.
-
-        While a dead latent's second moment still holds the gradients of its life, aux-k's are too small
-        beside them to move it. More of it revives more latents and costs explained variance where many
-        die.
-        """
-        return self.aux_coefficient * (300.0 if self.objective == "log" else 1.0)
 
     def _validate_hub_repo(self) -> None:
         if self.hub_repo is None:
@@ -323,6 +314,11 @@ class TrainConfig:
         (layer,) = self.layers
         return f"{model}-scope-v1-L{layer}-batchtopk-k{self.mean_active:g}-seed{self.initial_seed}"
 
+    @property
+    def aux_weight(self) -> float:
+        """What aux-k weighs in the objective: ``aux_coefficient``, or the objective's own."""
+        return AUX_WEIGHTS[self.objective] if self.aux_coefficient is None else self.aux_coefficient
+
     def resolve_d_sae(self, d_in: int) -> int:
         """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""
         d_sae = self.d_sae or round((self.expansion or 16) * d_in)
@@ -334,8 +330,17 @@ class TrainConfig:
         return d_sae
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Every setting by its name, ``aux_coefficient`` as it is used."""
+        return dataclasses.asdict(self) | {"aux_coefficient": self.aux_weight}
 
+
+AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
+"""What aux-k weighs in each objective where no ``aux_coefficient`` is given.
+
+While a dead latent's second moment still holds the gradients of its life, those of aux-k must not be
+small beside them, or they do not move it; the logarithm's gradients of the error are large. More weight
+revives more latents, and costs explained variance where many die.
+"""
 
 _AT_LEAST_ONE = (
     "context_length", "harvest_batch", "d_sae", "tokens", "batch_size", "k_aux", "dead_after_tokens",

@@ -19,15 +19,18 @@ def test_defaults_are_the_recipe() -> None:
     assert (c.model, c.layer, c.quantization) == ("google/gemma-4-E2B", 17, "nf4")
     assert (c.dataset, c.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert (c.resolve_d_sae(1536), c.k, c.batch_size, c.tokens) == (24576, 64, 1024, 100_000_000)
-    assert (c.lr, c.aux_coefficient, c.seed, c.checkpoint_every_tokens) == (
-        3e-4,
-        0.0625,
-        17,
-        8_000_000,
-    )
+    assert (c.lr, c.aux_weight, c.seed, c.checkpoint_every_tokens) == (3e-4, 18.75, 17, 8_000_000)
     assert c.run_name == "gemma-4-e2b-scope-v1-L17-batchtopk-k64-seed17"
     assert dataclasses.replace(c, tokens=16_000_000).steps == 15_625
     assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
+
+
+def test_the_weight_of_aux_k_is_the_flags_or_the_objectives() -> None:
+    assert TrainConfig(objective="plain").aux_weight == 0.0625
+    for objective in ("log", "plain"):
+        given = TrainConfig(objective=objective, aux_coefficient=0.03125)
+        assert given.aux_weight == given.to_dict()["aux_coefficient"] == 0.03125
+    assert TrainConfig().to_dict() == TrainConfig(aux_coefficient=18.75).to_dict()
 
 
 def test_not_too_many_flags() -> None:

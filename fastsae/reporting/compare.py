@@ -26,7 +26,7 @@ _COLUMNS = {
     "l0": ("l0", ".1f"),
     "alive_fraction": ("alive", ".1%"),
     "dead": ("dead", ",.0f"),
-    "loss": ("loss", ".4g"),
+    "objective": ("objective", ".4g"),
     "tokens_per_second": ("tok/s", ",.0f"),
     "tokens_per_second_step": ("tok/s, step", ",.0f"),
 }

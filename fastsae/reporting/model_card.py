@@ -21,9 +21,10 @@ PAPER = "https://arxiv.org/abs/2412.06410"
 
 _CHECKPOINTS_SHOWN = 30
 _METRICS = {
-    "loss": "Loss",
-    "mse": "MSE",
+    "objective": "Objective",
+    "error": "Error",
     "aux": "Aux-k",
+    "mse": "MSE",
     "explained_variance": "Explained variance",
     "l0": "L0",
     "alive_fraction": "Alive",

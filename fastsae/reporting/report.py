@@ -170,7 +170,7 @@ def plot_run(
     density: np.ndarray | None = None,
     pca_explained_variance: float | None = None,
 ) -> None:
-    """Draw a run to a PNG: explained variance, loss, L0 and alive fraction over tokens, and density.
+    """Draw a run to a PNG: explained variance, objective, L0 and alive fraction over tokens, and density.
 
     Args:
         metrics: what ``metrics.jsonl`` holds, in order.
@@ -188,7 +188,7 @@ def plot_run(
     tokens = [m["tokens_seen"] for m in metrics]
     panels = (
         ("explained_variance", "Explained variance"),
-        ("loss", "Loss (after input scaling)"),
+        ("objective", "Objective (what is minimised)"),
         ("l0", "L0 (active latents per token)"),
         ("alive_fraction", "Alive latents (active in the last 1M tokens)"),
         ("threshold", "Threshold (raw units)"),

@@ -241,6 +241,8 @@ class Trainer:
 
     def _begin(self) -> list[Run]:
         """Restore or start every run; returns those that have not seen all their tokens."""
+        log_of = "log(error)" if self.config.objective == "log" else "error"
+        log.info("minimised is %s + %g aux", log_of, self.config.aux_weight)
         training = [run for run in self.runs if not self._is_finished(run)]
         step = self._common_step(training)
         restored = {

@@ -38,7 +38,7 @@ PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 class StepResult(NamedTuple):
     """What one step saw, before its update; tensors on the device, for whoever wants to wait for them."""
 
-    loss: Tensor  # error + aux_coefficient * aux
+    objective: Tensor  # what is minimised: reference.objective of the next two
     error: Tensor  # mean over tokens of ‖x - x̂‖², after input scaling
     aux: Tensor
     residual: Tensor  # [B, D], x - x̂ in raw units
@@ -95,20 +95,21 @@ class TrainStep(ABC):
     def metrics(self, x: Tensor, result: StepResult) -> dict[str, float]:
         """What happened in the step that returned ``result`` for ``x``; waits for the device.
 
-        ``loss`` and ``aux`` are after input scaling; everything else is in the units of the raw
-        activations, ``mse`` the mean over tokens and dimensions.
+        ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
+        the raw activations, ``mse`` the mean over tokens and dimensions.
         """
         x, residual = x.float(), result.residual.float()
-        error = residual.square()
+        squared = residual.square()
         threshold = self.sae.threshold
         assert threshold is not None
         # A latent that was never active has counted every token; it is not alive however young the run.
         window = min(ALIVE_WINDOW_TOKENS, self.tokens_seen)
         values = {
-            "loss": result.loss,
-            "mse": error.mean(),
+            "objective": result.objective,
+            "error": result.error,
             "aux": result.aux,
-            "explained_variance": 1 - error.sum() / (x - x.mean(0)).square().sum(),
+            "mse": squared.mean(),
+            "explained_variance": 1 - squared.sum() / (x - x.mean(0)).square().sum(),
             "l0": result.counts.sum() / len(x),
             "alive_fraction": (self.tokens_since_active < window).double().mean(),
             "dead": self.dead.sum(),
@@ -169,15 +170,15 @@ class AutogradStep(TrainStep):
         sae, config = self.sae, self.config
         loss = sae.loss(
             x,
-            self.dead if config.aux_coefficient > 0 else None,
+            self.dead,
             budget=budget,
-            aux_coefficient=config.aux_coefficient,
+            objective=config.objective,
+            aux_coefficient=config.aux_weight,
             k_aux=self.k_aux,
             aux_normalization=config.aux_normalization,
         )
-        objective = reference.objective(loss.error, loss.aux, config.aux_weight, config.objective)
         self._optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        loss.loss.backward()
         with torch.no_grad():
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             assert sae.W_dec.grad is not None
@@ -231,7 +232,7 @@ class FusedStep(TrainStep):
 
     @torch.no_grad()
     def _update(self, x: Tensor, budget: int) -> StepResult:
-        aux = self.config.aux_coefficient > 0
+        aux = self.config.aux_weight > 0
         capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
         return (self._graphs or self._on_device)(x, budget, capacity)
 
@@ -246,9 +247,9 @@ class FusedStep(TrainStep):
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)
-        log = config.objective == "log"
-        loss = error = decoded.squared_error.mean()
-        dY = decoded.residual * reference.error_weight(error) if log else decoded.residual
+        error, dY = decoded.squared_error.mean(), decoded.residual
+        if config.objective == "log":
+            dY = dY * reference.error_weight(error)
 
         aux, extra = torch.zeros_like(error), None
         if capacity:
@@ -266,7 +267,6 @@ class FusedStep(TrainStep):
                 normalization=config.aux_normalization,
                 coefficient=config.aux_weight,
             )
-            loss = error + config.aux_coefficient * aux
         self.updates += 1
         operand = W_enc.compute().dtype
         inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / len(x)
@@ -284,7 +284,8 @@ class FusedStep(TrainStep):
         residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)
         counts = csc.counts()
         self._count(len(x), counts)
-        return StepResult(loss, error, aux, residual, counts)
+        objective = reference.objective(error, aux, config.aux_weight, config.objective)
+        return StepResult(objective, error, aux, residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         parts = {}

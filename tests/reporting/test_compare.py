@@ -59,7 +59,7 @@ def test_a_run_in_progress_and_a_torn_line(runs: Path) -> None:
     content = path.read_text()
     ahead = {**whole.metrics[-1], "tokens_seen": 9999}
     try:
-        path.write_text(content + json.dumps(ahead) + '\n{"loss": 0.')
+        path.write_text(content + json.dumps(ahead) + '\n{"objective": 0.')
         entry = compare.read_run(run)
         # It has gone on since the summary was written.
         assert (entry.state, entry.row["tokens_seen"], entry.summary) == ("stopped", 9999, {})

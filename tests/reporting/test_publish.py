@@ -276,7 +276,7 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
 
     def told(m: dict) -> list[str]:
         return [
-            f"{m['tokens_seen']:,}", *(f"{m[n]:.4g}" for n in ("loss", "mse", "aux", "explained_variance")),
+            f"{m['tokens_seen']:,}", *(f"{m[n]:.4g}" for n in ("objective", "error", "aux", "mse", "explained_variance")),
             f"{m['l0']:.2f}", f"{m['alive_fraction']:.1%}", f"{m['dead']:,}", f"{m['threshold']:.4g}",
         ]  # fmt: skip
 

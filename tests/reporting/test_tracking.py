@@ -40,7 +40,7 @@ def test_metrics_hold_all_that_is_promised(tmp_path: Path) -> None:
     sae = fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path), name="run"))
     metrics = read_metrics(tmp_path / "run")
     promised = {
-        "loss", "mse", "aux", "explained_variance", "l0", "alive_fraction", "dead", "threshold", "lr",
+        "objective", "error", "aux", "mse", "explained_variance", "l0", "alive_fraction", "dead", "threshold", "lr",
         "tokens_seen", "step", "tokens_per_second", "tokens_per_second_step", "decoder_norm_error",
         "density_histogram", "density_tokens",
     }  # fmt: skip
