@@ -157,8 +157,8 @@ def test_a_service_out_of_reach_is_written_to_the_disk(
 
 PROGRAM = textwrap.dedent("""
     import sys, time
-    sys.path.insert(0, {tests!r})
-    import fastsae, fastsae.trainer, test_tracking as t, dataclasses
+    sys.path[:0] = {tests!r}
+    import fastsae, fastsae.training.trainer, test_tracking as t, dataclasses
     fastsae.training.trainer.WANDB_SECONDS = {patience}
     config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb="auto", tokens={tokens})
     def slowly():
@@ -172,7 +172,7 @@ PROGRAM = textwrap.dedent("""
 
 
 def train(service: wandb_stand_in.Service, **values: object) -> subprocess.Popen[str]:
-    program = PROGRAM.format(tests=str(Path(__file__).parent), **values)
+    program = PROGRAM.format(tests=list(map(str, Path(__file__).parents[:2])), **values)
     environment = os.environ | {"WANDB_BASE_URL": service.address, "WANDB_API_KEY": "a" * 40}
     return subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=-1, stderr=-1, text=True
