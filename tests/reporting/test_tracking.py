@@ -17,10 +17,10 @@ import torch
 import wandb_stand_in
 
 import fastsae
+from fastsae.metrics import DENSITY_EDGES
 from fastsae.reporting.background import Background
-from fastsae.reporting.tracking import DENSITY_EDGES, read_metrics
+from fastsae.reporting.tracking import read_metrics
 from fastsae.reporting.weights_and_biases import WandbRun, wandb_mode
-from fastsae.training.run import density_histogram
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, checkpoint_every_tokens=320,
@@ -50,21 +50,6 @@ def test_metrics_hold_all_that_is_promised(tmp_path: Path) -> None:
         assert 0 < m["decoder_norm_error"] < 1e-6
         assert 0 < m["tokens_per_second"] <= m["tokens_per_second_step"]
     assert metrics[-1]["threshold"] == pytest.approx(float(sae.threshold))
-
-
-def test_density_histogram_counts_latents() -> None:
-    tokens = 100_000
-    fired = torch.tensor([0, 1, 100_000, 17_782, 17_783, 100, 101, 0])
-    counts = density_histogram(fired, tokens)
-    assert len(counts) == len(DENSITY_EDGES) - 1 == 20 and sum(counts) == 6
-    expected = [0] * 20
-    expected[0] = 1  # 1e-5
-    expected[8] = 2  # 1e-3 and a little more
-    expected[16] = 1  # 10^-0.75 lies between 17,782 and 17,783
-    expected[17] = 1
-    expected[19] = 1  # every token
-    assert counts == expected
-    assert density_histogram(torch.tensor([1]), 10**7)[0] == 1  # below all edges
 
 
 # --- in the background ---
