@@ -9,14 +9,11 @@ was interrupted goes on there, and so does a later run that wants more.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +21,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from filelock import Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
-from ..files import save_tensors
+from ..files import checksum, existing_ancestor, hold, plain, read_json, write_json, write_tensors
 from .harvest import Harvest, to_device
 from .opening import open_text_chunks
 
@@ -119,7 +117,7 @@ class CachedChunks:
                 rows = self._files[name].get_slice(f"layer.{layer}")[
                     start : start + written["rows"]
                 ]
-                if _checksum(rows) != written["checksums"][layer]:
+                if checksum(rows) != written["checksums"][layer]:
                     raise ValueError(
                         f"rows {start} and on do not have the content that was written"
                     )
@@ -204,7 +202,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
         sizes = [(shard["file"], shard["bytes"]) for shard in manifest["shards"]]
@@ -218,7 +216,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign(folder: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
-    now, then = json.loads(json.dumps(_identity(config))), manifest["identity"]
+    now, then = plain(_identity(config)), manifest["identity"]
     differences = [
         f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
         for name in sorted({*now, *then})
@@ -275,13 +273,13 @@ def _write(
                 "d_model": source.d_model,
                 "held_out": {
                     "bytes": _save(held_out, folder / _HELD_OUT),
-                    "checksums": {name: _checksum(rows) for name, rows in held_out.items()},
+                    "checksums": {name: checksum(rows) for name, rows in held_out.items()},
                 },
                 "shards": [],
                 "text_ended": False,
                 "source": None,
             }
-            _save_manifest(manifest, folder)
+            _save(manifest, folder / "manifest.json")
         elif manifest["shards"]:
             last = load_file(folder / manifest["shards"][-1]["file"])
             state = {n.removeprefix(_STATE): t for n, t in last.items() if n.startswith(_STATE)}
@@ -301,7 +299,7 @@ def _write(
                 if len(harvest.verdict) and not len(kept[0]):
                     raise source.explain(harvest.verdict)
                 parts.append(kept)
-                sums = {n: _checksum(layer) for n, layer in zip(layers, kept, strict=True)}
+                sums = {n: checksum(layer) for n, layer in zip(layers, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
                 rows += len(kept[0])
             state = source.state_dict()
@@ -313,7 +311,7 @@ def _write(
                 size = _save(tensors, folder / name)
                 manifest["shards"].append({"file": name, "bytes": size, "chunks": chunks})
                 manifest["source"] = state["meta"]
-            _save_manifest(manifest, folder)
+            _save(manifest, folder / "manifest.json")
             done = _rows(manifest)
             speed = (done - before) / (time.perf_counter() - started)
             log.info(
@@ -322,20 +320,14 @@ def _write(
     return manifest
 
 
-def _save_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    aside = folder / ".manifest.partial"
-    aside.write_text(json.dumps(manifest), encoding="utf-8")
-    os.replace(aside, folder / "manifest.json")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> int:
-    """Write under another name first: a file of that name is whole. Returns its size in bytes."""
-    aside = path.with_name(f".{path.name}.partial")
+def _save(content: dict[str, Any], path: Path) -> int:
+    """Write a file of the cache, tensors or JSON; returns its size in bytes."""
     try:
-        save_tensors(tensors, aside)
-        os.replace(aside, path)
+        if path.suffix == ".json":
+            write_json(path, content, indent=None)
+        else:
+            write_tensors(path, content)
     except (OSError, safetensors.SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise StreamError(
             f"cannot write to the cache {path.parent}: {error}; free some space or give another "
             f"--cache-dir, then give the same command again"
@@ -346,16 +338,11 @@ def _save(tensors: dict[str, Tensor], path: Path) -> int:
 def _load(path: Path, written: dict[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
-        if {name: _checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
+        if {name: checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
             raise ValueError("the content is not what was written")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
     return tensors
-
-
-def _checksum(tensor: Tensor) -> str:
-    content = tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _rows(manifest: dict[str, Any]) -> int:
@@ -370,10 +357,7 @@ def _starts(chunks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_ancestor(folder)).free
     if free < needed:
         raise StreamError(
             f"the cache in {folder} needs {needed / 1e9:,.1f} GB more, and its disk has "
@@ -381,27 +365,15 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> AbstractContextManager[object]:
     """Hold the folder for this process. Raises StreamError if another one writes there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        return hold(folder)
+    except Timeout:
+        raise StreamError(
+            f"another process is writing the cache {folder}; wait for it, or give another --cache-dir"
+        ) from None
     except OSError as error:
         raise StreamError(
             f"cannot write to the cache {folder}: {error.strerror or error}; give another --cache-dir"
         ) from error
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise StreamError(
-                f"another process is writing the cache {folder}; wait for it, or give another --cache-dir"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ where it has ended. Changes nothing, so it may be asked at any time.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FastsaeError
-from ..training import checkpoint
+from ..files import is_held, read_json
 from .tracking import METRICS_FILE, read_metrics
 
 PICTURE = "comparison.png"
@@ -82,7 +81,7 @@ def read_run(directory: Path) -> Entry:
     summary_file = directory / "summary.json"
     try:
         metrics = read_metrics(directory)
-        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        summary = read_json(summary_file) if summary_file.exists() else {}
         seen = [m["tokens_seen"] for m in metrics]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -93,7 +92,7 @@ def read_run(directory: Path) -> Entry:
     if seen and summary.get("tokens_seen", 0) < seen[-1]:
         summary = {}
     at_rest = "finished" if summary else "stopped"
-    state = "running" if checkpoint.is_locked(directory) else at_rest
+    state = "running" if is_held(directory) else at_rest
     return Entry(directory.name, state, metrics, summary)
 
 

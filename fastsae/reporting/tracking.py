@@ -20,9 +20,6 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
-DENSITY_EDGES = tuple(-5 + 0.25 * i for i in range(21))
-"""Edges of ``density_histogram``: log10 of the share of tokens that a latent was active on."""
-
 
 class Tracker:
     """Keeps the metrics of one run: ``metrics.jsonl``, and Weights & Biases; a context manager.

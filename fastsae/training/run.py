@@ -19,11 +19,12 @@ from ..config import MAY_CHANGE_ON_RESUME, TrainConfig
 from ..device import resolve_device
 from ..errors import CheckpointError, StreamError
 from ..lm.held_out import HeldOutText
+from ..metrics import density_histogram
 from ..reporting import report
 from ..reporting.background import Background
 from ..reporting.model_card import model_card
 from ..reporting.publish import Publisher
-from ..reporting.tracking import DENSITY_EDGES, Tracker, read_metrics
+from ..reporting.tracking import Tracker, read_metrics
 from ..sae.io import save
 from ..sae.module import SAE
 from . import checkpoint
@@ -304,22 +305,6 @@ def resolve_precision(precision: str, device: torch.device) -> Any:
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return precision
-
-
-def density_histogram(fired: Tensor, tokens: int) -> list[int]:
-    """How many latents were active on which share of ``tokens``; silent ones are in no bin.
-
-    Args:
-        fired: ``[F]``, the tokens that each latent was active on.
-
-    Returns:
-        Counts between the ``DENSITY_EDGES``; the first bin takes in what lies below it.
-    """
-    share = fired[fired > 0].double() / max(tokens, 1)
-    bins = len(DENSITY_EDGES) - 1
-    width = (DENSITY_EDGES[-1] - DENSITY_EDGES[0]) / bins
-    index = ((share.log10() - DENSITY_EDGES[0]) / width).floor().clamp(0, bins - 1)
-    return torch.bincount(index.long(), minlength=bins).tolist()
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..device import resolve_device
 from ..errors import CheckpointError, ConfigError, StreamError
+from ..files import require_writable
 from ..reporting.background import Background
 from ..reporting.tracking import Display
 from ..sae.module import SAE
@@ -122,7 +123,7 @@ class Trainer:
         self.runs = [Run(each, config.layers.index(each.layer)) for each in config.runs]
         for run in self.runs:
             if run.directory is not None:
-                checkpoint.require_writable(run.directory)
+                require_writable(run.directory)
                 self._refuse_existing(run)
         fresh = not all(run.saved_steps() for run in self.runs)
         self._origin = load_origin(config) if config.init_from is not None and fresh else None

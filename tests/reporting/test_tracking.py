@@ -17,10 +17,10 @@ import torch
 import wandb_stand_in
 
 import fastsae
+from fastsae.metrics import DENSITY_EDGES
 from fastsae.reporting.background import Background
-from fastsae.reporting.tracking import DENSITY_EDGES, read_metrics
+from fastsae.reporting.tracking import read_metrics
 from fastsae.reporting.weights_and_biases import WandbRun, wandb_mode
-from fastsae.training.run import density_histogram
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, checkpoint_every_tokens=320,
@@ -50,21 +50,6 @@ def test_metrics_hold_all_that_is_promised(tmp_path: Path) -> None:
         assert 0 < m["decoder_norm_error"] < 1e-6
         assert 0 < m["tokens_per_second"] <= m["tokens_per_second_step"]
     assert metrics[-1]["threshold"] == pytest.approx(float(sae.threshold))
-
-
-def test_density_histogram_counts_latents() -> None:
-    tokens = 100_000
-    fired = torch.tensor([0, 1, 100_000, 17_782, 17_783, 100, 101, 0])
-    counts = density_histogram(fired, tokens)
-    assert len(counts) == len(DENSITY_EDGES) - 1 == 20 and sum(counts) == 6
-    expected = [0] * 20
-    expected[0] = 1  # 1e-5
-    expected[8] = 2  # 1e-3 and a little more
-    expected[16] = 1  # 10^-0.75 lies between 17,782 and 17,783
-    expected[17] = 1
-    expected[19] = 1  # every token
-    assert counts == expected
-    assert density_histogram(torch.tensor([1]), 10**7)[0] == 1  # below all edges
 
 
 # --- in the background ---
@@ -157,7 +142,7 @@ def test_a_service_out_of_reach_is_written_to_the_disk(
 
 PROGRAM = textwrap.dedent("""
     import sys, time
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     import fastsae, fastsae.training.trainer, test_tracking as t, dataclasses
     fastsae.training.trainer.WANDB_SECONDS = {patience}
     config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb="auto", tokens={tokens})
@@ -172,7 +157,7 @@ PROGRAM = textwrap.dedent("""
 
 
 def train(service: wandb_stand_in.Service, **values: object) -> subprocess.Popen[str]:
-    program = PROGRAM.format(tests=str(Path(__file__).parent), **values)
+    program = PROGRAM.format(tests=list(map(str, Path(__file__).parents[:2])), **values)
     environment = os.environ | {"WANDB_BASE_URL": service.address, "WANDB_API_KEY": "a" * 40}
     return subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=-1, stderr=-1, text=True

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastsae
+from fastsae.files import require_writable
 from fastsae.training import checkpoint
 
 
@@ -169,8 +170,8 @@ def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(fastsae.ConfigError, match="is a file"):
-        checkpoint.require_writable(tmp_path / "file" / "run")
-    checkpoint.require_writable(tmp_path / "a" / "b")
+        require_writable(tmp_path / "file" / "run")
+    require_writable(tmp_path / "a" / "b")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
