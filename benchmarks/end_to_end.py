@@ -70,12 +70,10 @@ def saelens(config: fastsae.TrainConfig, text: str) -> dict[str, float]:
     d_in = open_width(config.model)
     runner = LanguageModelSAETrainingRunner(
         LanguageModelSAERunnerConfig(
-            sae=BatchTopKTrainingSAEConfig(
-                d_in=d_in, d_sae=config.resolve_d_sae(d_in), k=config.mean_active
-            ),
+            sae=BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=config.resolve_d_sae(d_in), k=config.k),
             model_name=config.model,
             model_class_name="AutoModelForCausalLM",
-            hook_name=f"model.layers.{config.layers[0]}",
+            hook_name=f"model.layers.{config.layer}",
             dataset_path="json",
             is_dataset_tokenized=False,
             context_size=config.context_length,

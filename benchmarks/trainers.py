@@ -21,7 +21,7 @@ from measure import Shape
 from torch import Tensor
 
 import fastsae
-from fastsae.training.update import STEPS
+from fastsae.training.update import UPDATES
 from fastsae_kernels import reference
 
 DEAD_AFTER = 10_000_000
@@ -139,7 +139,7 @@ class Fastsae(Runner):
             sae.W_enc.copy_(weights.W_dec.T)
             sae.b_enc.copy_(weights.b_enc)
             sae.b_dec.copy_(weights.b_dec)
-        self.step = STEPS[config.step](sae, config)
+        self.step = UPDATES[config.step](sae, config)
 
     def mark_dead(self) -> None:
         if self.problem.dead is not None:

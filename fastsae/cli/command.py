@@ -1,4 +1,4 @@
-"""The command line: flags to a TrainConfig, errors to one line and exit code 2."""
+"""The command line: flags to the SAEs they ask for, errors to one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import tyro
 
-from ..config import TrainConfig
-from ..errors import FastsaeError
+from ..config import Sweep, TrainConfig
+from ..errors import FastsaeError, Interrupted
+from .train_flags import TrainFlags
 
 
-def parse(arguments: Sequence[str], description: str | None = None) -> TrainConfig:
-    """The settings that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
+def parse(arguments: Sequence[str], description: str | None = None) -> Sweep:
+    """The SAEs that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
 
     Raises:
         ConfigError: a value is impossible.
@@ -27,7 +28,10 @@ def parse(arguments: Sequence[str], description: str | None = None) -> TrainConf
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
             default = replace(default, d_sae=None)
-    return tyro.cli(TrainConfig, args=list(arguments), default=default, description=description)
+    flags = tyro.cli(
+        TrainFlags, args=list(arguments), default=TrainFlags.of(default), description=description
+    )
+    return flags.sweep()
 
 
 def main(description: str | None = None, arguments: Sequence[str] | None = None) -> int:
@@ -37,17 +41,16 @@ def main(description: str | None = None, arguments: Sequence[str] | None = None)
         logging.getLogger(ours).setLevel(logging.INFO)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, description)
-        from ..training.trainer import Interrupted, Trainer
+        from ..training.trainer import train_and_report
 
-        try:
-            Trainer(config).fit()
-        except Interrupted as interruption:
-            print(interruption, file=sys.stderr)  # noqa: T201
-            return 128 + interruption.signal
+        train_and_report(config)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)  # noqa: T201
+        return 128 + interruption.signal
     except FastsaeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was changed", file=sys.stderr)  # noqa: T201
+        print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
     return 0

@@ -94,7 +94,7 @@ class EvaluateConfig(Source):
     """Split of the data set."""
     text_column: str = _TRAINING.text_column
     """Column that holds the text."""
-    seed: int = _TRAINING.initial_seed
+    seed: int = _TRAINING.seed
     """Order of the text. With the text and the seed of a training run, its first tokens are held out."""
     tokens: int | None = None
     """Tokens of text to evaluate on. [as many as training holds out: 65536, in the demo 16384]"""
@@ -108,8 +108,28 @@ class EvaluateConfig(Source):
     """Write report.html with a page for every latent."""
 
 
+_TEXT_FLAGS = (
+    "text_files", "dataset", "dataset_config", "dataset_split", "text_column", "seed", "tokens",
+    "context_length", "model",
+)  # fmt: skip
+
+
+def is_run(config: EvaluateConfig) -> bool:
+    """Whether the SAE is in the folder of a finished run."""
+    from ..reporting.run_folder import RUN
+
+    return (Path(config.sae) / RUN).is_file()
+
+
 def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutText:
-    """The text that ``config`` asks for, tokenised."""
+    """The text that ``config`` asks for, tokenised; that of a finished run, if nothing is asked for."""
+    from ..reporting.run_folder import RunFolder
+
+    default = EvaluateConfig(config.sae)
+    if is_run(config) and all(getattr(config, n) == getattr(default, n) for n in _TEXT_FLAGS):
+        held_out = RunFolder.read(Path(config.sae)).held_out()
+        if isinstance(held_out, HeldOutText):
+            return held_out
     dataset, tokens = config.dataset, config.tokens or _TRAINING.eval_tokens
     if not config.text_files and model.name == demo.MODEL and dataset == _TRAINING.dataset:
         settings = demo_config()
@@ -127,9 +147,20 @@ def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutTex
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluate, print the table, and write what there is to write."""
-    from ..reporting.dashboard.write import Collector, write_report_page
+    """Evaluate, print the table, and write what there is to write.
 
+    A finished run is reported as its training does it, unless something else than a device is given.
+    """
+    from ..reporting.dashboard.write import Collector, write_report_page
+    from ..reporting.report import report_run
+    from ..reporting.run_folder import RunFolder
+
+    if is_run(config) and config == EvaluateConfig(config.sae, device=config.device):
+        device = None if config.device == "auto" else config.device
+        evaluation = report_run(RunFolder.read(Path(config.sae)), device=device)
+        if evaluation is not None:
+            print(describe(evaluation))  # noqa: T201
+        return
     sae, model = config.open()
     text = text_of(config, sae, model)
     directory = Path(config.out or config.sae)

@@ -103,7 +103,7 @@ def _introduction(config: TrainConfig, sae: SAE, finished: bool) -> str:
     text = (
         f"# {config.run_name}\n\n"
         f"A BatchTopK sparse autoencoder with {sae.d_sae:,} latents of width {sae.d_in:,} on {what}, with "
-        f"{config.mean_active:g} active latents per token. Trained with fastsae {__version__}."
+        f"{config.k:g} active latents per token. Trained with fastsae {__version__}."
     )
     start = sae.metadata.get("warm_start")
     if start is not None:
@@ -273,7 +273,7 @@ def _context(config: TrainConfig, sae: SAE) -> str:
 BatchTopK ([Bussmann et al. 2024]({PAPER})) keeps the `k * B` largest pre-activations of a batch of B tokens instead
 of k for each token. Latents that were not active for `dead_after_tokens` are trained to explain what the others leave
 (aux-k, [Gao et al. 2024](https://arxiv.org/abs/2406.04093)), with weight `aux_coefficient`. For single tokens,
-`cfg.json` asks for the `{max(1, round(config.mean_active))}` largest of each; the threshold that matches training on
+`cfg.json` asks for the `{max(1, round(config.k))}` largest of each; the threshold that matches training on
 average is kept in its metadata (`fastsae.load(...)(x, inference="threshold")`)."""
 
 

@@ -1,7 +1,7 @@
 """One training step of one SAE: loss, gradients, projection, Adam, renormalisation, counters.
 
-Two ways to the same numbers. :class:`AutogradStep` is the loss differentiated by autograd, followed by
-projection, ``torch.optim.Adam`` and renormalisation. :class:`FusedStep` runs on the kernels and never
+Two ways to the same numbers. :class:`AutogradUpdate` is the loss differentiated by autograd, followed by
+projection, ``torch.optim.Adam`` and renormalisation. :class:`FusedUpdate` runs on the kernels and never
 forms a dense gradient; it is the default. Both keep the same state under the same names, so a run
 saved by one goes on with the other.
 """
@@ -35,7 +35,7 @@ ALIVE_WINDOW_TOKENS = 1_000_000
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-class StepResult(NamedTuple):
+class UpdateResult(NamedTuple):
     """What one step saw, before its update; tensors on the device, for whoever wants to wait for them."""
 
     objective: Tensor  # what is minimised: reference.objective of the next two
@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
-class TrainStep(ABC):
+class Update(ABC):
     """What both ways share: counters, metrics, and all the state that a step changes.
 
     The order of a step is: aux-k sees the latents that were dead at the end of the previous step; each
@@ -70,15 +70,15 @@ class TrainStep(ABC):
         self.lr = torch.tensor(config.lr, dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
 
-    def __call__(self, x: Tensor) -> StepResult:
+    def __call__(self, x: Tensor) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
-        result = self._update(x, int(k_at(self.config, self.tokens_seen) * len(x)))
+        result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         return result
 
     @abstractmethod
-    def _update(self, x: Tensor, budget: int) -> StepResult:
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
         """Everything that happens on the device; ``budget`` entries of the batch are selected."""
 
     def _count(self, tokens: int, counts: Tensor) -> None:
@@ -92,7 +92,7 @@ class TrainStep(ABC):
         return self.tokens_since_active >= self.config.dead_after_tokens
 
     @torch.no_grad()
-    def metrics(self, x: Tensor, result: StepResult) -> dict[str, float]:
+    def metrics(self, x: Tensor, result: UpdateResult) -> dict[str, float]:
         """What happened in the step that returned ``result`` for ``x``; waits for the device.
 
         ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
@@ -142,7 +142,7 @@ class TrainStep(ABC):
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
         """
-        for name, tensor in TrainStep.state_dict(self).items():
+        for name, tensor in Update.state_dict(self).items():
             if tensor.shape != state[name].shape:
                 raise RuntimeError(
                     f"{name}: saved {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -151,7 +151,7 @@ class TrainStep(ABC):
         self.tokens_seen = int(state["tokens_seen"])
 
 
-class AutogradStep(TrainStep):
+class AutogradUpdate(Update):
     """The plain way: ``SAE.loss``, autograd, projection, ``torch.optim.Adam``, renormalisation."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
@@ -166,7 +166,7 @@ class AutogradStep(TrainStep):
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
 
-    def _update(self, x: Tensor, budget: int) -> StepResult:
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
         sae, config = self.sae, self.config
         loss = sae.loss(
             x,
@@ -196,7 +196,7 @@ class AutogradStep(TrainStep):
             residual = x.to(loss.reconstruction.dtype) - loss.reconstruction
             counts = (loss.latents > 0).sum(0)
             self._count(len(x), counts)
-        return StepResult(
+        return UpdateResult(
             loss.loss.detach(), loss.error.detach(), loss.aux.detach(), residual.detach(), counts
         )
 
@@ -205,7 +205,7 @@ class AutogradStep(TrainStep):
         return {name: {"m": s["exp_avg"], "v": s["exp_avg_sq"]} for name, s in states.items()}
 
 
-class FusedStep(TrainStep):
+class FusedUpdate(Update):
     """The fast way: everything sparse runs on the kernels, and a latent's whole update is one pass.
 
     Nothing waits for the device, and no ``[F, D]`` gradient exists. With ``config.cuda_graph`` a step
@@ -231,12 +231,12 @@ class FusedStep(TrainStep):
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
     @torch.no_grad()
-    def _update(self, x: Tensor, budget: int) -> StepResult:
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
         aux = self.config.aux_weight > 0
         capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
         return (self._graphs or self._on_device)(x, budget, capacity)
 
-    def _on_device(self, x: Tensor, budget: int, capacity: int) -> StepResult:
+    def _on_device(self, x: Tensor, budget: int, capacity: int) -> UpdateResult:
         """One step in which up to ``capacity`` dead latents take part; reads nothing back."""
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
@@ -285,7 +285,7 @@ class FusedStep(TrainStep):
         counts = csc.counts()
         self._count(len(x), counts)
         objective = reference.objective(error, aux, config.aux_weight, config.objective)
-        return StepResult(objective, error, aux, residual, counts)
+        return UpdateResult(objective, error, aux, residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         parts = {}
@@ -390,4 +390,4 @@ def _feature_major(tensor: Tensor, name: str) -> Tensor:
     return tensor.T if name == "W_enc" else tensor
 
 
-STEPS = {"fused": FusedStep, "autograd": AutogradStep}
+UPDATES = {"fused": FusedUpdate, "autograd": AutogradUpdate}

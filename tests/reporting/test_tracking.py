@@ -143,15 +143,15 @@ def test_a_service_out_of_reach_is_written_to_the_disk(
 PROGRAM = textwrap.dedent("""
     import sys, time
     sys.path[:0] = {tests!r}
-    import fastsae, fastsae.training.trainer, test_tracking as t, dataclasses
-    fastsae.training.trainer.WANDB_SECONDS = {patience}
-    config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb="auto", tokens={tokens})
+    import fastsae, fastsae.reporting.run_folder, test_tracking as t, dataclasses
+    fastsae.reporting.run_folder.WANDB_SECONDS = {patience}
+    config = dataclasses.replace(t.CONFIG, out={out!r}, wandb="auto", tokens={tokens})
     def slowly():
         for batch in t.batches():
             time.sleep({pause})
             yield batch
     started = time.monotonic()
-    fastsae.Trainer(config, slowly()).fit()
+    fastsae.Trainer(fastsae.Sweep(config, ks=(2, 4)), slowly()).fit()
     print(time.monotonic() - started)
 """)
 

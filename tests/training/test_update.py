@@ -9,7 +9,7 @@ from tolerances import FREE_STEPS
 
 import fastsae
 from fastsae.training.schedule import k_at, lr_at
-from fastsae.training.update import PARAMETERS, STEPS, Graphs, TrainStep
+from fastsae.training.update import PARAMETERS, UPDATES, Graphs, Update
 from fastsae_kernels import reference as ref
 
 F64 = torch.float64
@@ -23,12 +23,12 @@ def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def new_step(way: str, config: fastsae.TrainConfig = CONFIG, dtype: torch.dtype = F64) -> TrainStep:
+def new_step(way: str, config: fastsae.TrainConfig = CONFIG, dtype: torch.dtype = F64) -> Update:
     g = torch.Generator().manual_seed(0)
     sae = fastsae.SAE(6, 40, config.k, normalize=config.normalize, dtype=dtype, generator=g)
     with torch.no_grad():
         sae.b_dec.copy_(torch.randn(6, generator=g))
-    return STEPS[way](sae, config)
+    return UPDATES[way](sae, config)
 
 
 def batches(n: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
@@ -278,11 +278,11 @@ CUDA_CONFIG = dataclasses.replace(
 )
 
 
-def cuda_step(config: fastsae.TrainConfig) -> TrainStep:
+def cuda_step(config: fastsae.TrainConfig) -> Update:
     g = torch.Generator().manual_seed(0)
     sae = fastsae.SAE(64, 256, config.k, normalize="none", device="cuda", generator=g)
     sae.precision = "bf16"
-    return STEPS["fused"](sae, config)
+    return UPDATES["fused"](sae, config)
 
 
 def cuda_batches(n: int) -> list[torch.Tensor]:
@@ -328,7 +328,7 @@ def test_steps_on_equally_many_threads_are_bitwise_equal(threads: int) -> None:
     try:
         for _ in range(2):
             sae = fastsae.SAE(48, 1100, 8, generator=torch.Generator().manual_seed(0))
-            step = STEPS["fused"](sae, config)
+            step = UPDATES["fused"](sae, config)
             step.tokens_since_active[:400] = 50
             for _ in range(3):
                 result = step(x)
@@ -358,7 +358,7 @@ def test_a_thousand_free_steps_explain_as_much(precision: str, lr: float) -> Non
         start = torch.Generator().manual_seed(0)
         sae = fastsae.SAE(24, 96, 3, normalize="none", generator=start)
         sae.precision = precision
-        step = STEPS[way](sae, config)
+        step = UPDATES[way](sae, config)
         for x in data:
             step(x)
         x_hat = sae.eval()(held_out, "batch").detach()
