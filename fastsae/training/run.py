@@ -21,7 +21,6 @@ from ..errors import CheckpointError, StreamError
 from ..lm.held_out import HeldOutText
 from ..metrics import density_histogram
 from ..reporting import report
-from ..reporting.background import Background
 from ..reporting.model_card import model_card
 from ..reporting.publish import Publisher
 from ..reporting.tracking import Tracker, read_metrics
@@ -138,17 +137,17 @@ class Run:
 
     # --- training ---
 
-    def open(self, stack: ExitStack, wandb: Background, hub: Background) -> None:
-        """Open what the run is told to, until ``stack`` ends; network calls go through the last two."""
+    def open(self, stack: ExitStack) -> None:
+        """Open what the run is told to, until ``stack`` ends."""
         if self.directory is None:
             return
         self._tracker = stack.enter_context(
-            Tracker(self.directory, self.config, self.tokens_seen, wandb, self._wandb_id)
+            Tracker(self.directory, self.config, self.tokens_seen, self._wandb_id)
         )
         self._wandb_id = self._tracker.wandb_id
         if self.config.hub_repository is not None:
-            self._publisher = Publisher(
-                self.directory, self.config.hub_repository, self.config.hub_private, hub
+            self._publisher = stack.enter_context(
+                Publisher(self.directory, self.config.hub_repository, self.config.hub_private)
             )
 
     def train_on(self, x: Tensor) -> None:

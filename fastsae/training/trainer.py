@@ -17,7 +17,6 @@ from ..config import TrainConfig
 from ..device import resolve_device
 from ..errors import CheckpointError, ConfigError, StreamError
 from ..files import require_writable
-from ..reporting.background import Background
 from ..reporting.tracking import Display
 from ..sae.module import SAE
 from . import checkpoint
@@ -28,10 +27,6 @@ log = logging.getLogger(__name__)
 
 INITIALIZATION_BATCHES = 8
 """Batches that the scaling constant and ``b_dec`` are estimated from; they are trained on too."""
-
-WANDB_SECONDS, HUB_SECONDS = 60.0, 3600.0
-"""How long the end of a run waits for what is still to be sent."""
-SYNC = "Everything is in metrics.jsonl; what was not sent lies in wandb/ beside it: `wandb sync` sends it"
 
 Batches = tuple[Tensor, ...]
 """``[B, D]`` activations in raw units for each hooked layer; a row is the same token in all of them."""
@@ -163,10 +158,8 @@ class Trainer:
             for folder in folders:
                 if folder not in existing:
                     stack.enter_context(checkpoint.locked(folder))
-            wandb = stack.enter_context(Background("Weights & Biases", WANDB_SECONDS, SYNC))
-            hub = stack.enter_context(Background("the hub", HUB_SECONDS))
             for run in self.runs:
-                run.open(stack, wandb, hub)
+                run.open(stack)
             display = stack.enter_context(self._display())
             stopped_by = stack.enter_context(_signals(enabled=bool(folders)))
 
