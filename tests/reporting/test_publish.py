@@ -23,6 +23,7 @@ import yaml
 import fastsae
 from fastsae.cli import command as cli
 from fastsae.reporting import publish as hub
+from fastsae.reporting.model_card import model_card
 from fastsae.reporting.tracking import read_metrics
 
 CONFIG = fastsae.TrainConfig(
@@ -275,8 +276,9 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     assert [saved["tokens_seen"] for saved in state["history"]] == [640, 1280, 1920, 2560]
 
     def told(m: dict) -> list[str]:
+        objective = "–" if m.get("objective") is None else f"{m['objective']:.4g}"
         return [
-            f"{m['tokens_seen']:,}", *(f"{m[n]:.4g}" for n in ("loss", "mse", "aux", "explained_variance")),
+            f"{m['tokens_seen']:,}", objective, *(f"{m[n]:.4g}" for n in ("mse", "aux", "explained_variance")),
             f"{m['l0']:.2f}", f"{m['alive_fraction']:.1%}", f"{m['dead']:,}", f"{m['threshold']:.4g}",
         ]  # fmt: skip
 
@@ -323,9 +325,37 @@ def test_the_header_is_what_the_hub_reads(published) -> None:
     assert card.split("---\n", 2)[2].lstrip().startswith(f"# {run.name}\n")
 
 
-def test_the_header_of_the_recipe() -> None:
-    from fastsae.reporting.model_card import model_card
+def test_a_number_that_is_missing() -> None:
+    config = dataclasses.replace(CONFIG, hub_repo=None)
+    history = [{"tokens_seen": 64, "step": 2, "time": "2026-01-02T03:04:05+00:00"}]
+    names = (
+        "objective",
+        "mse",
+        "aux",
+        "explained_variance",
+        "l0",
+        "alive_fraction",
+        "dead",
+        "threshold",
+    )
+    metrics = [{"tokens_seen": 64} | dict.fromkeys(names)]
+    summary = {"inference": "topk", "evaluated_on": "2 held-out activations"} | dict.fromkeys(
+        (
+            "explained_variance",
+            "l0",
+            "threshold_explained_variance",
+            "threshold_l0",
+            "alive_fraction",
+        ),
+    )
+    summary["pca_explained_variance"] = None
+    card = model_card(config, fastsae.SAE(8, 32, 2), history, metrics, summary)
+    (row,) = section(card, "Training metrics").strip().splitlines()[4:]
+    assert row == "| 64 | 64 |" + " – |" * 8
+    assert section(card, "Evaluation").count("| – |") == 6
 
+
+def test_the_header_of_the_recipe() -> None:
     config = fastsae.TrainConfig(hub_repo="me").runs[0]
     sae = fastsae.SAE(
         1536, 64, 64, metadata={"model_name": config.model, "hook_name": "model.layers.17"}
