@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.table import describe
+from ..files import write_json
 from ..lm.held_out import HeldOutText
 from ..lm.spliced import SplicedModel, layer_of
 from ..sae.activation import Inference
@@ -153,7 +153,7 @@ def run(config: EvaluateConfig) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "evaluation.json"
-    path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(path, result.to_json())
     written = [path]
     if observers:
         written.append(

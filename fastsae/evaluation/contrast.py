@@ -9,7 +9,6 @@ the rank-sum test, and those reported keep the false discovery rate below ``--fd
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..cli.evaluate import Source
 from ..cli.guarded import guarded
 from ..errors import ConfigError
+from ..files import write_json
 from ..lm.held_out import HeldOutText
 from ..lm.spliced import SplicedModel
 from ..sae.module import SAE
@@ -272,7 +272,7 @@ def run(config: ContrastConfig) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "contrast.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     both = [document for side in texts.values() for document in side]
     text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
     collector = Collector(sae.d_sae, sae.W_dec.device)

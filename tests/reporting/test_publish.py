@@ -205,6 +205,34 @@ def test_no_permission_is_said_once_and_not_tried_again(
     assert "403" in caplog.text and "hf upload me/mine" in caplog.text
 
 
+def test_a_hub_that_hangs_does_not_keep_the_program(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    server.fail = lambda request: released.wait(60) and None if "/commit/" in request else None
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    released.set()
+    assert "the push to me/mine is not finished" in caplog.text
+    assert f"  hf upload me/mine {tmp_path}/run/hub ." in caplog.text
+
+
+def test_pushes_that_fail_are_counted(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path), hub_repo=None))
+    server.fail = lambda request: 403 if "/commit/" in request else None
+    with hub.Publisher(run, "me/mine", False) as publisher:
+        for i in range(3):
+            publisher.publish(run, "---\nlicense: apache-2.0\n---\n", f"push {i}")
+            for thread in publisher._threads:
+                thread.join()
+    assert caplog.text.count("could not push to me/mine") == 1 and "403" in caplog.text
+    assert "the last 3 pushes to me/mine failed" in caplog.text
+    assert len(set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))) == 1
+
+
 def test_no_login_shows_at_the_start(
     server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,6 +403,42 @@ def test_the_header_of_the_recipe() -> None:
     ):
         assert told in card
     assert "Training goes on" in card and "Training has not ended" in card
+
+
+def test_everything_written_is_strict_json(published) -> None:
+    """Parsers other than Python's know neither NaN nor Infinity."""
+    server, run = published
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    def read(text: str) -> object:
+        return json.loads(text, parse_constant=refuse)
+
+    read_so_far = set()
+    for path in run.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".js"):
+            lines = [text := path.read_text(encoding="utf-8")]
+            if path.suffix == ".jsonl":
+                lines = text.splitlines()
+            elif path.suffix == ".js":
+                lines = re.fullmatch(r"fastsaeData\((\".*?\"),(.*)\);\n", text).groups()
+            assert len(list(map(read, lines))) >= 1
+            read_so_far.add(path.name)
+    (data,) = re.findall(
+        r"<script [^>]*application/json[^>]*>(.*?)</script>", (run / "report.html").read_text()
+    )
+    read(data)
+    assert {
+        "cfg.json",
+        "state.json",
+        "metrics.jsonl",
+        "summary.json",
+        "latents-0.js",
+    } <= read_so_far
+    for name, content in server.repositories[f"me/{run.name}"].files.items():
+        if name.endswith(".json"):
+            read(content.decode())
 
 
 @pytest.mark.slow
