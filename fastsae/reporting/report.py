@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ..config import TrainConfig
@@ -20,6 +18,7 @@ from ..lm.held_out import HeldOutText
 from ..lm.spliced import SplicedModel, layer_of
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
+from .compare import RunSummary, plot
 from .dashboard.write import Collector, write_report_page
 from .tracking import read_metrics
 
@@ -51,13 +50,11 @@ def write_report(
     """
     metrics = read_metrics(directory)
     summary: dict[str, Any] = {"explained_variance": None, "pca_explained_variance": None}
-    density = None
     if held_out is not None:
         assert isinstance(sae.activation, BatchTopK)
         own = sae.inference or "topk"
         evaluation = evaluate(sae, held_out, list(dict.fromkeys((own, "threshold"))))
         result, by_threshold = evaluation[own], evaluation["threshold"]
-        density = result.density.numpy()
         summary |= {
             "explained_variance": result.explained_variance,
             "pca_explained_variance": evaluation.pca_explained_variance,
@@ -75,14 +72,7 @@ def write_report(
         summary["evaluated_on"] = "the last logged training batch"
     summary |= {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": config.k, **progress}
     summary["peak_memory_bytes"] = peak_memory_bytes(sae.W_dec.device)
-    plot_run(
-        directory / PICTURE,
-        metrics,
-        title=f"{config.run_name}: {sae.d_sae:,} latents on {sae.d_in} dimensions",
-        k=config.mean_active,
-        density=density,
-        pca_explained_variance=summary["pca_explained_variance"],
-    )
+    plot(directory / PICTURE, [RunSummary(config.run_name, "finished", metrics, summary)])
     # Said before the page is made: a large language model reads the held-out text for a while.
     log.info("%s", _describe(directory, config, summary))
     summary["report"] = _write_page(directory, sae, config, text)
@@ -159,81 +149,3 @@ def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
         f"  load it             fastsae.load({str(directory)!r})",
     ]
     return "\n".join(lines)
-
-
-def plot_run(
-    path: Path,
-    metrics: Sequence[dict[str, Any]],
-    *,
-    title: str,
-    k: float,
-    density: np.ndarray | None = None,
-    pca_explained_variance: float | None = None,
-) -> None:
-    """Draw a run to a PNG: explained variance, loss, L0 and alive fraction over tokens, and density.
-
-    Args:
-        metrics: what ``metrics.jsonl`` holds, in order.
-        density: ``[F]``, the share of held-out tokens each latent is active on.
-        pca_explained_variance: drawn as the baseline of the first panel.
-    """
-    # The object interface: pyplot would keep global state in whoever imports us.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    tokens = [m["tokens_seen"] for m in metrics]
-    panels = (
-        ("explained_variance", "Explained variance"),
-        ("loss", "Loss (after input scaling)"),
-        ("l0", "L0 (active latents per token)"),
-        ("alive_fraction", "Alive latents (active in the last 1M tokens)"),
-        ("threshold", "Threshold (raw units)"),
-    )
-    for axis, (name, label) in zip(axes.flat, panels, strict=False):
-        axis.plot(tokens, [m[name] for m in metrics], color="#3b6ea5", linewidth=1.6)
-        axis.set_title(label, fontsize=10, loc="left")
-        axis.set_xlabel("tokens", fontsize=9)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if pca_explained_variance is not None:
-        axes[0, 0].axhline(pca_explained_variance, color="#c2703d", linestyle="--", linewidth=1.2)
-        axes[0, 0].annotate(
-            f"PCA, {max(1, round(k))} components (held out): {pca_explained_variance:.3f}",
-            xy=(0.98, pca_explained_variance),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="#c2703d",
-        )
-    # L0 is flat in training: a range around it keeps rounding from looking like a trend.
-    axes[0, 2].set_ylim(0, 2 * k)
-    axes[1, 0].set_ylim(0, 1.05)
-    _plot_density(axes[1, 2], density)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-
-
-def _plot_density(axis: Any, density: np.ndarray | None) -> None:
-    axis.set_title("Feature density (held-out text)", fontsize=10, loc="left")
-    axis.set_xlabel("log10 of the share of tokens a latent is active on", fontsize=9)
-    axis.set_ylabel("latents", fontsize=9)
-    if density is None:
-        axis.text(0.5, 0.5, "no held-out activations", ha="center", transform=axis.transAxes)
-        return
-    active = density[density > 0]
-    axis.hist(np.log10(active), bins=40, color="#3b6ea5")
-    silent = len(density) - len(active)
-    axis.text(
-        0.98, 0.95, f"{silent:,} of {len(density):,} silent", ha="right", va="top",
-        transform=axis.transAxes, fontsize=8,
-    )  # fmt: skip
