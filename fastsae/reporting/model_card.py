@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,6 @@ from ..sae.module import SAE
 from ..version import __version__
 
 _CHECKPOINTS_SHOWN = 30
-_METRICS = {
-    "objective": "Objective",
-    "mse": "MSE",
-    "aux": "Aux-k",
-    "explained_variance": "Explained variance",
-    "l0": "L0",
-    "alive_fraction": "Alive",
-    "dead": "Dead",
-    "threshold": "Threshold",
-}
-_EVALUATION = {
-    "explained_variance": "Explained variance ({inference})",
-    "l0": "L0 ({inference})",
-    "threshold_explained_variance": "Explained variance (threshold)",
-    "threshold_l0": "L0 (threshold)",
-    "alive_fraction": "Alive latents",
-    "pca_explained_variance": "Explained variance of PCA with as many components",
-}
 # Settings of where a run is kept, which say nothing of the SAE.
 _UNTOLD = (
     "out", "name", "resume", "wandb", "wandb_project", "wandb_entity", "hub_repo", "hub_private", "demo",
@@ -90,60 +73,35 @@ def model_card(
         summary=summary,
         of_language_model=of_language_model,
         repository=config.hub_repository or config.run_name,
-        version=__version__,
-        progress=_progress(config, history),
-        evaluation=_evaluation(summary),
-        metric_names=["Checkpoint", "Logged at", *_METRICS.values()],
-        training_metrics=_training_metrics(history, metrics),
+        last=history[-1],
+        count=len(history),
+        checkpoints=_checkpoints(history, metrics),
         left_out=len(history) - _CHECKPOINTS_SHOWN,
         settings=_settings(config, sae, of_language_model),
         versions=_versions(),
         link=_link,
-        table=_table,
+        show=_show,
     )
     return f"{card}\n"
 
 
-def _progress(config: TrainConfig, history: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    last = history[-1]
-    return [
-        ("Tokens seen", f"{last['tokens_seen']:,}"),
-        ("Target", f"{config.tokens:,}"),
-        ("Progress", f"{min(1, last['tokens_seen'] / config.tokens):.1%}"),
-        ("Training steps", f"{last['step']:,}"),
-        ("Checkpoints", f"{len(history)}"),
-        ("Last checkpoint (UTC)", last["time"].removesuffix("+00:00").replace("T", " ")),
-    ]
-
-
-def _evaluation(summary: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if summary is None or "inference" not in summary:
-        return []
-    return [
-        (label.format(**summary), _number(name, summary[name]))
-        for name, label in _EVALUATION.items()
-    ]
-
-
-def _training_metrics(
+def _checkpoints(
     history: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]
-) -> list[tuple[str, ...]]:
-    def row(title: str, m: dict[str, Any]) -> tuple[str, ...]:
-        return title, f"{m['tokens_seen']:,}", *(_number(name, m.get(name)) for name in _METRICS)
-
+) -> list[tuple[str, dict[str, Any]]]:
+    """The last metrics logged before each checkpoint, and the best."""
     rows = []
     for saved in history[-_CHECKPOINTS_SHOWN:]:
         before = [m for m in metrics if m["tokens_seen"] <= saved["tokens_seen"]]
         if before:
-            rows.append(row(f"{saved['tokens_seen']:,}", before[-1]))
+            rows.append((f"{saved['tokens_seen']:,}", before[-1]))
     known = [m for m in metrics if m["explained_variance"] is not None]
     if known:
         peak = max(known, key=lambda m: m["explained_variance"])
-        rows.append(row("**peak explained variance**", peak))
+        rows.append(("**peak explained variance**", peak))
     return rows
 
 
-def _settings(config: TrainConfig, sae: SAE, of_language_model: bool) -> list[tuple[str, str]]:
+def _settings(config: TrainConfig, sae: SAE, of_language_model: bool) -> dict[str, Any]:
     untold = {*_UNTOLD}
     if not of_language_model:
         untold |= {*_OF_THE_STREAM}
@@ -153,21 +111,19 @@ def _settings(config: TrainConfig, sae: SAE, of_language_model: bool) -> list[tu
     settings["k_aux"] = config.k_aux or sae.default_k_aux
     settings["precision"] = sae.precision
     settings["text_files"] = [Path(file).name for file in config.text_files]
-    return [
-        (f"`{name}`", f"`{value}`")
+    return {
+        name: value
         for name, value in settings.items()
         if name not in untold and value not in (None, (), [])
-    ]
+    }
 
 
-def _versions() -> list[tuple[str, str]]:
-    rows = [("fastsae", __version__), ("Python", platform.python_version())]
+def _versions() -> dict[str, str]:
+    found = {"fastsae": __version__, "Python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            rows.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return rows
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _is_repository(name: str) -> bool:
@@ -185,16 +141,6 @@ def _family(model: str) -> str:
     return match[0] if match else name
 
 
-def _number(name: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if name == "dead":
-        return f"{value:,}"
-    if name == "alive_fraction":
-        return f"{value:.1%}"
-    return f"{value:.2f}" if name in ("l0", "threshold_l0") else f"{value:.4g}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def _show(value: Any, form: str = ".4g") -> str:
+    """A number, or a dash where the template finds none."""
+    return format(value, form) if isinstance(value, (int, float)) else "–"
