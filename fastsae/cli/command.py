@@ -22,7 +22,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> TrainConf
     """
     default = TrainConfig()
     if "--demo" in arguments:
-        from ..lm.demo import demo_config
+        from .presets import demo_config
 
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):

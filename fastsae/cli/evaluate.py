@@ -12,15 +12,18 @@ from typing import Literal
 import tyro
 
 from ..config import TrainConfig
+from ..data.opening import open_text
 from ..errors import ConfigError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.table import describe
+from ..lm import demo
 from ..lm.held_out import HeldOutText
-from ..lm.spliced import SplicedModel, layer_of
+from ..lm.hooked import SplicedModel, layer_of
 from ..sae.activation import Inference
 from ..sae.io import load
 from ..sae.module import SAE
 from .guarded import guarded
+from .presets import demo_config
 
 log = logging.getLogger(__name__)
 
@@ -107,24 +110,18 @@ class EvaluateConfig(Source):
 
 def text_of(config: EvaluateConfig, sae: SAE, model: SplicedModel) -> HeldOutText:
     """The text that ``config`` asks for, tokenised."""
-    from ..data.dataset import open_dataset
-    from ..data.text_files import open_files
-    from ..lm import demo
-
-    tokens = config.tokens or _TRAINING.eval_tokens
-    if config.text_files:
-        source = open_files(config.text_files, text_column=config.text_column, seed=config.seed)
-    elif model.name == demo.MODEL and config.dataset == _TRAINING.dataset:
-        source = demo.open_text(config.seed)
-        tokens = config.tokens or demo.demo_config().eval_tokens
-    else:
-        source = open_dataset(
-            config.dataset,
-            config.dataset_config,
-            config.dataset_split,
-            text_column=config.text_column,
-            seed=config.seed,
-        )
+    dataset, tokens = config.dataset, config.tokens or _TRAINING.eval_tokens
+    if not config.text_files and model.name == demo.MODEL and dataset == _TRAINING.dataset:
+        settings = demo_config()
+        dataset, tokens = settings.dataset, config.tokens or settings.eval_tokens
+    source = open_text(
+        config.text_files,
+        dataset,
+        config.dataset_config,
+        config.dataset_split,
+        text_column=config.text_column,
+        seed=config.seed,
+    )
     context = config.context(sae)
     return HeldOutText.tokenize(source, model.tokenizer, context, tokens, source.name)
 

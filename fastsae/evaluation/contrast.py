@@ -24,7 +24,7 @@ from ..cli.evaluate import Source
 from ..cli.guarded import guarded
 from ..errors import ConfigError
 from ..lm.held_out import HeldOutText
-from ..lm.spliced import SplicedModel
+from ..lm.hooked import SplicedModel
 from ..sae.module import SAE
 from .evaluate import text_activations
 from .statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test

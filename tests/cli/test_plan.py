@@ -81,8 +81,6 @@ def test_the_command_says_that_times_are_predicted(capsys):
 
 
 def test_the_planner_needs_the_standard_library_alone():
-    code = (
-        "import sys, fastsae.plan; print(sorted(m for m in ('torch', 'numpy') if m in sys.modules))"
-    )
+    code = "import sys, fastsae.cli.plan; print(sorted(m for m in ('torch', 'numpy') if m in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
