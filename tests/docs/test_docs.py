@@ -10,6 +10,7 @@ import re
 import shutil
 import tomllib
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -131,7 +132,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         check_install(words)
     elif program == "pytest":
         source = (ROOT / "benchmarks/conftest.py").read_text(encoding="utf-8")
-        known = {"-q", "-n", "-m", "--benchmark-json"} | pages.flags(source)
+        known = {"-q", "-n", "-m"} | pages.flags(source)
         assert {word for word in words if word.startswith("-")} <= known, words
         for word in words[1:]:
             if "/" in word or word in ("benchmarks", "tests"):
@@ -146,8 +147,10 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def check_install(words: list[str]) -> None:
     """``pip install`` of what pyproject.toml and constraints.txt have; never of ``fastsae``."""
     assert words[1] == "install" and "fastsae" not in words, words
-    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for before, word in zip(words, words[1:], strict=False):
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for before, word in pairwise(words):
         if before == "-c":
             assert (ROOT / word).is_file(), word
         if before == "-e":

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # Their order is the order in which they are run: the guide makes the runs that later pages look at.
 PAGES = tuple(
     ROOT / name
