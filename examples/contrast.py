@@ -10,7 +10,7 @@ from itertools import product
 
 import fastsae
 from fastsae.evaluation.contrast import contrast, describe, pool
-from fastsae.evaluation.evaluate import layer_of
+from fastsae.lm.hooked import layer_of
 
 SUBJECTS = ("the parser", "the old server", "this function", "a new model", "the second test")
 VERBS = ("read", "write", "copy", "delete", "ignore", "open")

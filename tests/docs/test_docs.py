@@ -28,8 +28,9 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 TOOLS = {"git", "pre-commit", "pyright", "ruff", ".ci/run"}
 SMALL = {
     "train": (
-        "--tokens", "1024", "--batch-size", "64", "--context-length", "32", "--harvest-batch", "4",
-        "--pool-tokens", "1024", "--eval-tokens", "256", "--log-every-tokens", "512",
+        "--d-sae", "128", "--tokens", "512", "--batch-size", "64", "--context-length", "32",
+        "--harvest-batch", "4", "--pool-tokens", "512", "--eval-tokens", "128",
+        "--log-every-tokens", "256",
         "--device", "cpu", "--wandb", "disabled",
     ),
     "evaluate": ("--tokens", "256", "--device", "cpu"),
