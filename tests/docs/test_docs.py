@@ -244,7 +244,7 @@ def test_the_guide_names_every_flag_of_training(known_flags: dict[str, set[str]]
     assert len(positive) > 40 and positive <= named, sorted(positive - named)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "kernels/README.md"], ids=[*IDS, "kernels"])
 def test_links_lead_somewhere(page: Path) -> None:
     for link in pages.links(page):
         path, _, anchor = link.partition("#")
