@@ -1,6 +1,6 @@
 """Evaluation of an SAE on held-out text: reconstruction, sparsity, and what the language model loses.
 
-``fastsae.evaluate`` is :func:`evaluate` here; ``python -m fastsae.evaluate`` is the same as a command.
+``fastsae.evaluate`` is :func:`evaluate` here; ``fastsae evaluate`` is the same as a command.
 """
 
 from __future__ import annotations
