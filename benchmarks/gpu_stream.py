@@ -143,11 +143,11 @@ def _measure(case: Case, quantization: str) -> Iterator[dict[str, Any]]:
 
 
 def random_model(case: Case, quantization: str) -> Any:
-    """A ``LanguageModel`` with random weights: quantized layer by layer, cut after the hooked one."""
+    """A ``CutModel`` with random weights: quantized layer by layer, cut after the hooked one."""
     import bitsandbytes
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    from fastsae.lm.hooked import LanguageModel
+    from fastsae.lm.hooked import CutModel
 
     torch.manual_seed(0)
     config = Gemma4TextConfig(**case.text)
@@ -174,7 +174,7 @@ def random_model(case: Case, quantization: str) -> Any:
                     module=packed,
                 )
                 setattr(parent, name, packed.to(case.device).eval())
-    return LanguageModel(
+    return CutModel(
         model, _byte_tokenizer(), (case.layer,), name="random E2B", quantization=quantization
     )
 

@@ -16,7 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsae.lm.demo import demo_config, documents, load_model
+from fastsae.cli.presets import demo_config
+from fastsae.data.demo_text import documents
+from fastsae.lm.demo import load_model
 
 F, K, B, CONTEXT, LAYER, LR = 2048, 16, 1024, 128, 2, 1e-3
 SETTING = f"demo model (4 layers, width 128), layer {LAYER}, F={F}, k={K}, B={B}"

@@ -120,8 +120,8 @@ TRAINERS: dict[str, Trainer] = {
 @functools.lru_cache(maxsize=1)
 def activations(layer: int, rows: int, held_out: int) -> tuple[Tensor, Tensor]:
     """``rows`` activations to train on and ``held_out`` others, of other documents: both ``[n, D]``."""
+    from fastsae.cli.presets import demo_config
     from fastsae.data.stream import open_stream
-    from fastsae.lm.demo import demo_config
 
     stream = open_stream(
         demo_config(layer=layer, eval_tokens=held_out, batch_size=4096, seed=0, device="cpu")

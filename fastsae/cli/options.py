@@ -19,7 +19,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..data.text import TextSource
-    from ..lm.spliced import SplicedModel
+    from ..lm.hooked import SplicedModel
     from ..sae.module import SAE
 
 Options = TypeVar("Options")
@@ -66,7 +66,7 @@ class SaeFlags:
 
     def load_model(self, sae: SAE) -> SplicedModel:
         """The language model, on the SAE's device. Raises ConfigError or StreamError."""
-        from ..lm.spliced import SplicedModel, layer_of
+        from ..lm.hooked import SplicedModel, layer_of
 
         layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..lm.held_out import HeldOutText
-from ..lm.spliced import SplicedModel
+from ..lm.hooked import SplicedModel
 from ..sae.module import SAE
 from .evaluate import text_activations
 from .statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test

@@ -17,7 +17,7 @@ from ..device import peak_memory_bytes
 from ..errors import FastsaeError
 from ..evaluation.evaluate import evaluate
 from ..lm.held_out import HeldOutText
-from ..lm.spliced import SplicedModel, layer_of
+from ..lm.hooked import SplicedModel, layer_of
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from .dashboard.write import Collector, write_report_page

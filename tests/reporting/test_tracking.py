@@ -158,7 +158,7 @@ def test_a_service_out_of_reach_is_written_to_the_disk(
 PROGRAM = textwrap.dedent("""
     import sys, time
     sys.path.insert(0, {tests!r})
-    import fastsae, fastsae.trainer, test_tracking as t, dataclasses
+    import fastsae, fastsae.training.trainer, test_tracking as t, dataclasses
     fastsae.training.trainer.WANDB_SECONDS = {patience}
     config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb="auto", tokens={tokens})
     def slowly():

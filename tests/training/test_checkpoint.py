@@ -177,7 +177,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from fastsae import checkpoint
+from fastsae.training import checkpoint
 try:
     with checkpoint.locked(Path({str(tmp_path)!r})): print("entered")
 except checkpoint.CheckpointError as error: print(error)

@@ -20,7 +20,7 @@ from fastsae.cli import main
 from fastsae.reporting.tracking import read_metrics
 from fastsae.training import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = fastsae.TrainConfig(
     layer=(3, 5), k=(2, 4), seed=(1, 2), d_sae=48, lr=3e-3, batch_size=32, tokens=32 * 20,
     dead_after_tokens=200, log_every_tokens=64, checkpoint_every_tokens=160, keep_checkpoints=1,
