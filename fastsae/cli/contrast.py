@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from ..errors import ConfigError
 from .options import SaeFlags, output_folder, parse
@@ -63,7 +63,7 @@ def run(options: ContrastOptions) -> None:
     from ..reporting.dashboard.write import Collector, write_report_page
 
     folder = output_folder(options.out, options.sae.source)
-    positive, negative = (
+    texts = [
         list(
             islice(
                 open_files(files, text_column=options.text_column, seed=options.seed),
@@ -71,21 +71,21 @@ def run(options: ContrastOptions) -> None:
             )
         )
         for files in (options.positive, options.negative)
-    )
-    check(options.fdr, options.probe_latents, len(positive), len(negative))
+    ]
+    check(options.fdr, options.probe_latents, *map(len, texts))
     sae = options.sae.load()
     context, outliers = options.sae.context(sae), options.sae.outliers(sae)
     model = options.sae.load_model(sae)
     rows = options.sae.batch_rows
-    pooled = (pool(sae, model, texts, context, rows, outliers) for texts in (positive, negative))
-    result = contrast(*pooled, options.fdr, options.probe_latents, options.seed)
+    positive, negative = (pool(sae, model, side, context, rows, outliers) for side in texts)
+    result = contrast(positive, negative, options.fdr, options.probe_latents, options.seed)
     print(describe(result))  # noqa: T201
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "contrast.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    both = [*positive, *negative]
+    both = list(chain(*texts))
     text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
     collector = Collector(sae.d_sae, sae.W_dec.device)
     evaluation = evaluate(
