@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -152,6 +152,7 @@ def parse(
         ConfigError: an unknown flag, a missing argument, or an impossible value.
         SystemExit: ``--help`` (0).
     """
+    start: dict[str, Any] = {} if default is None else {"default": default}
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -160,8 +161,8 @@ def parse(
                 prog=prog,
                 description=description,
                 args=arguments,
-                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.OmitArgPrefixes,),
+                **start,
             )
     except SystemExit as end:
         if not end.code:
@@ -176,7 +177,7 @@ def _in_a_line(box: str) -> str:
     parts = [
         list(part) for rule, part in groupby(lines, lambda line: set(line) == {"─"}) if not rule
     ]
-    said = " ".join(parts[0])
+    said = " ".join(parts[0]).removeprefix("Error parsing ")
     if len(parts) > 1 and parts[1][0].startswith("Perhaps"):
         flags = [line.split()[0].rstrip(",") for line in parts[1] if line.startswith("--")]
         said += f"; perhaps {' or '.join(flags)}"

@@ -63,14 +63,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         shared = {f.name for f in dataclasses.fields(self)} & vars(_RECIPE).keys()
         TrainConfig(**{name: getattr(self, name) for name in shared})  # checks them
-        for name in (
-            "d_in",
-            "gib",
-            "tflops",
-            "bandwidth",
-            "harvest_tokens_per_second",
-            "usd_per_hour",
-        ):
+        rates = ("tflops", "bandwidth", "harvest_tokens_per_second", "usd_per_hour")
+        for name in ("d_in", "gib", *rates):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a positive finite number, got {value:g}")

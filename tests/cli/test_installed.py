@@ -20,7 +20,7 @@ def needed_by(name: str) -> set[str]:
     found = {name}
     for line in distribution(name).requires or ():
         if "extra ==" not in line and "python_version <" not in line:
-            found |= needed_by(re.match(r"[\w.-]+", line)[0])
+            found |= needed_by(re.split(r"[^\w.-]", line)[0])
     return found
 
 
