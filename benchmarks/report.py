@@ -260,30 +260,26 @@ def plot_stages(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: Path) -> None:
-    """Tokens per second over F, k and B, and what ``fastsae.plan`` predicts from the machine's measured rates."""
+    """Tokens per second over F, k and B, and what ``fastsae plan`` predicts from the machine's measured rates."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    from fastsae.cli.plan import Device, step_seconds
+    from fastsae.cli.plan import Rates, step_seconds
 
-    device = None
-    if ceilings:
-        device = Device(
-            "here", 0, ceilings["flops_fp32"], ceilings["bytes"], ceilings["bytes"], "measured"
-        )
+    rates = Rates(ceilings["flops_fp32"], ceilings["bytes"]) if ceilings else None
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
     for axes, axis in zip(panels, ("F", "k", "B"), strict=True):
         mine = sorted((r for r in rows if r["axis"] == axis), key=lambda r: r[axis])
         at = [r[axis] for r in mine]
         axes.plot(at, [r["B"] / median(r["seconds"]) for r in mine], "o-", label="fastsae")
-        if device:
+        if rates:
             low = 4 if rows[0]["precision"] == "fp32" else 2
             roof = [
-                r["B"] / step_seconds(r["B"], r["D"], r["F"], r["k"], device, low=low) for r in mine
+                r["B"] / step_seconds(r["B"], r["D"], r["F"], r["k"], rates, low=low) for r in mine
             ]
-            axes.plot(at, roof, "--", color="gray", label="fastsae.plan")
+            axes.plot(at, roof, "--", color="gray", label="fastsae plan")
         axes.set(xscale="log", yscale="log", xlabel=axis)
         axes.set_xticks(at, [f"{v:g}" for v in at], fontsize=7)
         axes.minorticks_off()

@@ -128,7 +128,7 @@ def _write_page(
     except (FastsaeError, OSError, RuntimeError) as error:
         log.warning(
             "report.html was not written (%s). The SAE is safe; write the report with\n"
-            "  python -m fastsae.evaluate %s",
+            "  fastsae evaluate %s",
             error, directory,
         )  # fmt: skip
         return None
