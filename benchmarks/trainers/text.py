@@ -1,0 +1,30 @@
+"""What whole runs share: the text, the language model, and activations to judge the result by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastsae import TrainConfig
+from fastsae.stream import open_stream, open_text
+from fastsae.stream.loading import load_pretrained
+
+__all__ = ["documents", "held_out", "language_model", "open_stream"]
+
+
+def documents(config: TrainConfig) -> list[str]:
+    """The whole text, in the order in which fastsae reads it."""
+    return list(open_text(config))
+
+
+def language_model(config: TrainConfig) -> tuple[Any, Any, int]:
+    """The model, its tokenizer and its width."""
+    model, tokenizer = load_pretrained(config.model)
+    return model, tokenizer, model.config.get_text_config(decoder=True).hidden_size
+
+
+def held_out(config: TrainConfig) -> Tensor:
+    """Activations ``[n, D]`` of the text's first rows, which fastsae does not train on."""
+    (rows,) = open_stream(config).held_out()
+    return rows
