@@ -35,7 +35,7 @@ def dictionary_learning(model: str, layer: int, texts: list[str], width: int) ->
         from dictionary_learning import ActivationBuffer
         from nnsight import LanguageModel
     except ImportError as error:
-        raise SystemExit(f"{error}: pip install dictionary-learning") from error
+        raise SystemExit(f"{error}: pip install --no-deps -r benchmarks/peers.txt") from error
     tokenizer = AutoTokenizer.from_pretrained(model)
     traced = LanguageModel(AutoModelForCausalLM.from_pretrained(model), tokenizer=tokenizer)
     return ActivationBuffer(

@@ -13,7 +13,7 @@ import pytest
 import fastsae
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"smollm2"})  # a converter
 
 
 def load(name: str):
@@ -75,7 +75,7 @@ def test_train_on_a_store(library: str, folder: Path, capsys: pytest.CaptureFixt
 
 def test_a_store_of_a_package_that_is_absent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dictionary_learning", None)
-    with pytest.raises(SystemExit, match="pip install dictionary-learning"):
+    with pytest.raises(SystemExit, match="pip install .* benchmarks/peers.txt"):
         load("train_on_a_store").dictionary_learning("model", 2, ["text"], 64)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -19,8 +19,7 @@ def quality(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("quality")
     yield module
-    for name in ("quality", "peers"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("quality", None)
 
 
 @pytest.fixture
@@ -33,13 +32,12 @@ def tiny(quality, monkeypatch):
     case = quality.Case(layer=0, d_sae=32, k=3, batch_size=32, steps=20, lr=1e-2)
     monkeypatch.setattr(quality, "CASES", {"tiny": case})
 
-    def untrained(batches, setting):
-        one_step = quality.peers.Setting(**{**vars(setting), "steps": 1})
-        return quality.train_fastsae(batches, one_step)
+    ours = quality.VARIANTS[quality.OURS]
 
-    monkeypatch.setattr(
-        quality, "TRAINERS", {quality.OURS: quality.train_fastsae, "untrained": untrained}
-    )
+    def untrained(problem):
+        return ours(quality.replace(problem, steps=1))
+
+    monkeypatch.setattr(quality, "VARIANTS", {quality.OURS: ours, "untrained": untrained})
     return quality
 
 
@@ -128,32 +126,53 @@ def test_one_seed_has_no_standard_error(quality):
 
 def test_a_seed_draws_the_same_rows_once_for_everyone(quality):
     pool = torch.arange(100.0)[:, None]
-    setting = quality.Setting(1, 4, 1, 10, 9, 50, seed=3)
-    first, again = quality.draw_batches(pool, setting), quality.draw_batches(pool, setting)
+    first, again = (quality.draw_batches(pool, 10, 9, seed=3) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
     assert len(torch.cat(first).unique()) == 90
-    other = quality.draw_batches(pool, quality.Setting(1, 4, 1, 10, 9, 50, seed=4))
+    other = quality.draw_batches(pool, 10, 9, seed=4)
     assert not torch.cat(first).equal(torch.cat(other))
     with pytest.raises(SystemExit, match="100 activations"):
-        quality.draw_batches(pool, quality.Setting(1, 4, 1, 10, 11, 50))
+        quality.draw_batches(pool, 10, 11, seed=3)
+
+
+def test_a_case_is_the_same_problem_for_everyone(quality):
+    case = quality.Case(layer=0, d_sae=32, k=3, batch_size=10, steps=9, lr=1e-2)
+    problem = case.problem(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), seed=3)
+    assert problem.shape == quality.Shape(10, 8, 32, 3) and problem.tokens == 90
+    assert (problem.dead_after, problem.seed, problem.lr) == (9, 3, 1e-2)
+    assert len(problem.batches) == 9 and problem.batches[0].shape == (10, 8)
 
 
 def test_trainers_cannot_change_each_others_batches(quality):
-    setting = quality.Setting(8, 16, 2, 32, 2, 1000)
     batches = list(torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).split(32))
+    problem = quality.Problem(quality.Shape(32, 8, 16, 2), batches, steps=2, dead_after=1000)
     before = torch.cat(batches)
 
-    def vandal(batches, setting):
-        sae = quality.train_fastsae(batches, setting)
-        for batch in batches:
+    def vandal(problem):
+        sae = quality.VARIANTS[quality.OURS](problem)
+        for batch in problem.batches:
             batch.zero_()
         return sae
 
-    quality.measure(vandal, batches, setting, torch.cat(batches))
+    quality.scores(vandal, problem, torch.cat(batches))
     assert torch.cat(batches).equal(before)
 
 
 def test_peers_counts_of_steps_are_scaled_to_the_run(quality):
-    setting = quality.Setting(8, 16, 2, 32, 2000, 1000)
-    assert setting.scaled_steps(1000) == 20
-    assert setting.scaled_steps(1) == 1
+    problem = quality.Problem(quality.Shape(32, 8, 16, 2), [], steps=2000)
+    assert problem.scaled_steps(1000) == 20
+    assert problem.scaled_steps(1) == 1
+
+
+def test_means_over_the_seeds_go_to_the_history(tiny, monkeypatch, tmp_path):
+    run(tiny, monkeypatch, "--out", str(tmp_path), "--seeds", "0", "1", "--trainers", "fastsae")
+    results = importlib.import_module("results")
+    lines = results.read_history(tmp_path / "history.csv")
+    assert {line["metric"] for line in lines} == {
+        "explained variance", "alive fraction", "threshold explained variance", "threshold l0",
+    }  # fmt: skip
+    assert {
+        (line["benchmark"], line["case"], line["trainer"], line["rounds"]) for line in lines
+    } == {("quality", "tiny", "fastsae", "2")}
+    mean = sum(float(r["explained_variance"]) for r in tiny.read_runs(tmp_path)) / 2
+    assert float(lines[0]["value"]) == pytest.approx(mean, rel=1e-5)
