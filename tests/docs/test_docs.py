@@ -10,7 +10,7 @@ import re
 import shutil
 import tomllib
 from fnmatch import fnmatch
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -135,9 +135,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         source = (ROOT / "benchmarks/conftest.py").read_text(encoding="utf-8")
         known = {"-q", "-n", "-m"} | pages.flags(source)
         assert {word for word in words if word.startswith("-")} <= known, words
-        for word in words[1:]:
-            if "/" in word or word in ("benchmarks", "tests"):
-                assert (ROOT / word).exists(), word
+        paths = takewhile(lambda word: not word.startswith("-"), words[1:])
+        assert all((ROOT / path).exists() for path in paths), words
     elif program.startswith("python"):
         source = (ROOT / words[1]).read_text(encoding="utf-8")
         assert pages.flags(" ".join(words)) <= pages.flags(source), words
