@@ -13,7 +13,7 @@ import pytest
 import fastsae
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"smollm2"})  # a converter
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def load(name: str):
