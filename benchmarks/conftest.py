@@ -1,6 +1,6 @@
 """``pytest benchmarks``: what is measured at which size, and where the results go.
 
-All results go to one report: ``--out DIR`` keeps it, and the history gets every one. Single operations
+All results go to one report: ``--out FILE`` keeps it, and the history gets every one. Single operations
 are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and runs by ``harness``.
 """
 
@@ -33,10 +33,9 @@ def pytest_addoption(parser):
     add("--model", help="language model of the whole runs: a folder [the demo's]")
     add("--text", help="its text: a file, .jsonl or .txt")
     add("--layer", type=int, default=15, help="its layer [15]")
-    add("--out", type=Path, help="folder for the results")
-    add("--name", default="suite", help="of the results' files in that folder [suite]")
+    add("--out", type=Path, help="file for the results, .json; the same in long format beside it")
     add("--history", type=Path, default=HISTORY, help="CSV that every result is added to")
-    add("--no-history", action="store_true", help="add nothing to it")
+    add("--no-history", action="store_const", const=None, dest="history", help="add nothing to it")
     add("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
 
 
@@ -48,13 +47,8 @@ def pytest_configure(config):
         shape = SCALES[scale]
     config.fastsae_shapes = [replace(shape, B=B) for B in option("--batches") or [shape.B]]
     config.fastsae_deadline = time.monotonic() + option("--seconds")
-    config.fastsae_report = Report(
-        option("--name"),
-        option("--out"),
-        device=device,
-        history=None if option("--no-history") else option("--history"),
-        scale="given" if option("--shape") else scale,
-    )
+    scale = "given" if option("--shape") else scale
+    config.fastsae_report = Report(option("--out"), device, option("--history"), scale=scale)
 
 
 def pytest_generate_tests(metafunc):

@@ -26,7 +26,7 @@ from results import Report  # noqa: E402
 SECONDS_PER_PART = 460
 PARTS = {
     "smoke": "bench_ops.py bench_step.py -k fastsae --rounds 0 --shape 256,256,4096,16 --no-history",
-    "tests": "-m gpu --continue-on-collection-errors",
+    "tests": "tests -m gpu --continue-on-collection-errors",
     "kernels": "bench_ops.py --scale recipe --batches 1024 4096 16384",
     "step": "bench_step.py -k bench_step --scale recipe --batches 1024 4096 --steps-apart 4",
     "stream": "bench_stream.py",
@@ -38,10 +38,8 @@ REHEARSAL = "--device cpu --shape 64,64,512,8 --batches 64 --rounds 1 --no-histo
 def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
     """The exit code of pytest; 124 where it ran out of time."""
     arguments = PARTS[part].split()
-    place = ["tests"]
     if part != "tests":
-        folder = folder.resolve()
-        arguments += ["--out", str(folder), "--name", part, "--seconds", str(SECONDS_PER_PART)]
+        arguments += ["--out", f"{folder / part}.json", "--seconds", str(SECONDS_PER_PART)]
         # A plain pytest has no plugins: their options in pytest.ini would stop it.
         arguments += ["-c", "pytest.ini", "-o", "addopts=--import-mode=importlib"]
     if rehearse:
@@ -56,7 +54,7 @@ def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
     environment.pop("TRITON_INTERPRET", None)
     try:
         return subprocess.run(
-            [*command, *(place if part == "tests" else []), *arguments],
+            [*command, *arguments],
             cwd=ROOT if part == "tests" else ROOT / "benchmarks",
             env=environment,
             timeout=SECONDS_PER_PART + 120,
@@ -73,16 +71,16 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="all but tests, tiny, on the CPU")
     parser.add_argument("-k", metavar="EXPRESSION", help="pytest's, in place of the part's own")
     options = parser.parse_args()
-    codes = {}
+    codes, folder = {}, options.out.resolve()
     for part in PARTS if options.part == "all" else (options.part,):
         if options.rehearse and part != "tests":
-            codes[part] = run(part, options.out, True, options.k)
+            codes[part] = run(part, folder, True, options.k)
         elif options.rehearse or not torch.cuda.is_available():
             why = "not rehearsed" if options.rehearse else "no CUDA device"
-            Report(part, options.out).add(part=part, skipped=why)
+            Report(folder / f"{part}.json").add(part=part, skipped=why)
             print(f"{part}: skipped ({why})")
         else:
-            codes[part] = run(part, options.out, False, options.k)
+            codes[part] = run(part, folder, False, options.k)
     for part, code in codes.items():
         print(f"{part}: {'ended well' if code == 0 else f'failed (exit code {code})'}")
     return int(any(codes.values()))

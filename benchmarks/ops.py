@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from gates import RELATIVE, require_close
-from measure import Shape, activations
+from measure import Shape
 from torch import Tensor
-from trainers import missing
+from trainers import Problem, Weights, missing
 
 import fastsae_kernels as kernels
 from fastsae_kernels import CSR, reference
@@ -33,12 +33,11 @@ class Inputs:
 
     def __init__(self, shape: Shape, dtype: str, device: str) -> None:
         self.shape, self.name, self.dtype, self.device = shape, dtype, DTYPES[dtype], device
-        generator = torch.Generator().manual_seed(1)
-        batches = activations(shape, VARIANTS, device)
-        rows = reference.normalize_rows(torch.randn(shape.F, shape.D, generator=generator))
-        self.x = [x.to(self.dtype) for x in batches]  # [B, D]
-        self.W = rows.to(device, self.dtype)  # [F, D], both encoder's and decoder's
-        self.b_enc, self.b_dec = torch.zeros(shape.F, device=device), batches[0].mean(0)
+        problem = Problem.synthetic(shape, device)
+        weights = Weights(problem)
+        self.x = [x.to(self.dtype) for x in problem.batches[:VARIANTS]]  # [B, D]
+        self.W = weights.W_dec.to(self.dtype)  # [F, D], both encoder's and decoder's
+        self.b_enc, self.b_dec = weights.b_enc, weights.b_dec
 
     @functools.cached_property
     def pre(self) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """From results to tables and plots, and what moved between two commits.
 
-    pytest benchmarks --out DIR
-    python benchmarks/report.py DIR/suite.json     publish: into results/, the README and docs/
-    python benchmarks/report.py                    README, docs and plots again, from the committed results
-    python benchmarks/report.py --compare A B      what moved by more than 5 % between two commits
+    pytest benchmarks --out FILE.json
+    python benchmarks/report.py FILE.json        publish: into results/, the README and docs/
+    python benchmarks/report.py                  README, docs and plots again, from the committed results
+    python benchmarks/report.py --compare A B    what moved by more than 5 % between two commits
 
 A row measured again replaces the older one; each keeps the hardware, versions and date it was measured
 with. What was refused by a gate has no time, hence stands in no table.

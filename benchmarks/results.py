@@ -30,65 +30,52 @@ Run = dict[str, Any]  # {"about": what it was measured on, "rows": [...]}
 
 
 class Report:
-    """The rows of one command or session.
+    """The rows of one command or session, and beside them what they were measured on.
 
-    Args:
-        name: of its files, ``FOLDER/NAME.json`` and, in long format, ``FOLDER/NAME.csv``.
-        folder: where they go; None writes none.
-        device: what is measured on.
-        history: the file that measurements are added to; None leaves it alone.
-        about: what else is to be known of the session.
+    ``path`` is the JSON file that is written again after every row, with the same in long format beside it
+    (``.csv``); ``history`` the file that every measurement is added to. Without either, none is written.
     """
 
     def __init__(
-        self,
-        name: str,
-        folder: Path | None,
-        *,
-        device: str = "cpu",
-        history: Path | None = None,
-        **about: Any,
+        self, path: Path | None, device: str = "cpu", history: Path | None = None, **about: Any
     ) -> None:
-        self.name, self.folder, self.history = name, folder, history
+        self.path, self.history = path, history
         self.about = environment(device) | {"device": device} | about
         self.rows: list[Row] = []
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._flush()
+        self._write()
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
-        self._flush()
+        self._write()
         if self.history is not None:
             append(self.history, long_rows(self.about, [row]))
 
-    def _flush(self) -> None:
-        if self.folder is None:
+    def _write(self) -> None:
+        if self.path is None:
             return
-        path = self.folder / self.name
-        run = {"about": self.about, "rows": self.rows}
-        path.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".csv").unlink(missing_ok=True)
-        append(path.with_suffix(".csv"), long_rows(self.about, self.rows))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"about": self.about, "rows": self.rows}, indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")
+        table = self.path.with_suffix(".csv")
+        table.unlink(missing_ok=True)
+        append(table, long_rows(self.about, self.rows))
 
 
 # --- what is published ---
 
 
-def key(about: Row, row: Row) -> tuple[str, ...]:
+def key(about: Row, row: Row) -> tuple[Any, ...]:
     """What a measurement is of; measured again, it replaces the older one."""
-    sizes = [row.get("axis"), *(row.get(name) for name in "BDFk")]
-    return (row["group"], row["trainer"], about["hardware"], str(about["threads"]), str(sizes))
+    machine = (about["hardware"], about["threads"])
+    return (*machine, row["group"], row["trainer"], *(row.get(n) for n in ("axis", *"BDFk")))
 
 
 def merge(runs: list[Run], new: Run) -> list[Run]:
     """``runs`` and what ``new`` measured, without the rows that it measured again."""
     new = {**new, "rows": [row for row in new["rows"] if "kind" in row and row.get("seconds")]}
     again = {key(new["about"], row) for row in new["rows"]}
-    kept = [
-        {**run, "rows": [row for row in run["rows"] if key(run["about"], row) not in again]}
-        for run in runs
-    ]
+    rest = lambda run: [row for row in run["rows"] if key(run["about"], row) not in again]
+    kept = [{**run, "rows": rest(run)} for run in runs]
     return [run for run in [*kept, new] if run["rows"]]
 
 
@@ -103,9 +90,8 @@ def write_results(runs: list[Run], path: Path = PUBLISHED) -> None:
 
 def rows_of(runs: list[Run], kind: str) -> list[Row]:
     """All rows of a kind, each with the ``about`` of its run."""
-    return [
-        {**row, "about": run["about"]} for run in runs for row in run["rows"] if row["kind"] == kind
-    ]
+    rows = ({**row, "about": run["about"]} for run in runs for row in run["rows"])
+    return [row for row in rows if row["kind"] == kind]
 
 
 # --- history ---
@@ -116,40 +102,29 @@ UNITS = {"step": "s/step", "scaling": "s/step", "end to end": "s/token", "stream
 
 def long_rows(about: Row, rows: Iterable[Row]) -> Iterator[dict[str, str]]:
     """Every value of ``rows`` as a line of the history; rows that measured nothing have none."""
-    threads = about["threads"]
-    shared = {
-        "date": about["date"],
-        "commit": about["commit"],
-        "versions": "; ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        "hardware": f"{about['hardware']}, {threads} thread{'s' * (threads != 1)}",
-    }
+    versions = "; ".join(f"{name} {version}" for name, version in about["versions"].items())
+    hardware = f"{about['hardware']}, {about['threads']} thread{'s' * (about['threads'] != 1)}"
+    shared = (about["date"], about["commit"], versions, hardware)
     for row in rows:
         for metric, value, unit, rounds in _values(row):
             case = row["group"] + (f", {row['axis']}={row[row['axis']]:g}" if "axis" in row else "")
-            yield shared | {
-                "benchmark": row["kind"],
-                "case": case,
-                "trainer": row["trainer"],
-                "metric": metric,
-                "value": f"{value:.6g}",
-                "unit": unit,
-                "rounds": str(rounds),
-            }
+            found = (row["kind"], case, row["trainer"], metric, f"{value:.6g}", unit, str(rounds))
+            yield dict(zip(COLUMNS, (*shared, *found), strict=True))
 
 
 def _values(row: Row) -> Iterator[tuple[str, float, str, int]]:
-    seconds = row.get("seconds") or []
-    if "kind" not in row or not (seconds or row.get("values")):
+    seconds, others = row.get("seconds"), row.get("values", {})
+    if "kind" not in row or not (seconds or others):
         return
+    rounds = row.get("rounds") or len(seconds or [0])
     if seconds:
-        yield "time", median(seconds), UNITS.get(row["kind"], "s"), len(seconds)
-    rounds = len(seconds) or 1
+        yield "time", median(seconds), UNITS.get(row["kind"], "s"), rounds
     if row.get("ratio") is not None:
         yield "time / ours", row["ratio"], "x", rounds
     if row.get("peak_mib") is not None:
         yield "peak memory", row["peak_mib"], "MiB", rounds
-    for metric, (value, unit) in row.get("values", {}).items():
-        yield metric, value, unit, row.get("rounds", rounds)
+    for metric, (value, unit) in others.items():
+        yield metric, value, unit, rounds
     variance = (row.get("gate") or row).get("explained_variance")
     if variance is not None:
         yield "explained variance", variance, "", 1
@@ -196,23 +171,21 @@ def changes(
             known = ", ".join(dict.fromkeys(line["commit"] for line in history))
             raise ValueError(f"no results of commit {commit!r}; there are results of {known}")
         names = ("hardware", "benchmark", "case", "trainer", "metric", "unit")
-        found.append({tuple(line[name] for name in names): line for line in lines})
+        found.append({tuple(line[name] for name in names): float(line["value"]) for line in lines})
     old, new = found
     common = [key for key in old if key in new]
     if not common:
         raise ValueError(f"{before} and {after} have no result in common, on the same hardware")
     moved, worse = [], False
     for key in common:
-        was, now = float(old[key]["value"]), float(new[key]["value"])
+        was, now = old[key], new[key]
         change = now / was - 1 if was else 0.0 if now == was else float("inf")
         if abs(change) <= threshold:
             continue
         _, _, case, trainer, metric, unit = key
         better = (change > 0) == (metric in HIGHER_IS_BETTER)
         worse |= not better and (trainer.startswith("fastsae") or metric == "time / ours")
-        moved.append(
-            f"{'better' if better else 'WORSE':6} {change:+7.1%}  {metric} of {trainer}, {case}: "
-            f"{was:g} -> {now:g} {unit}".rstrip()
-        )
+        line = f"{change:+7.1%}  {metric} of {trainer}, {case}: {was:g} -> {now:g} {unit}".rstrip()
+        moved.append(f"{'better' if better else 'WORSE':6} {line}")
     moved.append(f"{len(common)} results compared, {len(moved)} moved by more than {threshold:.0%}")
     return moved, worse

@@ -79,7 +79,7 @@ def test_the_step_part_times_what_torch_alone_can(tmp_path):
 
 @pytest.mark.slow
 def test_a_failure_is_the_exit_code(tmp_path):
-    result = command("--part", "kernels", "--out", str(tmp_path), "--rehearse", "-k", "no such")
+    result = command("--part", "kernels", "--out", str(tmp_path), "--rehearse", "-k", "nosuch")
     assert result.returncode == 1
     assert "kernels: failed (exit code 5)" in result.stdout
 
