@@ -238,8 +238,7 @@ def _sparse_decode(B: int) -> Problem:
 
 
 def _fused_update(B: int) -> Problem:
-    from fastsae_kernels.adam_state import Rows, Vector
-    from fastsae_kernels.fused_update import fused_update_
+    from fastsae_kernels import BiasState, MatrixState, fused_update_
 
     csrs = [batch_topk(p, B * k).csr for p in _pre(B)]
     cscs = [csr_to_csc(csr, F) for csr in csrs]
@@ -247,8 +246,8 @@ def _fused_update(B: int) -> Problem:
     W = torch.nn.functional.normalize(torch.randn(F, D, device=DEVICE))
     lr = torch.tensor(3e-4, device=DEVICE)
     step = torch.ones((), dtype=torch.int64, device=DEVICE)
-    state = [Rows.start(W.clone(), copy_dtype=torch.bfloat16) for _ in range(2)]
-    vectors = [Vector.start(torch.zeros(n, device=DEVICE)) for n in (F, D)]
+    state = [MatrixState.start(W.clone(), copy_dtype=torch.bfloat16) for _ in range(2)]
+    vectors = [BiasState.start(torch.zeros(n, device=DEVICE)) for n in (F, D)]
 
     def ours(i):
         fused_update_(
@@ -288,29 +287,37 @@ def _fused_update(B: int) -> Problem:
 
 
 def _aux_k(B: int) -> Problem:
-    from fastsae_kernels.aux_k import aux_k
+    from fastsae_kernels import aux_k_gradients
     from fastsae_kernels.reference import aux_k_loss
 
-    pre = _pre(B)
+    x = _inputs(lambda: torch.randn(B, D, device=DEVICE).bfloat16())
     residual = torch.randn(B, D, device=DEVICE)
-    W_dec = torch.nn.functional.normalize(torch.randn(F, D, device=DEVICE)).bfloat16()
-    dead = torch.zeros(F, dtype=torch.bool, device=DEVICE)
-    dead[:: F // 2048] = True
+    W = torch.nn.functional.normalize(torch.randn(F, D, device=DEVICE)).bfloat16()
+    b_enc, b_dec = torch.zeros(F, device=DEVICE), torch.zeros(D, device=DEVICE)
+    since = torch.zeros(F, dtype=torch.int64, device=DEVICE)
+    since[:: F // 2048] = 1
+    options = {"dead_after": 1, "max_dead": 2048, "k_aux": D // 2}
 
-    def dense(p):
-        return aux_k_loss(p, residual, W_dec.float(), dead, D // 2)
+    def ours(i):
+        return aux_k_gradients(x[i], residual, W, b_enc, W, b_dec, since, **options).loss
+
+    def dense(i):
+        pre = (x[i] @ W.T).float().requires_grad_()
+        loss = aux_k_loss(pre, residual, W.float().requires_grad_(), since > 0, D // 2)
+        loss.backward()
+        return loss.detach()
 
     def check():
-        _close(aux_k(pre[0], residual, W_dec, dead, D // 2), dense(pre[0]), 1e-2)
+        _close(ours(0), dense(0), 1e-2)
 
     return Problem(
         {
-            "fastsae": lambda i: aux_k(pre[i], residual, W_dec, dead, D // 2),
-            "eager": lambda i: dense(pre[i]),
+            "fastsae": ours,
+            "eager": dense,
         },
         check,
-        B * 2048 * 4 + 2048 * D * 2 + B * D * 8,
-        2 * B * 2048 * D,
+        20 * B * 2048 + 4 * 2048 * D * 2,
+        10 * B * 2048 * D,
         "gemm",
     )
 

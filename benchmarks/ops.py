@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastsae_kernels import (
     CSR,
-    Rows,
-    Vector,
+    BiasState,
+    MatrixState,
     batch_topk,
     csr_to_csc,
     encode_with_group_max,
@@ -226,8 +226,8 @@ def update(shape: Shape, dtype: str, device: str) -> Op:
     dY = ((z.float() @ W + b_dec - x.float()) * (2 / x.numel())).to(x.dtype)
     lr, step = torch.tensor(3e-4, device=device), torch.ones((), dtype=torch.int64, device=device)
     copy_dtype = None if dtype == "fp32" else DTYPES[dtype]
-    rows = [Rows.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
-    vectors = [Vector.start(torch.zeros(shape.F, device=device)), Vector.start(b_dec.clone())]
+    rows = [MatrixState.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
+    vectors = [BiasState.start(torch.zeros(shape.F, device=device)), BiasState.start(b_dec.clone())]
 
     def ours():
         fused_update_(rows[0], vectors[0], rows[1], vectors[1], csr, csc, x, dY, lr, step)

@@ -96,7 +96,7 @@ def test_triton_without_a_gpu_is_harmless():
 
 def test_the_package_imports_nothing_but_torch_and_triton():
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -105,7 +105,7 @@ def test_the_package_imports_nothing_but_torch_and_triton():
 
 
 def test_no_float_atomics_and_no_waiting_in_launchers():
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         if file.name != "reference.py":
             assert ".item()" not in file.read_text(encoding="utf-8"), file.name
 

@@ -31,9 +31,9 @@ def test_permuting_tokens_permutes_the_selection(B, F, seed):
     # Distinct values: with ties the order of the tokens decides, as it should.
     pre = torch.randperm(B * F, generator=generator).float().view(B, F)
     order = torch.randperm(B, generator=generator)
-    budget = B * F // 3
-    z = batch_topk(pre, budget).csr.dense(F)
-    permuted = batch_topk(pre[order], budget).csr.dense(F)
+    num_selected = B * F // 3
+    z = batch_topk(pre, num_selected).csr.dense(F)
+    permuted = batch_topk(pre[order], num_selected).csr.dense(F)
     assert torch.equal(permuted, z[order])
 
 

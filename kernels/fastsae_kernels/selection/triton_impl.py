@@ -1,69 +1,144 @@
-"""Batch-level TopK: the K largest positive pre-activations of a whole batch, exactly.
-
-    z = pre where pre is among the K largest positive entries of the batch, else 0
-
-The order is total, (value descending, then token-major flat index ascending), so the selection is
-unique: the same on every device. Non-positive entries and NaN are never selected; infinity comes
-first. ``K = int(k * B)`` is Bussmann et al. 2024 (arXiv:2412.06410), section 3.
-
-On a GPU, through group maxima (``groups.py`` has the proof):
-
-1. radix-select the K largest groups' smallest key, list exactly K groups in token-major order;
-2. radix-select the K-th largest entry inside them;
-3. count each token's entries above it and level with it, add up, write the CSR arrays.
-
-``csr_to_csc`` sorts the entries by latent, stably, digit by digit (8 bits, least significant first).
-
-Bytes after the group maxima: 4 x 4 B per group (from L2), 6 x 128 B per listed group, 8 B per entry
-written. Deterministic, bit for bit: only integers are added, and no place depends on arrival order.
-"""
-
-from typing import NamedTuple
+"""The kernels of the selection; :mod:`fastsae_kernels.selection` has the algorithm."""
 
 import torch
 from torch import Tensor
 
-from .aot import Case
-from .dispatch import implementation, jit, register, tl
-from .groups import (
-    DIGIT_PASSES,
-    GROUP,
-    GroupMax,
-    cdiv,
-    check_pre,
-    clear_tail,
-    count_digits,
-    descend,
-    emit_row,
-    group_max,
-    largest_positive,
-    load_group_bits,
-    padded_csr,
-    positive_keys,
-)
-from .sparse import CSC, CSR, scatter_values
+from ..dispatch import jit, tl, triton
+from ..dtypes import float_bits
 
+GROUP = 32
+DIGIT_PASSES = 4
 # Enough programs to fill any GPU; more only add to the contention on the histogram.
-_MAX_COUNTING_PROGRAMS = 1024
-_BLOCK_KEYS = 1024  # group maxima a program reads at a time
-_BLOCK_GROUPS = 64  # groups, of 32 entries, a program reads at a time
-_BLOCK_EMIT = 32  # the same, where two running counts take registers too
-_EMIT_WARPS = 8
-_BLOCK_SORT = 256
-_STEP_SORT = 16
-_SORT_WARPS = 8
-_MAX_CAPACITY = 2**31 - 1
+MAX_COUNTING_PROGRAMS = 1024
+BLOCK_KEYS = 1024  # group maxima a program reads at a time
+BLOCK_GROUPS = 64  # groups, of 32 entries, a program reads at a time
+BLOCK_EMIT = 32  # the same, where two running counts take registers too
+ROW_WARPS = 8  # of the kernels that write a row's entries
 
 
-class Selection(NamedTuple):
-    """What ``batch_topk`` selected."""
-
-    csr: CSR
-    threshold: Tensor  # [] float32, the smallest selected value; +inf where nothing was
-    nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
+# --- what both selections share -----------------------------------------------------------------
 
 
-# --- selection: kernels -------------------------------------------------------------------------
+@jit
+def positive_keys(bits):
+    """Bits of a positive number (infinity included) as they are, 0 for everything else."""
+    return tl.where((bits > 0) & (bits <= 0x7F800000), bits, 0)
+
+
+@jit
+def count_digits(keys, prefix, top, shift):
+    """Histogram ``[256]`` of the digit at ``shift`` over positive keys that agree with ``prefix``.
+
+    Keys have 31 bits: digits stand at 23, 15, 7 and 0; the last one repeats a bit of the third.
+    """
+    flat = tl.reshape(keys, [keys.numel])
+    counted = (flat > 0) & ((flat >> top) == (prefix >> top))
+    return tl.histogram((flat >> shift) & 255, 256, mask=counted)
+
+
+@jit
+def descend(counts, prefix, rank, shift):
+    """The digit that holds the ``rank``-th largest key, joined to ``prefix``; the rank within it."""
+    digits = tl.arange(0, 256)
+    at_least = tl.cumsum(counts, 0, reverse=True)
+    digit = tl.sum((at_least >= rank).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(digits > digit, counts, 0), 0)
+    return prefix | (digit << shift), rank - above
+
+
+@jit
+def load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP: tl.constexpr):
+    """The listed groups' entries: raw, as bits, with their columns, all ``[slots, 32]``."""
+    listed = slots < stop
+    group = tl.load(list_ptr + slots, mask=listed, other=0)
+    row = group // G
+    column = (group - row * G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    offset = row.to(tl.int64)[:, None] * F + column
+    entries = tl.load(pre_ptr + offset, mask=listed[:, None] & (column < F), other=0.0)
+    return entries, float_bits(entries), column
+
+
+@jit
+def before_in_tile(chosen):
+    """How many of ``chosen [N, 32]`` stand before each place, in row-major order."""
+    ones = chosen.to(tl.int32)
+    in_row = tl.sum(ones, 1)
+    return tl.cumsum(ones, 1) - ones + (tl.cumsum(in_row, 0) - in_row)[:, None]
+
+
+@jit
+def emit_row(
+    pre_ptr, list_ptr,
+    first, stop, threshold_key, quota, greater, equal,
+    values_ptr, indices_ptr,
+    F, G,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write one row's entries: those above the threshold and, of the ties, the first ``quota``.
+
+    ``greater`` and ``equal`` count such entries in the rows before.
+    """
+    for start in range(first, stop, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        entries, bits, column = load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP)
+        keys = positive_keys(bits)
+        is_greater = keys > threshold_key
+        is_equal = keys == threshold_key
+        tie = equal + before_in_tile(is_equal)
+        chosen = is_greater | (is_equal & (tie < quota))
+        slot = greater + before_in_tile(is_greater) + tl.minimum(tie, quota)
+        tl.store(values_ptr + slot, entries, mask=chosen)
+        tl.store(indices_ptr + slot, column, mask=chosen)
+        greater += tl.sum(tl.sum(is_greater.to(tl.int32), 1), 0)
+        equal += tl.sum(tl.sum(is_equal.to(tl.int32), 1), 0)
+
+
+@jit
+def clear_tail(values_ptr, indices_ptr, nnz, capacity, BLOCK: tl.constexpr):
+    """Zero the slots ``[nnz, capacity)``, shared out over the programs."""
+    for start in range(tl.program_id(0) * BLOCK, capacity, tl.num_programs(0) * BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        empty = (slot >= nnz) & (slot < capacity)
+        tl.store(values_ptr + slot, tl.zeros([BLOCK], values_ptr.dtype.element_ty), mask=empty)
+        tl.store(indices_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
+
+
+# --- group maxima -------------------------------------------------------------------------------
+
+
+@jit
+def group_max_kernel(
+    pre_ptr, max_ptr, nonfinite_ptr,
+    F, G,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    # [BLOCK, 32]
+    bits = float_bits(tl.load(pre_ptr + row * F + column, mask=column < F, other=0.0))
+    maximum = tl.max(positive_keys(bits), 1)
+    tl.store(max_ptr + row * G + group, maximum.to(tl.float32, bitcast=True), mask=group < G)
+    # Every program that stores, stores the same.
+    bad = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32), 1)
+    tl.store(nonfinite_ptr + group * 0, bad > 0, mask=bad > 0)
+
+
+def group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, and whether one is not finite."""
+    (B, F), pre = pre.shape, pre.contiguous()
+    G = triton.cdiv(F, GROUP)
+    values = torch.empty(B, G, dtype=torch.float32, device=pre.device)
+    nonfinite = pre.new_zeros((), dtype=torch.bool)
+    group_max_kernel[(B, triton.cdiv(G, BLOCK_GROUPS))](
+        pre_ptr=pre, max_ptr=values, nonfinite_ptr=nonfinite,
+        F=F, G=G,
+        GROUP=GROUP, BLOCK=BLOCK_GROUPS,
+    )  # fmt: skip
+    return values, nonfinite
+
+
+# --- batch level --------------------------------------------------------------------------------
 
 
 @jit
@@ -81,7 +156,7 @@ def _narrow(histograms_ptr, state_ptr, rank, PASS: tl.constexpr):
         else:
             prefix = tl.load(state_ptr + 2 * (PASS - 1))
             rank = tl.load(state_ptr + 2 * (PASS - 1) + 1)
-        shift: tl.constexpr = 31 - 8 * PASS if PASS < 4 else 0
+        shift: tl.constexpr = 31 - 8 * PASS if PASS < 4 else 0  # pyright: ignore
         prefix, rank = descend(counts, prefix, rank, shift)
         if tl.program_id(0) == 0:
             tl.store(state_ptr + 2 * PASS, prefix)
@@ -90,11 +165,13 @@ def _narrow(histograms_ptr, state_ptr, rank, PASS: tl.constexpr):
 
 
 @jit
-def _count_group_digits_kernel(
-    max_ptr, histograms_ptr, state_ptr, groups, rank, PASS: tl.constexpr, BLOCK: tl.constexpr
-):
+def count_group_digits_kernel(
+    max_ptr, histograms_ptr, state_ptr,
+    groups, rank,
+    PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     prefix, rank = _narrow(histograms_ptr, state_ptr, rank, PASS)
-    shift: tl.constexpr = 23 - 8 * PASS if PASS < 3 else 0
+    shift: tl.constexpr = 23 - 8 * PASS if PASS < 3 else 0  # pyright: ignore
     total = tl.zeros([256], tl.int32)
     for start in range(tl.program_id(0) * BLOCK, groups, tl.num_programs(0) * BLOCK):
         group = start + tl.arange(0, BLOCK)
@@ -105,22 +182,13 @@ def _count_group_digits_kernel(
 
 
 @jit
-def _count_entry_digits_kernel(
-    pre_ptr,
-    list_ptr,
-    list_offsets_ptr,
-    histograms_ptr,
-    state_ptr,
-    B,
-    F,
-    G,
-    rank,
-    PASS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def count_entry_digits_kernel(
+    pre_ptr, list_ptr, list_offsets_ptr, histograms_ptr, state_ptr,
+    B, F, G, rank,
+    PASS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     prefix, rank = _narrow(histograms_ptr, state_ptr, rank, PASS)
-    shift: tl.constexpr = 23 - 8 * PASS if PASS < 3 else 0
+    shift: tl.constexpr = 23 - 8 * PASS if PASS < 3 else 0  # pyright: ignore
     listed = tl.load(list_offsets_ptr + B)
     total = tl.zeros([256], tl.int32)
     for start in range(tl.program_id(0) * BLOCK, listed, tl.num_programs(0) * BLOCK):
@@ -132,9 +200,11 @@ def _count_entry_digits_kernel(
 
 
 @jit
-def _count_groups_kernel(
-    max_ptr, histograms_ptr, state_ptr, counts_ptr, B, G, PASSES: tl.constexpr, BLOCK: tl.constexpr
-):
+def count_groups_kernel(
+    max_ptr, histograms_ptr, state_ptr, counts_ptr,
+    B, G,
+    PASSES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Per token, the groups above the threshold and level with it, into ``counts [2, B + 1]``."""
     threshold_key, _quota = _narrow(histograms_ptr, state_ptr, 0, PASSES)
     row = tl.program_id(0)
@@ -151,9 +221,11 @@ def _count_groups_kernel(
 
 
 @jit
-def _list_groups_kernel(
-    max_ptr, state_ptr, starts_ptr, list_ptr, list_offsets_ptr, B, G, BLOCK: tl.constexpr
-):
+def list_groups_kernel(
+    max_ptr, state_ptr, starts_ptr, list_ptr, list_offsets_ptr,
+    B, G,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The chosen groups in token-major order; of the ties the first ``quota``."""
     threshold_key = tl.load(state_ptr)
     quota = tl.load(state_ptr + 1)
@@ -178,20 +250,11 @@ def _list_groups_kernel(
 
 
 @jit
-def _count_entries_kernel(
-    pre_ptr,
-    list_ptr,
-    list_offsets_ptr,
-    histograms_ptr,
-    state_ptr,
-    counts_ptr,
-    B,
-    F,
-    G,
-    PASSES: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def count_entries_kernel(
+    pre_ptr, list_ptr, list_offsets_ptr, histograms_ptr, state_ptr, counts_ptr,
+    B, F, G,
+    PASSES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Per token, the entries above the threshold and level with it, into ``counts [2, B + 1]``."""
     threshold_key, _quota = _narrow(histograms_ptr, state_ptr, 0, PASSES)
     row = tl.program_id(0)
@@ -209,23 +272,12 @@ def _count_entries_kernel(
 
 
 @jit
-def _emit_kernel(
-    pre_ptr,
-    list_ptr,
-    list_offsets_ptr,
-    state_ptr,
-    starts_ptr,
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    threshold_ptr,
-    B,
-    F,
-    G,
-    capacity,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def batch_emit_kernel(
+    pre_ptr, list_ptr, list_offsets_ptr, state_ptr, starts_ptr,
+    values_ptr, indices_ptr, offsets_ptr, threshold_ptr,
+    B, F, G, capacity,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     threshold_key = tl.load(state_ptr)
     quota = tl.load(state_ptr + 1)
     row = tl.program_id(0)
@@ -235,21 +287,12 @@ def _emit_kernel(
     first = tl.load(list_offsets_ptr + row)
     stop = tl.load(list_offsets_ptr + row + 1)
     emit_row(
-        pre_ptr,
-        list_ptr,
-        first,
-        stop,
-        threshold_key,
-        quota,
-        greater,
-        equal,
-        values_ptr,
-        indices_ptr,
-        F,
-        G,
-        GROUP,
-        BLOCK,
-    )
+        pre_ptr, list_ptr,
+        first, stop, threshold_key, quota, greater, equal,
+        values_ptr, indices_ptr,
+        F, G,
+        GROUP, BLOCK,
+    )  # fmt: skip
     nnz = tl.load(starts_ptr + B) + tl.minimum(tl.load(starts_ptr + B + 1 + B), quota)
     clear_tail(values_ptr, indices_ptr, nnz, capacity, BLOCK)
     if row == B - 1:
@@ -259,10 +302,8 @@ def _emit_kernel(
         tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
 
 
-# --- selection: launch and torch ----------------------------------------------------------------
-
-
-def _select_triton(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, ...]:
+def batch_topk(pre: Tensor, maxima: Tensor, num_selected: int) -> tuple[Tensor, ...]:
+    """``values, indices, offsets, threshold`` of ``num_selected > 0`` entries of ``pre [B, F]``."""
     (B, F), G = pre.shape, maxima.shape[1]
     pre, maxima = pre.contiguous(), maxima.contiguous()
     integers = {"dtype": torch.int32, "device": pre.device}
@@ -271,414 +312,160 @@ def _select_triton(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, ..
     state = torch.empty(2, DIGIT_PASSES + 1, 2, **integers)
     final = state[:, -1]
     counts = torch.zeros(2, 2, B + 1, **integers)
-    group_list = torch.empty(min(budget, B * G), **integers)
+    group_list = torch.empty(min(num_selected, B * G), **integers)
     list_offsets = torch.empty(B + 1, **integers)
-    values = torch.empty(budget, dtype=pre.dtype, device=pre.device)
-    indices = torch.empty(budget, **integers)
+    values = torch.empty(num_selected, dtype=pre.dtype, device=pre.device)
+    indices = torch.empty(num_selected, **integers)
     offsets = torch.empty(B + 1, **integers)
     threshold = torch.empty((), dtype=torch.float32, device=pre.device)
 
-    grid = (min(cdiv(B * G, _BLOCK_KEYS), _MAX_COUNTING_PROGRAMS),)
+    grid = (min(triton.cdiv(B * G, BLOCK_KEYS), MAX_COUNTING_PROGRAMS),)
     for digit in range(DIGIT_PASSES):
-        _count_group_digits_kernel[grid](
-            maxima, histograms[0], state[0], B * G, len(group_list), PASS=digit, BLOCK=_BLOCK_KEYS
-        )
-    _count_groups_kernel[(B,)](
-        maxima, histograms[0], state[0], counts[0], B, G, PASSES=DIGIT_PASSES, BLOCK=_BLOCK_KEYS
-    )
-    starts = counts[0].cumsum(1, dtype=torch.int32)
-    _list_groups_kernel[(B,)](
-        maxima, final[0], starts, group_list, list_offsets, B, G, BLOCK=_BLOCK_KEYS
-    )
+        count_group_digits_kernel[grid](
+            max_ptr=maxima, histograms_ptr=histograms[0], state_ptr=state[0],
+            groups=B * G, rank=len(group_list),
+            PASS=digit, BLOCK=BLOCK_KEYS,
+        )  # fmt: skip
+    count_groups_kernel[(B,)](
+        max_ptr=maxima, histograms_ptr=histograms[0], state_ptr=state[0], counts_ptr=counts[0],
+        B=B, G=G,
+        PASSES=DIGIT_PASSES, BLOCK=BLOCK_KEYS,
+    )  # fmt: skip
+    list_groups_kernel[(B,)](
+        max_ptr=maxima, state_ptr=final[0], starts_ptr=counts[0].cumsum(1, dtype=torch.int32),
+        list_ptr=group_list, list_offsets_ptr=list_offsets,
+        B=B, G=G,
+        BLOCK=BLOCK_KEYS,
+    )  # fmt: skip
 
-    blocks = {"GROUP": GROUP, "BLOCK": _BLOCK_GROUPS}
-    grid = (min(cdiv(len(group_list), _BLOCK_GROUPS), _MAX_COUNTING_PROGRAMS),)
+    listed = {"pre_ptr": pre, "list_ptr": group_list, "list_offsets_ptr": list_offsets}
+    listed |= {"B": B, "F": F, "G": G, "GROUP": GROUP}
+    progress = {"histograms_ptr": histograms[1], "state_ptr": state[1], "BLOCK": BLOCK_GROUPS}
+    grid = (min(triton.cdiv(len(group_list), BLOCK_GROUPS), MAX_COUNTING_PROGRAMS),)
     for digit in range(DIGIT_PASSES):
-        _count_entry_digits_kernel[grid](
-            pre,
-            group_list,
-            list_offsets,
-            histograms[1],
-            state[1],
-            B,
-            F,
-            G,
-            budget,
-            PASS=digit,
-            **blocks,
-        )
-    _count_entries_kernel[(B,)](
-        pre,
-        group_list,
-        list_offsets,
-        histograms[1],
-        state[1],
-        counts[1],
-        B,
-        F,
-        G,
-        PASSES=DIGIT_PASSES,
-        **blocks,
-    )
-    starts = counts[1].cumsum(1, dtype=torch.int32)
-    _emit_kernel[(B,)](
-        pre,
-        group_list,
-        list_offsets,
-        final[1],
-        starts,
-        values,
-        indices,
-        offsets,
-        threshold,
-        B,
-        F,
-        G,
-        budget,
-        GROUP=GROUP,
-        BLOCK=_BLOCK_EMIT,
-        num_warps=_EMIT_WARPS,
-    )
+        count_entry_digits_kernel[grid](**listed, **progress, rank=num_selected, PASS=digit)
+    count_entries_kernel[(B,)](**listed, **progress, counts_ptr=counts[1], PASSES=DIGIT_PASSES)
+    batch_emit_kernel[(B,)](
+        **listed, state_ptr=final[1], starts_ptr=counts[1].cumsum(1, dtype=torch.int32),
+        values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, threshold_ptr=threshold,
+        capacity=num_selected,
+        BLOCK=BLOCK_EMIT, num_warps=ROW_WARPS,
+    )  # fmt: skip
     return values, indices, offsets, threshold
 
 
-def _select_torch(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, ...]:
-    flat = largest_positive(pre, maxima, budget, per_token=False)
-    values, indices, offsets = padded_csr(pre, flat, budget)
-    infinity = torch.full((1,), torch.inf, device=pre.device)
-    threshold = torch.cat([values[: len(flat)].float(), infinity]).min()
-    return values, indices, offsets, threshold
-
-
-# --- selection: the operation -------------------------------------------------------------------
-
-
-def _fake(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        pre.new_empty(budget),
-        pre.new_empty(budget, dtype=torch.int32),
-        pre.new_empty(pre.shape[0] + 1, dtype=torch.int32),
-        pre.new_empty((), dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _, indices, offsets, threshold = output
-    ctx.latents = inputs[0].shape[1]
-    ctx.save_for_backward(indices, offsets)
-    ctx.mark_non_differentiable(threshold)
-
-
-def _backward(ctx, values_gradient, *_):
-    return scatter_values(values_gradient, *ctx.saved_tensors, ctx.latents), None, None
-
-
-@register(fake=_fake, setup_context=_setup_context, backward=_backward)
-def _batch_topk(pre: Tensor, maxima: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if budget == 0:
-        return (
-            pre.new_empty(0),
-            pre.new_empty(0, dtype=torch.int32),
-            pre.new_zeros(len(pre) + 1, dtype=torch.int32),
-            torch.full((), torch.inf, device=pre.device),
-        )
-    if implementation(pre) == "torch":
-        return _select_torch(pre, maxima, budget)
-    return _select_triton(pre, maxima, budget)
-
-
-def batch_topk(pre: Tensor, budget: int, maxima: GroupMax | None = None) -> Selection:
-    """The ``budget`` largest positive entries of ``pre [B, F]``, in a strict total order.
-
-    ``pre`` is float32, bfloat16, float16 (float64 on torch); ``budget`` is clamped to ``[0, B * F]``
-    and is the capacity ``K`` of the CSR arrays, ``nnz = offsets[-1] <= K`` of which are entries.
-    ``maxima`` are the group maxima of this very ``pre``, where the encoder already took them.
-    ``csr.values`` is differentiable in ``pre``: the gradient is dense, zero where nothing was selected.
-
-    Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype.
-    """
-    check_pre(pre, "batch_topk")
-    budget = min(max(budget, 0), pre.shape[0] * pre.shape[1])
-    if budget > _MAX_CAPACITY:
-        raise ValueError(
-            f"batch_topk: budget {budget} does not fit 32-bit places; select from fewer tokens at once"
-        )
-    maxima = group_max(pre) if maxima is None else maxima
-    values, indices, offsets, threshold = _batch_topk(pre, maxima.values, budget)
-    return Selection(CSR(values, indices, offsets), threshold, maxima.nonfinite)
-
-
-# --- CSR to CSC ---------------------------------------------------------------------------------
+# --- per token ----------------------------------------------------------------------------------
 
 
 @jit
-def _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, FIRST: tl.constexpr):
-    """CSR place and latent of the sort's slots; empty places have latent ``F`` and so come last."""
-    place = slots if FIRST else tl.load(order_ptr + slots, mask=slots < capacity, other=0)
-    latent = tl.load(indices_ptr + place, mask=(slots < capacity) & (place < nnz), other=0)
-    return place, tl.where(place < nnz, latent, F)
+def _load_keys(max_ptr, row, group, G):
+    maximum = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
+    return maximum.to(tl.int32, bitcast=True)
 
 
 @jit
-def _count_latents_kernel(
-    order_ptr,
-    indices_ptr,
-    row_offsets_ptr,
-    counts_ptr,
-    latent_counts_ptr,
-    B,
-    F,
-    capacity,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Digit histogram of each block, digit-major; in the first pass also how often a latent occurs."""
-    block = tl.program_id(0)
-    nnz = tl.load(row_offsets_ptr + B)
-    slots = block * BLOCK + tl.arange(0, BLOCK)
-    place, latent = _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, SHIFT == 0)
-    inside = slots < capacity
-    if SHIFT == 0:
-        tl.atomic_add(latent_counts_ptr + latent + 1, 1, mask=inside & (place < nnz), sem="relaxed")
-    counts = tl.histogram((latent >> SHIFT) & 255, 256, mask=inside)
-    tl.store(counts_ptr + 1 + tl.arange(0, 256) * tl.num_programs(0) + block, counts)
+def row_select_kernel(
+    pre_ptr, max_ptr, list_ptr, listed_ptr, state_ptr, counts_ptr,
+    F, G, k, list_capacity,
+    PASSES: tl.constexpr, GROUP: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """List a token's chosen groups; find its threshold, its quota of ties and its number of entries."""
+    row = tl.program_id(0)
+
+    key = 0
+    rank = list_capacity
+    for digit in range(PASSES):
+        top = 31 - 8 * digit
+        shift = tl.maximum(top - 8, 0)
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, G, BLOCK_KEYS):
+            group = start + tl.arange(0, BLOCK_KEYS)
+            counts += count_digits(_load_keys(max_ptr, row, group, G), key, top, shift)
+        # Only in the first pass can there be fewer than are asked for.
+        rank = tl.minimum(rank, tl.sum(counts, 0))
+        key, rank = descend(counts, key, rank, shift)
+
+    list_row = list_ptr + row.to(tl.int64) * list_capacity
+    listed = 0
+    ties = 0
+    for start in range(0, G, BLOCK_KEYS):
+        group = start + tl.arange(0, BLOCK_KEYS)
+        keys = _load_keys(max_ptr, row, group, G)
+        is_equal = (keys == key).to(tl.int32)
+        tie = ties + tl.cumsum(is_equal, 0) - is_equal
+        chosen = (keys > key) | ((is_equal > 0) & (tie < rank))
+        ones = chosen.to(tl.int32)
+        slot = listed + tl.cumsum(ones, 0) - ones
+        tl.store(list_row + slot, row * G + group, mask=chosen)
+        listed += tl.sum(ones, 0)
+        ties += tl.sum(is_equal, 0)
+    tl.store(listed_ptr + row, listed)
+    # The list is read back by other threads than wrote it.
+    tl.debug_barrier()
+
+    key = 0
+    rank = k
+    selected = 0
+    for digit in range(PASSES):
+        top = 31 - 8 * digit
+        shift = tl.maximum(top - 8, 0)
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, listed, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            _, bits, _ = load_group_bits(pre_ptr, list_row, slots, listed, F, G, GROUP)
+            counts += count_digits(positive_keys(bits), key, top, shift)
+        rank = tl.minimum(rank, tl.sum(counts, 0))
+        selected = tl.maximum(selected, rank)
+        key, rank = descend(counts, key, rank, shift)
+    tl.store(state_ptr + 2 * row, key)
+    tl.store(state_ptr + 2 * row + 1, rank)
+    tl.store(counts_ptr + row + 1, selected)
 
 
 @jit
-def _scatter_latents_kernel(
-    order_ptr,
-    indices_ptr,
-    row_offsets_ptr,
-    starts_ptr,
-    out_ptr,
-    rows_ptr,
-    B,
-    F,
-    capacity,
-    search_steps,
-    SHIFT: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Move each entry behind those with a smaller digit, and those with the same digit before it."""
-    block = tl.program_id(0)
-    nnz = tl.load(row_offsets_ptr + B)
-    slots = block * BLOCK + tl.arange(0, BLOCK)
-    place, latent = _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, SHIFT == 0)
-    digit = (latent >> SHIFT) & 255
-    inside = slots < capacity
-
-    target = tl.load(starts_ptr + digit * tl.num_programs(0) + block, mask=inside, other=0)
-    for start in range(0, BLOCK, STEP):
-        others = block * BLOCK + start + tl.arange(0, STEP)
-        _, other = _sort_keys(others, order_ptr, indices_ptr, nnz, capacity, F, SHIFT == 0)
-        # [BLOCK, STEP]
-        same = digit[:, None] == ((other >> SHIFT) & 255)[None, :]
-        target += tl.sum((same & (others[None, :] < slots[:, None])).to(tl.int32), 1)
-
-    if LAST:
-        filled = inside & (place < nnz)
-        # The token of a place: the last row that starts at or before it.
-        low = place * 0
-        high = low + B
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            reached = tl.load(row_offsets_ptr + middle, mask=filled, other=0) <= place
-            low = tl.where(reached, middle, low)
-            high = tl.where(reached, high, middle)
-        tl.store(rows_ptr + target, tl.where(filled, low, 0), mask=inside)
-        place = tl.where(filled, place, 0)
-    tl.store(out_ptr + target, place, mask=inside)
+def row_emit_kernel(
+    pre_ptr, list_ptr, listed_ptr, state_ptr, offsets_ptr, values_ptr, indices_ptr,
+    B, F, G, list_capacity, capacity,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    ties_before = tl.zeros([], tl.int32)
+    emit_row(
+        pre_ptr, list_ptr + row.to(tl.int64) * list_capacity,
+        0, tl.load(listed_ptr + row),  # first, stop
+        tl.load(state_ptr + 2 * row), tl.load(state_ptr + 2 * row + 1),  # threshold_key, quota
+        tl.load(offsets_ptr + row), ties_before,  # greater, equal
+        values_ptr, indices_ptr,
+        F, G,
+        GROUP, BLOCK,
+    )  # fmt: skip
+    clear_tail(values_ptr, indices_ptr, tl.load(offsets_ptr + B), capacity, BLOCK)
 
 
-def _csr_to_csc_triton(indices: Tensor, row_offsets: Tensor, latents: int) -> tuple[Tensor, ...]:
-    capacity, B = len(indices), len(row_offsets) - 1
-    blocks = cdiv(capacity, _BLOCK_SORT)
-    offsets = torch.zeros(latents + 1, dtype=torch.int32, device=indices.device)
-    order, positions, rows = (torch.empty_like(indices) for _ in range(3))
-    # The sentinel of an empty place is `latents` itself, so its bits count.
-    shifts = range(0, max(latents.bit_length(), 1), 8)
-    for shift in shifts:
-        # Passes alternate between two arrays so that the last one writes `positions`.
-        if (len(shifts) - 1 - shift // 8) % 2 == 0:
-            source, target = order, positions
-        else:
-            source, target = positions, order
-        counts = torch.zeros(256 * blocks + 1, dtype=torch.int32, device=indices.device)
-        _count_latents_kernel[(blocks,)](
-            source,
-            indices,
-            row_offsets,
-            counts,
-            offsets,
-            B,
-            latents,
-            capacity,
-            SHIFT=shift,
-            BLOCK=_BLOCK_SORT,
-        )
-        _scatter_latents_kernel[(blocks,)](
-            source,
-            indices,
-            row_offsets,
-            counts.cumsum(0, dtype=torch.int32),
-            target,
-            rows,
-            B,
-            latents,
-            capacity,
-            (B - 1).bit_length(),
-            SHIFT=shift,
-            LAST=shift == shifts[-1],
-            BLOCK=_BLOCK_SORT,
-            STEP=_STEP_SORT,
-            num_warps=_SORT_WARPS,
-        )
-    return rows, positions, offsets.cumsum(0, dtype=torch.int32)
-
-
-def _csr_to_csc_torch(indices: Tensor, row_offsets: Tensor, latents: int) -> tuple[Tensor, ...]:
-    nnz = int(row_offsets[-1])
-    rows, positions = torch.zeros_like(indices), torch.zeros_like(indices)
-    order = indices[:nnz].sort(stable=True)
-    positions[:nnz] = order.indices
-    rows[:nnz] = torch.searchsorted(row_offsets, order.indices.int(), right=True) - 1
-    boundaries = torch.arange(latents + 1, dtype=torch.int32, device=indices.device)
-    return rows, positions, torch.searchsorted(order.values, boundaries).int()
-
-
-def _csr_to_csc_fake(
-    indices: Tensor, row_offsets: Tensor, latents: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(indices),
-        torch.empty_like(indices),
-        indices.new_empty(latents + 1),
-    )
-
-
-@register(fake=_csr_to_csc_fake)
-def _csr_to_csc(
-    indices: Tensor, row_offsets: Tensor, latents: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    if len(indices) == 0 or len(row_offsets) == 1:
-        zeros = indices.new_zeros(latents + 1)
-        return torch.zeros_like(indices), torch.zeros_like(indices), zeros
-    if implementation(indices) == "torch":
-        return _csr_to_csc_torch(indices, row_offsets, latents)
-    return _csr_to_csc_triton(indices.contiguous(), row_offsets.contiguous(), latents)
-
-
-def csr_to_csc(csr: CSR, latents: int) -> CSC:
-    """The entries of ``csr`` by latent; within one, by token.
-
-    Deterministic; never waits for a GPU. Moves about 40 B an entry and digit. Raises ValueError
-    unless indices and offsets are int32 vectors.
-    """
-    for name in ("indices", "offsets"):
-        tensor = getattr(csr, name)
-        if tensor.ndim != 1 or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"csr_to_csc: {name} must be an int32 vector, got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}; pass the CSR that batch_topk or topk returned"
-            )
-    return CSC(*_csr_to_csc(csr.indices, csr.offsets, latents))
-
-
-def aot_cases() -> list[Case]:
-    i32 = "*i32"
-    keys = {"max_ptr": "*fp32", "B": "i32", "G": "i32", "groups": "i32", "rank": "i32"}
-    places = {name: i32 for name in ("list_ptr", "list_offsets_ptr", "histograms_ptr", "state_ptr")}
-    places |= {name: i32 for name in ("starts_ptr", "counts_ptr", "indices_ptr", "offsets_ptr")}
-    sizes = {"B": "i32", "F": "i32", "G": "i32", "rank": "i32", "capacity": "i32"}
-    divisible = ("B", "F", "G", "groups", "capacity")
-    groups = {"GROUP": GROUP, "BLOCK": _BLOCK_GROUPS}
-
-    def case(label: str, kernel, types: dict[str, str], constexprs: dict, **more) -> Case:
-        names = getattr(kernel, "arg_names", ())
-        signature = {name: types[name] for name in names if name in types}
-        return Case(label, kernel, signature, constexprs, divisible, **more)
-
-    cases = [
-        case(
-            "batch_topk count groups",
-            _count_groups_kernel,
-            keys | places,
-            {"PASSES": DIGIT_PASSES, "BLOCK": _BLOCK_KEYS},
-            representative=True,
-        ),
-        case("batch_topk list groups", _list_groups_kernel, keys | places, {"BLOCK": _BLOCK_KEYS}),
-    ]
-    cases += [
-        case(
-            f"batch_topk count group digits, pass {digit}",
-            _count_group_digits_kernel,
-            keys | places,
-            {"PASS": digit, "BLOCK": _BLOCK_KEYS},
-            representative=digit == 1,
-        )
-        for digit in range(DIGIT_PASSES)
-    ]
-    for dtype in ("fp32", "bf16", "fp16"):
-        pointers = places | sizes | {"pre_ptr": f"*{dtype}", "values_ptr": f"*{dtype}"}
-        cases += [
-            case(
-                f"batch_topk count entry digits, pass {digit}, {dtype}",
-                _count_entry_digits_kernel,
-                pointers,
-                groups | {"PASS": digit},
-                representative=digit == 3 and dtype == "fp32",
-            )
-            for digit in range(DIGIT_PASSES)
-        ]
-        cases += [
-            case(
-                f"batch_topk count entries {dtype}",
-                _count_entries_kernel,
-                pointers,
-                groups | {"PASSES": DIGIT_PASSES},
-            ),
-            case(
-                f"batch_topk emit {dtype}",
-                _emit_kernel,
-                pointers | {"threshold_ptr": "*fp32"},
-                {"GROUP": GROUP, "BLOCK": _BLOCK_EMIT},
-                num_warps=_EMIT_WARPS,
-                vector_loads=dtype == "fp32",  # a thread holds 4 entries
-                representative=dtype == "bf16",
-            ),
-        ]
-    sort = sizes | {
-        name: i32
-        for name in (
-            "order_ptr",
-            "indices_ptr",
-            "row_offsets_ptr",
-            "counts_ptr",
-            "latent_counts_ptr",
-            "starts_ptr",
-            "out_ptr",
-            "rows_ptr",
-        )
-    }
-    for shift in (0, 8):
-        cases += [
-            case(
-                f"csr_to_csc count, digit {shift // 8}",
-                _count_latents_kernel,
-                sort,
-                {"SHIFT": shift, "BLOCK": _BLOCK_SORT},
-                vector_loads=False,
-            ),
-            case(
-                f"csr_to_csc scatter, digit {shift // 8}",
-                _scatter_latents_kernel,
-                sort | {"search_steps": "i32"},
-                {"SHIFT": shift, "LAST": shift == 8, "BLOCK": _BLOCK_SORT, "STEP": _STEP_SORT},
-                num_warps=_SORT_WARPS,
-                vector_loads=False,
-                representative=shift == 8,
-            ),
-        ]
-    return cases
+def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``values, indices, offsets`` of the ``k > 0`` largest entries of each row of ``pre [B, F]``."""
+    (B, F), G = pre.shape, maxima.shape[1]
+    pre, maxima = pre.contiguous(), maxima.contiguous()
+    integers = {"dtype": torch.int32, "device": pre.device}
+    list_capacity = min(k, G)
+    group_list = torch.empty(B, list_capacity, **integers)
+    listed = torch.empty(B, **integers)
+    state = torch.empty(B, 2, **integers)
+    counts = torch.zeros(B + 1, **integers)
+    values = torch.empty(B * k, dtype=pre.dtype, device=pre.device)
+    indices = torch.empty(B * k, **integers)
+    shared = {"pre_ptr": pre, "list_ptr": group_list, "listed_ptr": listed, "state_ptr": state}
+    shared |= {"F": F, "G": G, "list_capacity": list_capacity}
+    shared |= {"GROUP": GROUP, "num_warps": ROW_WARPS}
+    row_select_kernel[(B,)](
+        **shared, max_ptr=maxima, counts_ptr=counts,
+        k=k,
+        PASSES=DIGIT_PASSES, BLOCK_KEYS=BLOCK_KEYS, BLOCK=BLOCK_GROUPS,
+    )  # fmt: skip
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    row_emit_kernel[(B,)](
+        **shared, offsets_ptr=offsets, values_ptr=values, indices_ptr=indices,
+        B=B, capacity=B * k,
+        BLOCK=BLOCK_EMIT,
+    )  # fmt: skip
+    return values, indices, offsets
