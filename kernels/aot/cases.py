@@ -61,8 +61,9 @@ def case(label: str, kernel, constants: dict[str, Any], types: dict[str, str] = 
     types = TYPES | types
     signature = {n: types[n] for n in kernel.arg_names if n in types and n not in constants}
     constexprs = {n: constants.get(n) for n in kernel.arg_names if n not in signature}
-    options = {n: constants[n] for n in OPTIONS if n in constants}
-    return Case(label, kernel, signature, constexprs, **{"divisible": DIVISIBLE} | options | more)
+    options: dict[str, Any] = {"divisible": DIVISIBLE}
+    options |= {n: constants[n] for n in OPTIONS if n in constants}
+    return Case(label, kernel, signature, constexprs, **options | more)
 
 
 def all_cases() -> list[Case]:
@@ -202,10 +203,12 @@ def group_max_cases() -> Iterator[Case]:
 
 
 def segment_cases() -> Iterator[Case]:
-    constants = {"CHUNK": segments.CHUNK, "BLOCK": segments.SCAN_BLOCK}
+    constants, kernel = (
+        {"CHUNK": segments.CHUNK, "BLOCK": segments.SCAN_BLOCK},
+        segments.long_segments_kernel,
+    )
     # The ends are the beginnings, one further: no 128-bit loads.
-    more = {"vector_loads": False, "representative": True}
-    yield case("long segments", segments.long_segments_kernel, constants, **more)
+    yield case("long segments", kernel, constants, vector_loads=False, representative=True)
 
 
 def decoder_cases() -> Iterator[Case]:

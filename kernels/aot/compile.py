@@ -146,8 +146,7 @@ def write(results: list[Result]) -> None:
         lines.append([label, str(next(iter(found.values())).warps), *cells])
     text = (
         f"Registers per thread / shared memory in KiB, as compiled by Triton {triton.__version__}. "
-        f"{len(results)} compilations, {sum(r.spilled > 0 for r in results)} with spills; "
-        "all of them are in [`aot/registers.csv`](aot/registers.csv).\n\n"
+        f"{len(results)} compilations, {sum(r.spilled > 0 for r in results)} with spills.\n\n"
     )
     text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
@@ -155,7 +154,7 @@ def write(results: list[Result]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compile every kernel for every GPU architecture.")
     parser.add_argument("--slice", action="store_true", help="the representative cases alone")
     parser.add_argument(
         "--write", action="store_true", help="write registers.csv and kernels/README.md"

@@ -146,7 +146,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _loss_and_error_gradient(
-    E: Tensor, residual: Tensor, x: Tensor | None, n_dead: Tensor, k_aux: int, normalization: str
+    E: Tensor, residual: Tensor, x: Tensor, n_dead: Tensor, k_aux: int, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
     scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(len(E), 1)
@@ -190,25 +190,16 @@ def _fake_gradients(
 ):
     new = lambda *shape: x.new_empty(shape, dtype=accumulator(x.dtype))
     width = W_dec.shape[1]
-    slots = tokens_since_active.new_empty(tokens_since_active.shape, dtype=torch.int32)
+    slots = torch.empty_like(tokens_since_active, dtype=torch.int32)
     return new(), new(max_dead, width), new(max_dead), new(max_dead, width), slots
 
 
 @register(fake=_fake_gradients)
 def _aux_k_gradients(
-    x: Tensor,
-    residual: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    tokens_since_active: Tensor,
-    dead_after: int,
-    max_dead: int,
-    k_aux: int,
-    normalization: str,
-    coefficient: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+    tokens_since_active: Tensor, dead_after: int, max_dead: int,
+    k_aux: int, normalization: str, coefficient: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dead = _chosen_dead(tokens_since_active, dead_after, max_dead)
     # A CPU knows how many there are without waiting, and multiplies by no more than those.
     n = max_dead if implementation(x) == "triton" else int(dead.sum())
@@ -345,17 +336,8 @@ def aux_k_gradients(
             f"tokens_since_active: expected [{len(W_dec)}], got {list(tokens_since_active.shape)}"
         )
     loss, *gradients = _aux_k_gradients(
-        x,
-        residual,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        tokens_since_active,
-        dead_after,
-        min(max_dead, len(W_dec)),
-        k_aux,
-        normalization,
-        coefficient,
-    )
+        x, residual, W_enc, b_enc, W_dec, b_dec,
+        tokens_since_active, dead_after, min(max_dead, len(W_dec)),
+        k_aux, normalization, coefficient,
+    )  # fmt: skip
     return AuxK(loss, AuxGradients(*gradients))

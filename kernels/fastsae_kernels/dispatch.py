@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
     # A kernel is compiled from its syntax and launched by its name: to a type checker it is anything.
-    triton: Any
-    jit: Any
+    triton: Any = ...
+    jit: Any = ...
 else:
     try:
         import triton

@@ -81,7 +81,7 @@ def _encode_batch_topk(
     if centred.is_cuda or num_selected == 0 or implementation(centred) == "triton":
         pre, maxima = encode_with_group_max(centred, weight.T, bias)
         csr, threshold, nonfinite = batch_topk(pre, num_selected, maxima)
-        return *csr, threshold, nonfinite
+        return csr.values, csr.indices, csr.offsets, threshold, nonfinite
     values, flat, nonfinite = _select_blocks(centred, weight, bias, num_selected)
     return *batch_csr(values, flat, (len(centred), len(weight)), num_selected), nonfinite
 

@@ -227,7 +227,8 @@ def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     # Upcast rather than multiply in low precision: torch would round the sums to it.
     dtype = accumulator(centred.dtype)
     pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
-    return pre, *group_max(pre)
+    maxima = group_max(pre)
+    return pre, maxima.values, maxima.nonfinite
 
 
 def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:

@@ -281,9 +281,9 @@ def _save_decode(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _decode_gradients(ctx, values, indices, offsets, W_dec, b_dec, dx_hat):
+def _decode_gradients(ctx, inputs, dx_hat):
     """Gradients of the five inputs from ``dx̂``, each only where it is needed."""
-    need = ctx.needs_input_grad
+    (values, indices, offsets, W_dec, b_dec), need = inputs, ctx.needs_input_grad
     dvalues = dW_dec = db_dec = None
     if need[0]:
         dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
@@ -298,7 +298,7 @@ def _decode_gradients(ctx, values, indices, offsets, W_dec, b_dec, dx_hat):
 
 
 def _decode_backward(ctx, dx_hat):
-    return _decode_gradients(ctx, *ctx.saved_tensors, dx_hat)
+    return _decode_gradients(ctx, ctx.saved_tensors, dx_hat)
 
 
 @register(fake=_fake_row_sums, setup_context=_save_decode, backward=_decode_backward)
@@ -322,7 +322,7 @@ def _decode_loss_backward(ctx, dresidual, dsquared_error):
     *inputs, residual = ctx.saved_tensors
     dx_hat = -dresidual - 2 * dsquared_error.to(residual.dtype)[:, None] * residual
     dx = -dx_hat if ctx.needs_input_grad[5] else None
-    return *_decode_gradients(ctx, *inputs, dx_hat), dx
+    return *_decode_gradients(ctx, inputs, dx_hat), dx
 
 
 @register(fake=_fake_decode_loss, setup_context=_save_decode_loss, backward=_decode_loss_backward)

@@ -104,6 +104,19 @@ def test_the_package_imports_nothing_but_torch_and_triton():
             assert {name.split(".")[0] for name in names} <= allowed, file.name
 
 
+def test_kernels_are_launched_by_keyword():
+    """Of a dozen pointers in a row nobody sees two that are swapped."""
+    launches = 0
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            if ast.unparse(node.func.value).split("_")[-1] == "kernel":
+                launches += 1
+                assert not node.args, f"{file.name}:{node.lineno}"
+    assert launches >= 20
+
+
 def test_no_float_atomics_and_no_waiting_in_launchers():
     for file in PACKAGE.rglob("*.py"):
         if file.name != "reference.py":

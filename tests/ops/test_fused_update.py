@@ -369,10 +369,10 @@ def flat_arguments(device="cpu"):
     csr, csc, x, residual = fused.inputs(x, mask)
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
     parameters = (*fused.W_enc, *fused.b_enc, *fused.W_dec, *fused.b_dec)
-    batch = (csr.values, *csc, x, residual)
-    update = (*parameters, *batch, lr, step, None, -0.1, *(None,) * 4, 0.9, 0.999, 1e-8)
+    inputs = (csr.values, *csc, x, residual, -0.1, *(None,) * 4)
     W_enc, W_dec = ((rows.weight, rows.remainder) for rows in (fused.W_enc, fused.W_dec))
-    return update, (*W_enc, *W_dec, fused.b_dec.weight, *batch, -0.1, *(None,) * 4)
+    norm = (*W_enc, *W_dec, fused.b_dec.weight, *inputs)
+    return (*parameters, *inputs, lr, step, None, 0.9, 0.999, 1e-8), norm
 
 
 def test_operations_are_well_registered():

@@ -6,6 +6,7 @@ import torch
 from selection_cases import assert_batch_topk, assert_topk
 
 from fastsae_kernels import batch_topk
+from fastsae_kernels.selection.torch_impl import keep_largest
 
 pytest.importorskip("hypothesis")
 
@@ -42,3 +43,14 @@ def test_permuting_tokens_permutes_the_selection(B, F, seed):
 def test_topk_exact_on_ties(B, F, k, seed):
     generator = torch.Generator().manual_seed(seed)
     assert_topk(torch.randint(-1, 4, (B, F), generator=generator).float(), k)
+
+
+@settings(max_examples=150, deadline=None)
+@given(F=st.integers(1, 40), k=st.integers(0, 41), seed=st.integers(0, 2**31))
+def test_the_largest_are_kept_ties_to_the_lower_index(F, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-2, 4, (3, F), generator=generator).float()
+    first = rows.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, first, True)
+    assert torch.equal(keep_largest(rows, k), expected)
+    assert torch.equal(keep_largest(rows, k, positive=True), expected & (rows > 0))

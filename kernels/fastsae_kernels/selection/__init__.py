@@ -94,7 +94,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, values_gradient, *_):
-    return scatter_values(values_gradient, *ctx.saved_tensors, ctx.latents), None, None
+    indices, offsets = ctx.saved_tensors
+    return scatter_values(values_gradient, indices, offsets, ctx.latents), None, None
 
 
 @register(fake=_fake_topk, setup_context=_setup_context, backward=_backward)

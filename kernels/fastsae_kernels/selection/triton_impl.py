@@ -47,6 +47,12 @@ def descend(counts, prefix, rank, shift):
 
 
 @jit
+def _load_keys(max_ptr, row, group, G):
+    maximum = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
+    return maximum.to(tl.int32, bitcast=True)
+
+
+@jit
 def load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP: tl.constexpr):
     """The listed groups' entries: raw, as bits, with their columns, all ``[slots, 32]``."""
     listed = slots < stop
@@ -212,8 +218,7 @@ def count_groups_kernel(
     equal = tl.zeros([BLOCK], tl.int32)
     for start in range(0, G, BLOCK):
         group = start + tl.arange(0, BLOCK)
-        key = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
-        key = key.to(tl.int32, bitcast=True)
+        key = _load_keys(max_ptr, row, group, G)
         greater += (key > threshold_key).to(tl.int32)
         equal += (key == threshold_key).to(tl.int32)
     tl.store(counts_ptr + row + 1, tl.sum(greater, 0))
@@ -235,8 +240,7 @@ def list_groups_kernel(
     tl.store(list_offsets_ptr + row, greater + tl.minimum(equal, quota))
     for start in range(0, G, BLOCK):
         group = start + tl.arange(0, BLOCK)
-        key = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
-        key = key.to(tl.int32, bitcast=True)
+        key = _load_keys(max_ptr, row, group, G)
         is_greater = (key > threshold_key).to(tl.int32)
         is_equal = (key == threshold_key).to(tl.int32)
         tie = equal + tl.cumsum(is_equal, 0) - is_equal
@@ -302,7 +306,9 @@ def batch_emit_kernel(
         tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
 
 
-def batch_topk(pre: Tensor, maxima: Tensor, num_selected: int) -> tuple[Tensor, ...]:
+def batch_topk(
+    pre: Tensor, maxima: Tensor, num_selected: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``values, indices, offsets, threshold`` of ``num_selected > 0`` entries of ``pre [B, F]``."""
     (B, F), G = pre.shape, maxima.shape[1]
     pre, maxima = pre.contiguous(), maxima.contiguous()
@@ -355,12 +361,6 @@ def batch_topk(pre: Tensor, maxima: Tensor, num_selected: int) -> tuple[Tensor, 
 
 
 # --- per token ----------------------------------------------------------------------------------
-
-
-@jit
-def _load_keys(max_ptr, row, group, G):
-    maximum = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
-    return maximum.to(tl.int32, bitcast=True)
 
 
 @jit

@@ -52,23 +52,12 @@ def _aux(*gradients: Tensor | None) -> AuxGradients | None:
     fake=lambda W_enc, W_enc_remainder, W_dec, W_dec_remainder, b_dec, *_: b_dec.new_empty(())
 )
 def _gradient_norm(
-    W_enc: Tensor,
-    W_enc_remainder: Tensor | None,
-    W_dec: Tensor,
-    W_dec_remainder: Tensor | None,
-    b_dec: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    x: Tensor,
-    dY: Tensor,
-    dY_scale: float,
-    aux_W_enc: Tensor | None,
-    aux_b_enc: Tensor | None,
-    aux_W_dec: Tensor | None,
+    W_enc: Tensor, W_enc_remainder: Tensor | None, W_dec: Tensor, W_dec_remainder: Tensor | None,
+    b_dec: Tensor, values: Tensor, rows: Tensor, positions: Tensor, offsets: Tensor,
+    x: Tensor, dY: Tensor, dY_scale: float,
+    aux_W_enc: Tensor | None, aux_b_enc: Tensor | None, aux_W_dec: Tensor | None,
     aux_slots: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     csc, aux = CSC(rows, positions, offsets), _aux(aux_W_enc, aux_b_enc, aux_W_dec, aux_slots)
     return (torch_impl if implementation(b_dec) == "torch" else triton_impl).gradient_norm(
         MatrixState(W_enc, W_enc, W_enc, W_enc_remainder),
@@ -87,44 +76,18 @@ _STATE = tuple(
 
 @register(fake=lambda *_: None, mutates_args=_STATE)
 def _fused_update_(
-    W_enc: Tensor,
-    W_enc_m: Tensor,
-    W_enc_v: Tensor,
-    W_enc_remainder: Tensor | None,
-    W_enc_copy: Tensor | None,
-    W_enc_m_scale: Tensor | None,
-    W_enc_v_scale: Tensor | None,
-    b_enc: Tensor,
-    b_enc_m: Tensor,
-    b_enc_v: Tensor,
-    W_dec: Tensor,
-    W_dec_m: Tensor,
-    W_dec_v: Tensor,
-    W_dec_remainder: Tensor | None,
-    W_dec_copy: Tensor | None,
-    W_dec_m_scale: Tensor | None,
-    W_dec_v_scale: Tensor | None,
-    b_dec: Tensor,
-    b_dec_m: Tensor,
-    b_dec_v: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    x: Tensor,
-    dY: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    clip: Tensor | None,
-    dY_scale: float,
-    aux_W_enc: Tensor | None,
-    aux_b_enc: Tensor | None,
-    aux_W_dec: Tensor | None,
+    W_enc: Tensor, W_enc_m: Tensor, W_enc_v: Tensor, W_enc_remainder: Tensor | None,
+    W_enc_copy: Tensor | None, W_enc_m_scale: Tensor | None, W_enc_v_scale: Tensor | None,
+    b_enc: Tensor, b_enc_m: Tensor, b_enc_v: Tensor,
+    W_dec: Tensor, W_dec_m: Tensor, W_dec_v: Tensor, W_dec_remainder: Tensor | None,
+    W_dec_copy: Tensor | None, W_dec_m_scale: Tensor | None, W_dec_v_scale: Tensor | None,
+    b_dec: Tensor, b_dec_m: Tensor, b_dec_v: Tensor,
+    values: Tensor, rows: Tensor, positions: Tensor, offsets: Tensor,
+    x: Tensor, dY: Tensor, dY_scale: float,
+    aux_W_enc: Tensor | None, aux_b_enc: Tensor | None, aux_W_dec: Tensor | None,
     aux_slots: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     csc, aux = CSC(rows, positions, offsets), _aux(aux_W_enc, aux_b_enc, aux_W_dec, aux_slots)
     (torch_impl if implementation(b_dec) == "torch" else triton_impl).fused_update(
         MatrixState(
@@ -136,12 +99,8 @@ def _fused_update_(
         ),
         BiasState(b_dec, b_dec_m, b_dec_v),
         GradientInputs(values, csc, x, dY, dY_scale, aux),
-        lr,
-        step,
-        clip,
-        (beta1, beta2),
-        eps,
-    )
+        lr, step, clip, (beta1, beta2), eps,
+    )  # fmt: skip
 
 
 # --- public -------------------------------------------------------------------------------------
@@ -214,18 +173,11 @@ def gradient_norm(
     """
     _check(W_enc, W_dec, b_dec, csr, csc, x, dY, aux_gradients)
     return _gradient_norm(
-        W_enc.weight,
-        W_enc.remainder,
-        W_dec.weight,
-        W_dec.remainder,
-        b_dec,
-        csr.values,
-        *csc,
-        x,
-        dY,
-        dY_scale,
+        W_enc.weight, W_enc.remainder, W_dec.weight, W_dec.remainder,
+        b_dec, csr.values, *csc,
+        x, dY, dY_scale,
         *(aux_gradients or (None,) * 4),
-    )
+    )  # fmt: skip
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -277,19 +229,9 @@ def fused_update_(
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
     _fused_update_(
-        *W_enc,
-        *b_enc,
-        *W_dec,
-        *b_dec,
-        csr.values,
-        *csc,
-        x,
-        dY,
-        lr,
-        step,
-        clip,
-        dY_scale,
+        *W_enc, *b_enc, *W_dec, *b_dec,
+        csr.values, *csc,
+        x, dY, dY_scale,
         *(aux_gradients or (None,) * 4),
-        *betas,
-        eps,
-    )
+        lr, step, clip, *betas, eps,
+    )  # fmt: skip

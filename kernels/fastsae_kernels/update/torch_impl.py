@@ -1,7 +1,7 @@
 """The fused update on torch; :mod:`fastsae_kernels.update` has the mathematics."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,15 +86,17 @@ def fused_update(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    options = {"lr": float(lr), "beta1": betas[0], "beta2": betas[1], "eps": eps}
+    options: dict[str, Any] = {"lr": float(lr), "beta1": betas[0], "beta2": betas[1], "eps": eps}
     options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
     t = step.to(torch.float32).reshape(())
 
-    def adam(weights, gradients, m, v):
+    def adam(weights: list[Tensor], gradients: list[Tensor], m: list[Tensor], v: list[Tensor]):
         if clip is not None:
-            torch._foreach_mul_(gradients, clip.to(gradients[0].dtype))
+            for gradient in gradients:
+                gradient *= clip.to(gradient.dtype)
         # An internal name, but the one that torch.optim.Adam(fused=True) calls: one pass over the memory.
-        torch._fused_adam_(weights, gradients, m, v, [], [t] * len(weights), **options)
+        steps = [t] * len(weights)
+        torch._fused_adam_(weights, gradients, m, v, [], steps, **options)  # pyright: ignore
 
     db_dec = inputs.dY.sum(0, dtype=b_dec.weight.dtype) * inputs.dY_scale
     for block in _gradient_blocks(W_enc, W_dec, b_dec.weight, inputs):
@@ -110,14 +112,14 @@ def fused_update(
         )
         norm = torch.linalg.vector_norm(block.w_dec, dim=1, keepdim=True)
         block.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
-        for state, master, *moments in zip(states, masters, m, v, strict=True):
-            _store_(state, master, *moments, at.start, step)
+        for state, master, m_rows, v_rows in zip(states, masters, m, v, strict=True):
+            _store_(state, master, m_rows, v_rows, at.start, step)
     adam([b_dec.weight], [db_dec], [b_dec.m], [b_dec.v])
 
 
 def _rows(state: MatrixState, at: slice) -> MatrixState:
     """The state of some rows, as views."""
-    return MatrixState(*(None if part is None else part[at] for part in state))
+    return MatrixState._make(None if part is None else part[at] for part in state)
 
 
 def _store_(
