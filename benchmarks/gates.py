@@ -84,7 +84,9 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
     # As given: the reference starts from rows of unit norm to the last bit.
     params = reference.Gradients(weights.W_dec.T, weights.b_enc, weights.W_dec, weights.b_dec)
     state = dataclasses.replace(state, tokens_since_active=since, params=params)
-    settings = reference.Settings(k=problem.shape.k, k_aux=problem.k_aux, lr=problem.lr)
+    settings = reference.Settings(
+        k=problem.shape.k, k_aux=problem.k_aux, lr=problem.lr, aux_coefficient=18.75
+    )
     expected = reference.train_step(state, x, settings)
     if problem.dead is not None:
         assert expected.aux > 0, "the aux loss does not run"

@@ -258,10 +258,10 @@ def update(inputs: Inputs) -> Op:
     dY = [(each * (2 / each.numel())).to(low) for each in error]
     lr, step = torch.tensor(3e-4, device=device), torch.ones((), dtype=torch.int64, device=device)
     copy_dtype = None if low == torch.float32 else low
-    rows = [kernels.Rows.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
+    rows = [kernels.MatrixState.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
     vectors = [
-        kernels.Vector.start(torch.zeros(s.F, device=device)),
-        kernels.Vector.start(b_dec.clone()),
+        kernels.BiasState.start(torch.zeros(s.F, device=device)),
+        kernels.BiasState.start(b_dec.clone()),
     ]
 
     def ours(i):

@@ -188,6 +188,16 @@ class TrainConfig:
             raise ConfigError(f"name = {self.name!r} must be a plain folder name, without '/'")
         self._validate_hub_repo()
 
+    @property
+    def aux_weight(self) -> float:
+        """What aux-k weighs in the objective: :attr:`aux_coefficient`, 300 times that in the log's.
+
+        While a dead latent's second moment still holds the gradients of its life, aux-k's are too small
+        beside them to move it. More of it revives more latents and costs explained variance where many
+        die.
+        """
+        return self.aux_coefficient * (300.0 if self.objective == "log" else 1.0)
+
     def _validate_hub_repo(self) -> None:
         if self.hub_repo is None:
             return

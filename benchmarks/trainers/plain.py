@@ -11,7 +11,7 @@ from fastsae_kernels import reference
 
 from .base import DEAD_AFTER, Trainer, Weights
 
-AUX_WEIGHT = reference.AUX_GAIN * 0.0625
+AUX_WEIGHT = 18.75
 """Of aux-k beside the log of the error: the default."""
 
 

@@ -6,7 +6,7 @@ import torch
 import fastsae
 from fastsae.cli import main, plan
 from fastsae.training.update import STEPS
-from fastsae_kernels import Rows
+from fastsae_kernels import MatrixState
 
 RECIPE = (1024, 1536, 24576, 64)
 RATES = plan.Rates(flops=790e12, bandwidth=4.3e12)
@@ -32,7 +32,7 @@ def test_the_state_is_what_a_step_allocates(precision):
 
 def test_quantized_moments_are_counted():
     D, F = 48, 320
-    rows = Rows.start(torch.randn(F, D), copy_dtype=torch.bfloat16, quantized_moments=True)
+    rows = MatrixState.start(torch.randn(F, D), copy_dtype=torch.bfloat16, quantized_moments=True)
     one = sum(t.numel() * t.element_size() for t in rows if t is not None)
     assert plan.state_bytes(D, F, quantized=True) == 2 * one + 12 * (F + D) + 8 * F
 

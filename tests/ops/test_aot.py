@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -22,9 +22,28 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_representative_slice():
-    result = run("benchmarks/aot.py", "--slice")
+    result = run("kernels/aot/compile.py", "--slice")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 with faults" in result.stdout
+
+
+def test_every_kernel_has_a_case():
+    code = """
+import ast, sys
+from pathlib import Path
+sys.path[:0] = ["kernels/aot", "kernels"]
+from cases import all_cases
+defined = {
+    node.name
+    for file in Path("kernels/fastsae_kernels").rglob("*.py")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+}
+covered = {case.kernel.__name__ for case in all_cases()}
+assert defined == covered, defined ^ covered
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -32,13 +51,11 @@ def test_faults_are_found():
     code = """
 import sys
 from dataclasses import replace
-sys.path[:0] = ["benchmarks", "kernels"]
-import aot
-cases = aot.all_cases()
-by_label = {case.label: case for case in cases}
+sys.path[:0] = ["kernels/aot", "kernels"]
+import compile as aot
+by_label = {case.label: case for case in aot.all_cases()}
 def faults(case, capability=80):
-    aot.all_cases = lambda: [case]
-    return "; ".join(aot.check(0, capability).faults)
+    return "; ".join(aot.check(case, capability).faults)
 plain = by_label["group_max fp32"]
 assert faults(plain) == "", faults(plain)
 assert "no 128-bit load" in faults(replace(plain, divisible=()))
@@ -59,7 +76,7 @@ assert "spills" in crowded, crowded
 def test_interpreted_kernels_are_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "benchmarks/aot.py"],
+        [sys.executable, "kernels/aot/compile.py"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -77,8 +94,8 @@ def test_places_in_large_tensors_are_64_bit():
     """
     code = """
 import re, sys
-sys.path[:0] = ["benchmarks", "kernels"]
-import aot
+sys.path[:0] = ["kernels/aot", "kernels"]
+import compile as aot
 
 def narrow_products(ttir):
     head = re.search(r"tt\\.func public @\\w+\\((.*?)\\) attributes", ttir, re.S)[1]

@@ -1,4 +1,4 @@
-"""What Adam keeps of a parameter, in the forms it can be stored in.
+"""What the update reads and writes: a parameter's state, in the forms it can be stored in.
 
 **Split masters.** A float32 weight is a bfloat16 and a 16-bit remainder, 4 bytes together, and the
 bfloat16 half *is* the compute copy:
@@ -29,14 +29,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl
-from .rounding import rounded
+from ..dispatch import jit, tl
+from ..dtypes import TINY, rounded
+from ..sparse import CSC
 
 CODES_PER_BINADE = 8
-TINY = torch.finfo(torch.float32).tiny
 
 
-class Rows(NamedTuple):
+class MatrixState(NamedTuple):
     """A ``[F, D]`` parameter, its copies and its Adam moments: what :func:`fused_update_` updates."""
 
     weight: Tensor  # [F, D] float32 (float64 on torch); bfloat16 if split
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
         split: bool = False,
         copy_dtype: torch.dtype | None = None,
         quantized_moments: bool = False,
-    ) -> "Rows":
+    ) -> "MatrixState":
         """Zero moments for ``master [F, D]``, which is used in place unless it is split.
 
         Raises ValueError for a split or 8-bit state of anything but float32, and for a copy beside a
@@ -85,12 +85,12 @@ class Rows(NamedTuple):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """``m`` and ``v`` ``[F, D]``, decoded if they are 8-bit."""
-        if self.m_scale is None:
+        if self.m_scale is None or self.v_scale is None:
             return self.m, self.v
         return decode_moment(self.m, self.m_scale), decode_moment(self.v, self.v_scale)
 
 
-class Vector(NamedTuple):
+class BiasState(NamedTuple):
     """A bias and its Adam moments, all of one shape, float32 (float64 on torch)."""
 
     weight: Tensor
@@ -98,9 +98,29 @@ class Vector(NamedTuple):
     v: Tensor
 
     @classmethod
-    def start(cls, weight: Tensor) -> "Vector":
+    def start(cls, weight: Tensor) -> "BiasState":
         """Zero moments for ``weight``, which is used in place."""
         return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+
+
+class AuxGradients(NamedTuple):
+    """Gradient terms of ``n`` dead latents, which aux-k computed, and a way to find them."""
+
+    W_enc: Tensor  # [n, D] float32 (float64 on torch)
+    b_enc: Tensor  # [n]
+    W_dec: Tensor  # [n, D]
+    slots: Tensor  # [F] int32: the row of each latent, -1 for none
+
+
+class GradientInputs(NamedTuple):
+    """What the gradients of one batch are computed from."""
+
+    values: Tensor  # [K], the CSR's
+    csc: CSC
+    x: Tensor  # [B, D]
+    dY: Tensor  # [B, D], to be multiplied by dY_scale
+    dY_scale: float
+    aux: AuxGradients | None
 
 
 # --- torch --------------------------------------------------------------------------------------
@@ -146,10 +166,10 @@ def encode_moment_(
     code: Tensor, scale: Tensor, value: Tensor, first_row: int, step: Tensor
 ) -> None:
     """Write a block of rows ``value`` as ``code`` and ``scale``; the block begins at ``first_row``."""
-    top = torch.iinfo(code.dtype).max
+    top, tiny = torch.iinfo(code.dtype).max, torch.finfo(torch.float32).tiny
     torch.amax(value.abs(), 1, out=scale)
-    ratio = value.abs() / scale.clamp_min(TINY)[:, None]
-    below = torch.floor(top + CODES_PER_BINADE * torch.log2(ratio.clamp_min(TINY)))
+    ratio = value.abs() / scale.clamp_min(tiny)[:, None]
+    below = torch.floor(top + CODES_PER_BINADE * torch.log2(ratio.clamp_min(tiny)))
     below = below.clamp(0, top - 1)
     low = torch.exp2((below - top) / CODES_PER_BINADE) * (below > 0)
     high = torch.exp2((below + 1 - top) / CODES_PER_BINADE)
@@ -214,8 +234,8 @@ def store_moment(ptr, scale_ptr, row, at, columns, mask, moment, step, TOP: tl.c
         size = tl.abs(moment)
         scale = tl.max(size, 0)
         tl.store(scale_ptr + row, scale)
-        ratio = size / tl.maximum(scale, 1.1754943508222875e-38)
-        below = tl.floor(TOP + 8 * tl.log2(tl.maximum(ratio, 1.1754943508222875e-38)))
+        ratio = size / tl.maximum(scale, TINY)
+        below = tl.floor(TOP + 8 * tl.log2(tl.maximum(ratio, TINY)))
         below = tl.minimum(tl.maximum(below, 0.0), TOP - 1.0)
         low = tl.where(below > 0, tl.exp2((below - TOP) * 0.125), 0.0)
         high = tl.exp2((below + 1 - TOP) * 0.125)
