@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsae.lm import demo
+from fastsae.data.demo_text import documents
 
 PACKAGES = (
     "numpy", "torch", "transformers", "datasets", "pandas", "matplotlib", "sympy", "networkx",
@@ -54,11 +54,9 @@ def convert(directory: str) -> None:
 
 def write_text(path: Path) -> None:
     """One document a line, in an order without meaning, so that neighbours are of different packages."""
-    documents = demo.documents(PACKAGES)
-    random.Random(0).shuffle(documents)
-    path.write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
-    )
+    texts = documents(PACKAGES)
+    random.Random(0).shuffle(texts)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
     from .evaluation.evaluate import Evaluation, evaluate
     from .lm.held_out import HeldOutText
-    from .lm.spliced import SplicedModel
+    from .lm.hooked import SplicedModel
     from .sae.activation import BatchTopK, JumpReLU, TopK
     from .sae.io import load, save
     from .sae.module import SAE, Loss
@@ -54,7 +54,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "Evaluation": "evaluation.evaluate",
     "HeldOutText": "lm.held_out",
-    "SplicedModel": "lm.spliced",
+    "SplicedModel": "lm.hooked",
     "load": "sae.io",
     "save": "sae.io",
     "SAE": "sae.module",

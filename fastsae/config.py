@@ -1,6 +1,6 @@
 """Settings of a training run: these fields are the command line, its help text and the documentation.
 
-Imports the standard library alone, so that ``python train.py --help`` is instant.
+Imports the standard library alone, so that ``fastsae train --help`` is instant.
 """
 
 from __future__ import annotations
@@ -187,6 +187,16 @@ class TrainConfig:
         if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name = {self.name!r} must be a plain folder name, without '/'")
         self._validate_hub_repo()
+
+    @property
+    def aux_weight(self) -> float:
+        """What aux-k weighs in the objective: :attr:`aux_coefficient`, 300 times that in the log's.
+
+        While a dead latent's second moment still holds the gradients of its life, aux-k's are too small
+        beside them to move it. More of it revives more latents and costs explained variance where many
+        die.
+        """
+        return self.aux_coefficient * (300.0 if self.objective == "log" else 1.0)
 
     def _validate_hub_repo(self) -> None:
         if self.hub_repo is None:

@@ -1,9 +1,13 @@
 """The package as a thing to install: what it is made of, what importing it costs."""
 
+import ast
+import graphlib
+import shutil
 import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Collection, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -21,20 +25,12 @@ def test_the_repository_does_not_shadow_hugging_faces_kernels() -> None:
     )
 
 
-def test_the_wheel_holds_two_packages(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT],
-        check=True,
-        cwd=tmp_path,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+def test_the_wheel_holds_two_packages(wheel: Path) -> None:
     assert wheel.name.startswith("fastsae_triton-")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"fastsae", "fastsae_kernels"}
-    assert {"fastsae/py.typed", "fastsae_kernels/py.typed", "fastsae/stream/__init__.py"} <= set(
-        names
-    )
+    assert {"fastsae/py.typed", "fastsae_kernels/py.typed", "fastsae/data/stream.py"} <= set(names)
 
 
 def test_every_public_name_is_there_and_unknown_ones_are_not() -> None:
@@ -69,13 +65,103 @@ def test_the_configuration_needs_the_standard_library_alone() -> None:
     assert output.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("below", "above"), [("fastsae_kernels", "fastsae"), ("fastsae", "benchmarks")]
+# --- imports point down ---
+
+FLOORS = (
+    ("version", "errors"),
+    ("config", "device", "files", "metrics"),
+    ("sae",),
+    ("lm",),
+    ("data", "evaluation"),
+    ("reporting",),
+    ("training",),
+    ("cli",),
+    ("__main__",),
 )
-def test_dependencies_point_one_way(below: str, above: str) -> None:
-    folder = ROOT / ("kernels/fastsae_kernels" if below == "fastsae_kernels" else below)
-    for path in folder.rglob("*.py"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            words = line.split()
-            if words[:1] in (["import"], ["from"]):
-                assert words[1].split(".")[0] != above, f"{path}: {line}"
+"""The rooms of the package, from the ground up. A file may import from its own room and from floors below."""
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Every module below ``package`` by its dotted name, an ``__init__`` by that of its folder."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(name: str, path: Path, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Every import statement of a module, wherever it stands in it, as ``(line, what it names)``."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{name}, line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            yield from ((where, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1]
+            source = ".".join([*(base if node.level else []), *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield where, inner if inner in known else source
+
+
+def upward(root: Path) -> list[str]:
+    """The imports of the package below ``root`` that do not point down, and its cycles."""
+    known = modules(root / "fastsae")
+    wrong: list[str] = []
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        if name == "fastsae":  # the front door names what is in the rooms
+            continue
+        room = name.split(".")[1]
+        graph[name] = set()
+        for where, target in imports(name, path, known):
+            top, _, rest = target.partition(".")
+            if top == "fastsae":
+                graph[name].add(target)
+                there = rest.partition(".")[0]
+                if there != room and FLOOR.get(there, len(FLOORS)) >= FLOOR[room]:
+                    wrong.append(f"{where}: {room} imports {target}")
+            elif top in ("train", "benchmarks", "tests", "examples"):
+                wrong.append(f"{where}: {room} imports {target}")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        wrong.append(" <- ".join(error.args[1]))
+    return wrong
+
+
+def test_imports_point_down() -> None:
+    assert upward(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("sae/module.py", "from ..lm.hooked import CutModel"),
+        ("data/text.py", "def f():\n    from ..evaluation import scores"),
+        ("reporting/tracking.py", "import fastsae.training.run"),
+        ("lm/loading.py", "from fastsae import SAE"),
+        ("sae/activation.py", "from .module import SAE"),
+    ],
+)
+def test_one_import_upwards_is_found(tmp_path: Path, file: str, line: str) -> None:
+    shutil.copytree(ROOT / "fastsae", tmp_path / "fastsae")
+    with (tmp_path / "fastsae" / file).open("a", encoding="utf-8") as source:
+        source.write("\n" + line + "\n")
+    assert len(upward(tmp_path)) == 1
+
+
+def test_kernels_stand_below_everything() -> None:
+    for name, path in modules(ROOT / "kernels" / "fastsae_kernels").items():
+        for where, target in imports(name, path, ()):
+            assert target.partition(".")[0] != "fastsae", where
+
+
+def test_rooms_have_no_logic_in_their_front_door() -> None:
+    """An ``__init__`` holds a docstring and, at most, names of what is in the room."""
+    allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+    for path in (ROOT / "fastsae").glob("*/**/__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert all(isinstance(node, allowed) for node in body), path

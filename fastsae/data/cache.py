@@ -29,6 +29,7 @@ from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
 from ..files import checksum, existing_ancestor, hold, plain, read_json, write_json, write_tensors
 from .harvest import Harvest, to_device
+from .opening import open_text_chunks
 
 log = logging.getLogger(__name__)
 
@@ -251,8 +252,6 @@ def _write(
     wanted: int,
 ) -> dict[str, Any]:
     """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
-    from .stream import open_text_chunks
-
     if manifest is not None:
         # It was written in the order of its own seed and with all its layers, and goes on so.
         seed, layers = manifest["stream_seed"], tuple(map(int, manifest["metadata"]))

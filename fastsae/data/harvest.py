@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
-from ..lm.held_out import HeldOutText, outlying
-from ..lm.hooked import LanguageModel
+from ..lm.held_out import HeldOutText
+from ..lm.hooked import CutModel, is_outlier
 from .tokens import TokenPacker
 
 KEPT, NONFINITE, OUTLIER = 0, 1, 2
@@ -109,7 +109,7 @@ class Chunk:
         return [Chunk(tokens, lengths) for tokens, lengths in parts]
 
 
-def harvest(model: LanguageModel, chunk: Chunk, outlier_norm: float | None = None) -> Harvest:
+def harvest(model: CutModel, chunk: Chunk, outlier_norm: float | None = None) -> Harvest:
     """One forward pass over a chunk; on CUDA, nothing waits for the device.
 
     A token is dropped from every layer if its activation is not finite in one of them, or if its norm
@@ -125,7 +125,7 @@ def harvest(model: LanguageModel, chunk: Chunk, outlier_norm: float | None = Non
     verdict = torch.zeros(len(index), dtype=torch.uint8, device=model.device)
     for layer in layers:
         if outlier_norm is not None and len(index):
-            verdict.masked_fill_(outlying(layer, outlier_norm), OUTLIER)
+            verdict.masked_fill_(is_outlier(layer, outlier_norm), OUTLIER)
     for layer in layers:
         verdict.masked_fill_(~layer.isfinite().all(dim=1), NONFINITE)
     return Harvest(layers, verdict, special)
@@ -146,7 +146,7 @@ class TextChunks:
     def __init__(
         self,
         packer: TokenPacker,
-        model: LanguageModel,
+        model: CutModel,
         *,
         harvest_batch: int,
         held_out_tokens: int,
@@ -261,7 +261,7 @@ class TextChunks:
         self.packer.load_state_dict({"tensors": packer, "meta": state["meta"]["packer"]})
 
 
-def hold_out(packer: TokenPacker, model: LanguageModel, tokens: int) -> Chunk:
+def hold_out(packer: TokenPacker, model: CutModel, tokens: int) -> Chunk:
     """Take the first rows of the text, enough for ``tokens`` activations, out of the stream.
 
     Raises StreamError if the text is empty, or if nothing would be left to train on.

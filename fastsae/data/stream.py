@@ -1,24 +1,20 @@
-"""The stream: text, tokens, language model, chunks, buffer. One room a stage, each with its own state."""
+"""The stream: chunks of activations from a language model or a cache, mixed by a buffer into batches."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from ..config import TrainConfig
-    from ..lm.held_out import HeldOutText
-    from .buffer import ActivationBuffer
-    from .harvest import ChunkSource, TextChunks
-    from .text import TextSource
-
-__all__ = ["Stream", "open_stream", "open_text_chunks"]
-
-log = logging.getLogger(__name__)
+from ..config import TrainConfig
+from ..device import resolve_device
+from ..lm.held_out import HeldOutText
+from .buffer import ActivationBuffer
+from .cache import open_cache
+from .harvest import ChunkSource, TextChunks
+from .opening import open_text_chunks
 
 
 class Stream:
@@ -43,8 +39,6 @@ class Stream:
 
     def held_out_text(self) -> HeldOutText | None:
         """The text of the held-out rows; None where the activations come from a cache."""
-        from .harvest import TextChunks
-
         return self.source.held_out_text() if isinstance(self.source, TextChunks) else None
 
     @property
@@ -77,12 +71,6 @@ def open_stream(config: TrainConfig) -> Stream:
     Raises ConfigError and StreamError for everything a user can get wrong about device, model, text
     and cache; what is quick to check is checked first. Nothing is written but a cache.
     """
-    import torch
-
-    from ..device import resolve_device
-    from .buffer import ActivationBuffer
-    from .cache import open_cache
-
     device = resolve_device(config.device)
     source: ChunkSource
     if config.cache_dir is not None:
@@ -97,57 +85,3 @@ def open_stream(config: TrainConfig) -> Stream:
         dtype=torch.bfloat16 if config.activation_dtype == "bf16" else torch.float32,
     )
     return Stream(source, buffer)
-
-
-def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
-    """The language model and the text of ``config``, without a buffer."""
-    from ..lm.hooked import LanguageModel
-    from ..lm.loading import load_config
-    from .harvest import TextChunks
-    from .tokens import TokenPacker
-
-    load_config(config.model, config.layers, config.context_length)
-    text = open_text(config)
-    model = LanguageModel.load(
-        config.model,
-        config.layers,
-        quantization=config.quantization,
-        device=device,
-        separate_documents=config.separate_documents,
-        compile=config.compile_model,
-    )
-    log.info(
-        "%s, first %d of %d layers, %s: %.2f GB",
-        model.name,
-        max(model.layers) + 1,
-        model.num_layers,
-        model.quantization if model.quantization != "none" else str(model.dtype).split(".")[-1],
-        model.memory_bytes / 1e9,
-    )
-    return TextChunks(
-        TokenPacker(text, model.tokenizer, config.context_length),
-        model,
-        harvest_batch=config.harvest_batch,
-        held_out_tokens=config.eval_tokens,
-        outlier_norm=config.outlier_norm,
-    )
-
-
-def open_text(config: TrainConfig) -> TextSource:
-    """The text of ``config``: local files, the demo's, or a data set."""
-    from ..lm import demo
-    from .dataset import open_dataset
-    from .text_files import open_files
-
-    seed = config.resolved_stream_seed
-    if config.text_files:
-        return open_files(config.text_files, text_column=config.text_column, seed=seed)
-    if config.demo and config.dataset == demo.TEXT:
-        return demo.open_text(seed)
-    return open_dataset(
-        config.dataset,
-        config.dataset_config,
-        config.dataset_split,
-        text_column=config.text_column,
-        seed=seed,
-    )

@@ -1,6 +1,6 @@
 """Evaluation of an SAE on held-out text: reconstruction, sparsity, and what the language model loses.
 
-``fastsae.evaluate`` is :func:`evaluate` here; ``python -m fastsae.evaluate`` is the same as a command.
+``fastsae.evaluate`` is :func:`evaluate` here; ``fastsae evaluate`` is the command.
 """
 
 from __future__ import annotations
@@ -13,31 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StreamError
-from ..lm.held_out import Batch, HeldOutText, outlying
-from ..lm.spliced import SplicedModel, cross_entropy, kl_divergence, layer_of
+from ..lm.held_out import Batch, HeldOutText
+from ..lm.hooked import SplicedModel, is_outlier
 from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..sae.module import SAE
-from .covariance import RunningCovariance, pca_explained_variance
-from .estimates import DocumentSums, Estimate
+from .covariance import RunningCovariance
+from .estimates import Estimate
+from .losses import SplicedLosses
 from .scores import Scores, ScoreSums, finite
-
-__all__ = [
-    "Batch",
-    "Estimate",
-    "Evaluation",
-    "HeldOutText",
-    "RunningCovariance",
-    "Scores",
-    "SplicedModel",
-    "cross_entropy",
-    "evaluate",
-    "inference_modes",
-    "kl_divergence",
-    "layer_of",
-    "outlying",
-    "pca_explained_variance",
-    "text_activations",
-]
 
 _AT_ONCE = 2**27
 """Logits of one forward pass, and latents of one batch: with more, fewer rows are taken at a time."""
@@ -206,7 +189,7 @@ def _evaluate_text(
             f"use another precision, or an SAE of an earlier layer"
         )
     sums = {mode: ScoreSums(sae.d_in, sae.d_sae, covariance.mean) for mode in modes}
-    spliced = _Losses(model, covariance.mean) if losses else None
+    spliced = SplicedLosses(model, covariance.mean) if losses else None
     for batch in text.batches(rows, model.device):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
         measured, x = _measured(batch, residual, outlier_norm)
@@ -252,71 +235,8 @@ def _finite(batch: Batch, residual: Tensor) -> Tensor:
 def _measured(batch: Batch, residual: Tensor, outlier_norm: float | None) -> tuple[Tensor, Tensor]:
     measured = _finite(batch, residual)
     if outlier_norm is not None and measured.any():
-        measured = measured.masked_scatter(measured, ~outlying(residual[measured], outlier_norm))
+        measured = measured.masked_scatter(measured, ~is_outlier(residual[measured], outlier_norm))
     return measured, residual[measured].float()
-
-
-class _Losses:
-    """Cross-entropy and KL of the model with its residual stream replaced, summed by document."""
-
-    def __init__(self, model: SplicedModel, mean: Tensor) -> None:
-        self._model, self._mean = model, mean
-        self._sums = DocumentSums()
-
-    def begin(self, batch: Batch) -> Tensor:
-        """Run the clean model; returns its residual stream."""
-        self._batch = batch
-        self._clean, self._residual = self._model.logits(batch.tokens)
-        # Text that something follows in its row; that may be a special token.
-        followed = torch.arange(batch.text.shape[1]) < batch.lengths[:, None] - 1
-        self._predicting = batch.text & followed.to(batch.text.device)
-        documents = batch.documents_of(self._predicting)
-        clean = cross_entropy(self._clean, batch.tokens, self._predicting)
-        self._sums.add(documents, predictions=torch.ones_like(clean), ce_clean=clean)
-        return self._residual
-
-    def ablate(self, measured: Tensor) -> None:
-        self._add("zero", torch.zeros_like(self._residual))
-        mean = self._residual.clone()
-        mean[measured] = self._mean.to(mean.device, mean.dtype)
-        self._add("mean", mean)
-
-    def replace(self, mode: str, measured: Tensor, x_hat: Tensor) -> None:
-        replaced = self._residual.clone()
-        replaced[measured] = x_hat.to(replaced.device, replaced.dtype)
-        self._add(mode, replaced)
-
-    def _add(self, name: str, replacement: Tensor) -> None:
-        batch = self._batch
-        logits, _ = self._model.logits(batch.tokens, replacement)
-        ce = cross_entropy(logits, batch.tokens, self._predicting)
-        self._sums.add(batch.documents_of(self._predicting), **{f"ce_{name}": ce})
-        kl = kl_divergence(self._clean, logits, batch.text)
-        self._sums.add(
-            batch.documents_of(batch.text),
-            **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)},
-        )
-
-    def complete(self, mode: str, scores: Scores) -> None:
-        ratio = lambda part, whole: part / whole
-        recovered = lambda ablated, replaced, clean: (ablated - replaced) / (ablated - clean)
-        estimate = self._sums.estimate
-        scores.cross_entropy = estimate(ratio, f"ce_{mode}", "predictions")
-        scores.loss_recovered = estimate(recovered, "ce_zero", f"ce_{mode}", "ce_clean")
-        scores.loss_recovered_from_mean = estimate(recovered, "ce_mean", f"ce_{mode}", "ce_clean")
-        scores.kl = estimate(ratio, f"kl_{mode}", f"kl_tokens_{mode}")
-
-    def losses(self) -> dict[str, Estimate]:
-        ratio = lambda part, whole: part / whole
-        ce = {
-            n: self._sums.estimate(ratio, f"ce_{n}", "predictions")
-            for n in ("clean", "zero", "mean")
-        }
-        kl = {
-            f"kl_{n}": self._sums.estimate(ratio, f"kl_{n}", f"kl_tokens_{n}")
-            for n in ("zero", "mean")
-        }
-        return ce | kl
 
 
 def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor]:

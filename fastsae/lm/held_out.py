@@ -33,13 +33,6 @@ class Batch:
         return self.documents[:, None].expand(mask.shape)[mask]
 
 
-def outlying(x: Tensor, factor: float) -> Tensor:
-    """Which rows ``[n]`` of ``x [n, D]``, n at least 1, have more than ``factor`` times the median norm of
-    the finite ones. Waits for no device."""
-    norms = x.float().norm(dim=1)
-    return norms > factor * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()
-
-
 class HeldOutText:
     """Token ids of text to evaluate on. Ids alone are kept; activations are never all in memory.
 
@@ -83,8 +76,6 @@ class HeldOutText:
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
-        from .hooked import special_ids
-
         bos = tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
         width = context_length - len(prefix)
@@ -118,3 +109,9 @@ class HeldOutText:
             text = inside & ~torch.isin(tokens, self.special_ids)
             documents = torch.tensor(self.documents[first : first + rows])
             yield Batch(tokens.to(device), text.to(device), lengths, documents, first)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that are not text: BOS, EOS, padding and all that the tokenizer adds as special."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(added | set(tokenizer.all_special_ids))

@@ -1,21 +1,58 @@
-"""The frozen language model, run from the tokens to the residual stream after the hooked layers."""
+"""The frozen language model with its residual stream hooked: cut after the deepest layer, to harvest
+activations, or spliced, to read the stream and to replace it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import StreamError
-from .loading import dequantize, load_pretrained, require_layers
+from ..errors import ConfigError, StreamError
+from .held_out import special_ids
+from .loading import dequantize, load_config, load_pretrained, require_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LanguageModel:
+class HookedModel:
+    """What a frozen decoder language model has in common however it is hooked.
+
+    Attributes: ``name``; ``tokenizer``; ``device``; ``dtype`` and ``d_model`` of the residual
+    stream; ``vocabulary``; ``num_layers`` of the whole model; ``hook_names``, the path of each hooked
+    module in it.
+
+    Raises:
+        ConfigError: there is no such layer.
+        StreamError: not a decoder language model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int],
+        name: str,
+    ) -> None:
+        self._decoder = model.get_decoder()
+        config = self._decoder.config.get_text_config(decoder=True)
+        path, self._modules = find_layers(model, self._decoder, config.num_hidden_layers, name)
+        self.num_layers = len(self._modules)
+        require_layers(layers, self.num_layers, name)
+        self.name, self.tokenizer = name, tokenizer
+        self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
+        self.d_model: int = config.hidden_size
+        self.vocabulary: int = config.vocab_size
+        embedding = self._decoder.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        self.device: torch.device = embedding.device
+        self.dtype: torch.dtype = embedding.dtype
+
+
+class CutModel(HookedModel):
     """A decoder language model up to the deepest of ``layers``; the rest is dropped from memory.
 
     ``model`` is any transformers model with a decoder (``get_decoder()``); it is taken over and cut.
@@ -23,10 +60,9 @@ class LanguageModel:
     the document's beginning, as if it had the row to itself. ``compile`` passes the model through
     ``torch.compile``.
 
-    Attributes: ``name``; ``layers``; ``quantization``; ``tokenizer``; ``device``; ``dtype`` (of the
-    residual stream); ``d_model``; ``num_layers`` (of the whole model); ``model_class_name`` and
-    ``hook_names`` (the class to load the model with, and each hooked module's path in it);
-    ``special_ids`` (int64 tensor: the tokens that are not text).
+    Attributes besides those of :class:`HookedModel`: ``layers``; ``quantization``;
+    ``model_class_name``, the class to load the model with; ``special_ids``, int64 tensor of the tokens
+    that are not text.
     """
 
     model_class_name = "AutoModelForCausalLM"
@@ -42,26 +78,17 @@ class LanguageModel:
         separate_documents: bool = False,
         compile: bool = False,
     ) -> None:
-        decoder = model.get_decoder()
-        config = decoder.config.get_text_config(decoder=True)
-        path, modules = find_layers(model, decoder, config.num_hidden_layers, name)
-        require_layers(layers, len(modules), name)
-        self.name = name
+        super().__init__(model, tokenizer, layers, name)
+        decoder, modules = self._decoder, self._modules
         self.layers = tuple(layers)
         self.quantization = quantization
-        self.tokenizer = tokenizer
-        self.num_layers = len(modules)
-        self.d_model: int = config.hidden_size
-        self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
-        self.device: torch.device = decoder.get_input_embeddings().weight.device
-        self.dtype: torch.dtype = decoder.get_input_embeddings().weight.dtype
         self.special_ids = torch.tensor(special_ids(tokenizer))
         self._separate_documents = separate_documents
         _truncate(decoder, modules, max(layers) + 1)
         self._kept: dict[int, Tensor] = {}
         for layer in layers:
             modules[layer].register_forward_hook(self._keep(layer))
-        self._decoder = decoder.eval().requires_grad_(False)
+        decoder.eval().requires_grad_(False)
         if quantization == "nf4-dequantized":
             dequantize(decoder)
         self._run = torch.compile(decoder, dynamic=False) if compile else decoder
@@ -76,12 +103,12 @@ class LanguageModel:
         device: torch.device | str = "cpu",
         separate_documents: bool = False,
         compile: bool = False,
-    ) -> LanguageModel:
+    ) -> CutModel:
         """Load with ``load_pretrained``, cut, and try out. Raises StreamError or ConfigError."""
         # What is dequantized is what is left after the cut.
         stored = "nf4" if quantization == "nf4-dequantized" else quantization
         model, tokenizer = load_pretrained(name, quantization=stored, device=device, head=False)
-        language_model = cls(
+        cut = cls(
             model,
             tokenizer,
             layers,
@@ -91,10 +118,10 @@ class LanguageModel:
             compile=compile,
         )
         del model
-        language_model._try_out()
-        if language_model.device.type == "cuda":
+        cut._try_out()
+        if cut.device.type == "cuda":
             torch.cuda.empty_cache()  # what was cut away
-        return language_model
+        return cut
 
     @property
     def memory_bytes(self) -> int:
@@ -131,8 +158,7 @@ class LanguageModel:
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # Decoder layers of transformers return a tensor or, in older models, a tuple that starts with it.
-            self._kept[layer] = output if isinstance(output, Tensor) else output[0]
+            self._kept[layer] = _residual(output)
 
         return hook
 
@@ -181,6 +207,111 @@ class LanguageModel:
                 )
 
 
+class SplicedModel(HookedModel):
+    """``model``, untruncated and frozen, with a hook on the output of decoder layer ``layer``.
+
+    Attributes besides those of :class:`HookedModel`: ``layer``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int,
+        name: str = "the model",
+    ) -> None:
+        super().__init__(model, tokenizer, (layer,), name)
+        self.layer = layer
+        self._model = model.eval()
+        self._hooked = self._modules[layer]
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        layer: int,
+        *,
+        quantization: str = "none",
+        device: torch.device | str = "cpu",
+    ) -> SplicedModel:
+        """From the hub, a local directory, or the demo's; see ``load_pretrained``.
+
+        Raises StreamError or ConfigError, each with what to do.
+        """
+        load_config(name, (layer,))
+        model, tokenizer = load_pretrained(name, quantization=quantization, device=device)
+        return cls(model, tokenizer, layer, name)
+
+    @torch.no_grad()
+    def residual(self, tokens: Tensor) -> Tensor:
+        """The residual stream after the layer: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""
+        try:
+            self._run(self._decoder, tokens, None, stop=True)
+        except _Stop as stop:
+            return stop.residual
+        raise AssertionError("the hooked layer did not run")
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Next-token logits ``[n, t, V]`` and the residual stream ``[n, t, D]`` the layer gave.
+
+        With ``replacement [n, t, D]`` the layers after it read that instead.
+        """
+        kept, output = self._run(self._model, tokens, replacement)
+        return output.logits, kept
+
+    def _run(
+        self, module: nn.Module, tokens: Tensor, replacement: Tensor | None, stop: bool = False
+    ) -> Any:
+        kept: list[Tensor] = []
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            residual = _residual(output)
+            if stop:
+                raise _Stop(residual)
+            kept.append(residual)
+            if replacement is None:
+                return None
+            new = replacement.to(residual.dtype)
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        handle = self._hooked.register_forward_hook(hook)
+        try:
+            output = module(input_ids=tokens.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return kept[0], output
+
+    def unembedding(self) -> tuple[Tensor, Tensor, bool]:
+        """``[V, D]`` unembedding; ``[D]`` gain of the final norm; whether that norm subtracts the mean."""
+        head = self._model.get_output_embeddings()
+        assert head is not None
+        norms = [m for _, m in self._decoder.named_children() if _is_norm(m)]
+        # The gain as the norm applies it, however it is parametrised (w, or 1 + w): a vector of signs
+        # has mean 0 and mean square 1, and a bias cancels in the difference.
+        signs = torch.ones(self.d_model, device=self.device, dtype=head.weight.dtype)
+        signs[1::2] = -1
+        if not norms:
+            return head.weight, torch.ones_like(signs), False
+        with torch.no_grad():
+            gain = (norms[-1](signs) - norms[-1](-signs)) / 2 * signs
+        return head.weight, gain, isinstance(norms[-1], nn.LayerNorm)
+
+
+class _Stop(Exception):
+    def __init__(self, residual: Tensor) -> None:
+        self.residual = residual
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _residual(output: Any) -> Tensor:
+    """Of a decoder layer: its output is a tensor or, in older models, a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def find_layers(
     model: nn.Module, decoder: nn.Module, num_layers: int, name: str
 ) -> tuple[str, nn.ModuleList]:
@@ -216,6 +347,31 @@ def _truncate(decoder: nn.Module, layers: nn.ModuleList, count: int) -> None:
     decoder.config.num_hidden_layers = count
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(added | set(tokenizer.all_special_ids))
+def layer_of(hook_name: str | None) -> int:
+    """The decoder layer whose output a hook name means, in the names that SAE programs use.
+
+    ``model.layers.17``, ``layers.17`` and ``blocks.17.hook_resid_post`` are the output of layer 17;
+    ``blocks.17.hook_resid_pre`` is that of layer 16. Raises ConfigError for any other.
+    """
+    advice = "give the decoder layer whose output it reads with --layer"
+    if hook_name is None:
+        raise ConfigError(f"the SAE does not say which hook it reads; {advice}")
+    if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name):
+        layer = int(found[1]) - (found[2] == "pre")
+        if layer >= 0:
+            return layer
+    elif (found := re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name)) or (
+        found := re.fullmatch(r"resid_post_layer_(\d+)", hook_name)
+    ):
+        return int(found[1])
+    raise ConfigError(
+        f"the SAE reads {hook_name!r}, which is not the output of a decoder layer by any name known "
+        f"here; if it is, {advice}"
+    )
+
+
+def is_outlier(x: Tensor, factor: float) -> Tensor:
+    """Which rows ``[n]`` of ``x [n, D]``, n at least 1, have more than ``factor`` times the median norm of
+    the finite ones. Waits for no device."""
+    norms = x.float().norm(dim=1)
+    return norms > factor * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()

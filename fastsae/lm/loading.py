@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ from .hub_access import access_error, hub_is_reachable
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+EMBEDDED = {demo.MODEL: demo.load_model}
+"""Models that come with a package, by name."""
+
 # Gemma 4's per-layer-embedding projection stays unquantized: its rows are cut to the layers that run.
 _NEVER_QUANTIZED = ["lm_head", "per_layer_model_projection"]
 
@@ -33,8 +36,8 @@ def load_config(
 
     Cheap: reads one small file. Raises StreamError (unknown, gated, unreachable) or ConfigError.
     """
-    if is_embedded(name):
-        config = demo.load_model()[0].config
+    if load := _embedded(name):
+        config = load()[0].config
     else:
         from transformers import AutoConfig
 
@@ -53,9 +56,9 @@ def load_config(
     return config
 
 
-def is_embedded(name: str) -> bool:
-    """Whether ``name`` is the demo's model, which comes with a package."""
-    return name == demo.MODEL and not Path(name).is_dir()
+def _embedded(name: str) -> Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None:
+    """What loads ``name``, if it is a model that comes with a package."""
+    return None if Path(name).is_dir() else EMBEDDED.get(name)
 
 
 def require_layers(layers: Sequence[int], num_layers: int, name: str) -> None:
@@ -84,13 +87,13 @@ def load_pretrained(
     Raises StreamError or ConfigError, each with what to do.
     """
     device = resolve_device(device)
-    if is_embedded(name):
+    if load := _embedded(name):
         if quantization != "none":
             raise ConfigError(
                 f"quantization = {quantization!r}, but the demo's language model is too small to "
                 f"quantize; use --quantization none"
             )
-        model, tokenizer = demo.load_model()
+        model, tokenizer = load()
         return model.to(device), tokenizer
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,24 +1,18 @@
-"""Compare runs, finished or running: ``python -m fastsae.compare RUN... [--plot FILE]``.
-
-Prints a table and draws a picture from the ``metrics.jsonl`` of each run, and from ``summary.json``
-where it has ended. Changes nothing, so it may be asked at any time.
-"""
+"""The table and the picture of several runs, finished or running, from what they have written so far."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, FastsaeError
+from ..errors import ConfigError
 from ..files import is_held, read_json
 from ..metrics import DENSITY_EDGES
 from .tracking import METRICS_FILE, read_metrics
 
-PICTURE = "comparison.png"
 _COLUMNS = {
     "state": ("state", ""),
     "tokens_seen": ("tokens", ",.0f"),
@@ -213,44 +207,3 @@ def _annotate(figure: Any, run: RunSummary) -> None:
             ha="right", va="bottom", fontsize=8, color="C1",
         )  # fmt: skip
     figure.suptitle(title, fontsize=11)
-
-
-def compare(runs: list[str], plot_file: str = PICTURE) -> None:
-    """Print a table of runs and draw them.
-
-    Args:
-        runs: folders of runs, or folders that hold several.
-        plot_file: the picture.
-    """
-    folders = find_runs(runs)
-    entries = [read_run(folder) for folder in folders]
-    if len({folder.name for folder in folders}) < len(
-        folders
-    ):  # runs of one name in several places
-        entries = [replace(e, name=str(f)) for e, f in zip(entries, folders, strict=True)]
-    print(table(entries))  # noqa: T201
-    try:
-        plot(Path(plot_file), entries)
-    except OSError as error:
-        raise ConfigError(f"cannot write {plot_file}: {error}; choose another --plot") from error
-    print(f"drawn in {plot_file}")  # noqa: T201
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m fastsae.compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
-    parser.add_argument("--plot", default=PICTURE, metavar="FILE", help=f"picture [{PICTURE}]")
-    given = parser.parse_args(arguments)
-    try:
-        compare(given.runs, given.plot)
-    except FastsaeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,7 +15,7 @@ from ..device import peak_memory_bytes
 from ..errors import FastsaeError
 from ..evaluation.evaluate import evaluate
 from ..lm.held_out import HeldOutText
-from ..lm.spliced import SplicedModel, layer_of
+from ..lm.hooked import SplicedModel, layer_of
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from .compare import RunSummary, plot
@@ -118,7 +118,7 @@ def _write_page(
     except (FastsaeError, OSError, RuntimeError) as error:
         log.warning(
             "report.html was not written (%s). The SAE is safe; write the report with\n"
-            "  python -m fastsae.evaluate %s",
+            "  fastsae evaluate %s",
             error, directory,
         )  # fmt: skip
         return None

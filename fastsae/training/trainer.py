@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..device import resolve_device
-from ..errors import CheckpointError, ConfigError, StreamError
+from ..errors import CheckpointError, ConfigError, Interrupted, StreamError
 from ..files import require_writable
 from ..reporting.tracking import Display
 from ..sae.module import SAE
@@ -51,14 +51,6 @@ class Stream(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Interrupted(Exception):
-    """A signal ended the run; everything was saved. The text says how to go on."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal = signal_number
 
 
 def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:

@@ -21,7 +21,7 @@ from fastsae.data.harvest import Chunk, TextChunks, harvest
 from fastsae.data.text import TextSource
 from fastsae.data.tokens import TokenPacker
 from fastsae.errors import CheckpointError, StreamError
-from fastsae.lm.hooked import LanguageModel
+from fastsae.lm.hooked import CutModel
 
 CONTEXT = 8
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -178,7 +178,7 @@ def assert_batches_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_resume_on_a_real_model(tmp_path: Path):
-    model = LanguageModel.load(models.gemma4_multimodal(), (5,))
+    model = CutModel.load(models.gemma4_multimodal(), (5,))
     texts = text_of(90)
 
     def start() -> ActivationBuffer:

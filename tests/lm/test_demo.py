@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastsae.cli.presets import demo_config
 from fastsae.config import TrainConfig
+from fastsae.data import demo_text
 from fastsae.data.stream import open_stream
 from fastsae.errors import ConfigError, StreamError
 from fastsae.lm import demo
-from fastsae.lm.hooked import LanguageModel
+from fastsae.lm.hooked import CutModel
 
 SENTENCES = [
     "Alice was beginning to get very tired of sitting by her sister on the bank.",
@@ -28,7 +30,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return demo.documents()
+    return demo_text.documents()
 
 
 def test_tokenizer_gives_the_same_ids(documents: list[str]):
@@ -67,12 +69,12 @@ def test_saved_as_an_ordinary_checkpoint(tmp_path: Path):
     with torch.inference_mode():
         expected = model(ids, output_hidden_states=True).hidden_states[2]
         assert torch.equal(again(ids).logits, model(ids).logits)
-    assert torch.equal(LanguageModel.load(str(tmp_path), (1,)).residuals(ids)[0], expected)
+    assert torch.equal(CutModel.load(str(tmp_path), (1,)).residuals(ids)[0], expected)
 
 
 def test_text_is_the_same_on_every_call(monkeypatch: pytest.MonkeyPatch, documents: list[str]):
-    monkeypatch.setattr(demo, "_PACKAGES", ())
-    again = demo.documents()
+    monkeypatch.setattr(demo_text, "_PACKAGES", ())
+    again = demo_text.documents()
     assert again == documents[: len(again)]
     assert len(again) > 300
 
@@ -90,35 +92,35 @@ def test_text_is_prose(documents: list[str]):
 
 
 def test_text_order_follows_from_the_seed(documents: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(demo, "documents", lambda: documents)
-    orders = [list(demo.open_text(seed)) for seed in (0, 0, 1)]
+    monkeypatch.setattr(demo_text, "documents", lambda: documents)
+    orders = [list(demo_text.open_text(seed)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(documents)
 
 
 def test_settings_and_what_overrides_them():
-    assert demo.demo_config().demo
-    config = demo.demo_config(k=8, tokens=5000, layer=1)
+    assert demo_config().demo
+    config = demo_config(k=8, tokens=5000, layer=1)
     assert (config.k, config.tokens, config.layer) == (8, 5000, 1)
-    assert config.model == demo.demo_config().model == "glassllm"
+    assert config.model == demo_config().model == "glassllm"
     assert config.run_name.startswith("demo-")
-    assert demo.demo_config().quantization == "none" != TrainConfig().quantization
+    assert demo_config().quantization == "none" != TrainConfig().quantization
 
 
 def test_there_is_enough_text_for_the_demo(documents: list[str]):
     _, tokenizer = demo.load_model()
     available = 10 * sum(map(len, tokenizer(documents[::10])["input_ids"]))
-    config = demo.demo_config()
+    config = demo_config()
     assert available > 1.2 * (config.tokens + config.eval_tokens)
 
 
 @pytest.fixture
 def few_documents(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
-    monkeypatch.setattr(demo, "documents", lambda: documents[:60])
+    monkeypatch.setattr(demo_text, "documents", lambda: documents[:60])
 
 
 def small(**overrides) -> TrainConfig:
-    return demo.demo_config(
+    return demo_config(
         **{"device": "cpu", "pool_tokens": 8192, "eval_tokens": 1000, "batch_size": 256} | overrides
     )
 

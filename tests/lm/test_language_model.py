@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from fastsae.errors import ConfigError, StreamError
 from fastsae.lm import hub_access as access
 from fastsae.lm import loading
-from fastsae.lm.hooked import LanguageModel
+from fastsae.lm.hooked import CutModel
 from fastsae.lm.loading import load_config, load_pretrained, resolve_device
 
 CHECKPOINTS = {
@@ -74,7 +74,7 @@ def test_bit_equal_at_every_layer(checkpoint: str, quantization: str):
     expected = residuals(whole, tokens())
     assert len(expected) == num_layers
     for layer in range(num_layers):
-        part = LanguageModel(
+        part = CutModel(
             copy.deepcopy(untouched), models.tokenizer(), (layer,), name=checkpoint,
             quantization=quantization,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def test_bit_equal_at_every_layer(checkpoint: str, quantization: str):
 def test_loaded_from_disk(checkpoint: str, quantization: str):
     build, num_layers, path = CHECKPOINTS[checkpoint]
     layer = num_layers - 2
-    loaded = LanguageModel.load(build(), (layer,), quantization=quantization)
+    loaded = CutModel.load(build(), (layer,), quantization=quantization)
     expected = residuals(whole_model(build(), quantization), tokens())[layer]
     assert torch.equal(loaded.residuals(tokens())[0], expected)
     assert (loaded.layers, loaded.d_model) == ((layer,), expected.shape[-1])
@@ -106,7 +106,7 @@ def test_several_layers_from_one_pass(checkpoint: str, quantization: str):
     build, num_layers, path = CHECKPOINTS[checkpoint]
     layers = (num_layers - 2, 0, num_layers // 2)  # in the order asked for
     expected = residuals(whole_model(build(), quantization), tokens())
-    part = LanguageModel.load(build(), layers, quantization=quantization)
+    part = CutModel.load(build(), layers, quantization=quantization)
     assert len(part._decoder.layers) == num_layers - 1
     passes = []
     part._decoder.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -134,7 +134,7 @@ def test_the_whole_model(checkpoint: str, quantization: str):
 def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     build, _, _ = CHECKPOINTS[checkpoint]
     whole = whole_model(build(), "none")
-    part = LanguageModel.load(build(), (1,))
+    part = CutModel.load(build(), (1,))
     kept: list[Tensor] = []
     module = dict(whole.named_modules())[part.hook_names[0]]
     module.register_forward_hook(lambda _m, _i, out: kept.append(out))
@@ -149,20 +149,20 @@ def test_half_precision_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     models.tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: fast)
     dtype = torch.bfloat16 if fast else torch.float32
-    part = LanguageModel.load(str(tmp_path), (1,))
+    part = CutModel.load(str(tmp_path), (1,))
     assert part.dtype == dtype
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert torch.equal(part.residuals(tokens())[0], residuals(whole, tokens())[1])
 
 
-def parameters(model: LanguageModel) -> int:
+def parameters(model: CutModel) -> int:
     return sum(p.numel() for p in model._decoder.parameters())
 
 
 @pytest.mark.parametrize("checkpoint", ["gemma4-text", "gemma4"])
 def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
     build, num_layers, _ = CHECKPOINTS[checkpoint]
-    part = LanguageModel.load(build(), (2,))
+    part = CutModel.load(build(), (2,))
     decoder = part._decoder
     whole = whole_model(build(), "none").get_decoder()
     assert len(decoder.layers) == 3
@@ -179,7 +179,7 @@ def test_memory_holds_the_layers_that_run_alone(checkpoint: str):
 
 
 def test_towers_and_head_are_not_loaded():
-    part = LanguageModel.load(models.gemma4_multimodal(), (models.GEMMA_LAYERS - 1,))
+    part = CutModel.load(models.gemma4_multimodal(), (models.GEMMA_LAYERS - 1,))
     names = {name.split(".")[0] for name, _ in part._decoder.named_parameters()}
     assert names == {
         "embed_tokens", "embed_tokens_per_layer", "layers", "norm", "per_layer_model_projection",
@@ -190,7 +190,7 @@ def test_towers_and_head_are_not_loaded():
 def test_quantized_and_frozen():
     import bitsandbytes
 
-    part = LanguageModel.load(models.gemma4_multimodal(), (2,), quantization="nf4")
+    part = CutModel.load(models.gemma4_multimodal(), (2,), quantization="nf4")
     linears = {n: m for n, m in part._decoder.named_modules() if isinstance(m, torch.nn.Linear)}
     plain = {n for n, m in linears.items() if not isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert plain == {"per_layer_model_projection"}
@@ -205,7 +205,7 @@ def test_quantized_and_frozen():
 
 @each_checkpoint
 def test_padding_changes_nothing_before_it(checkpoint: str):
-    part = LanguageModel.load(CHECKPOINTS[checkpoint][0](), (2,))
+    part = CutModel.load(CHECKPOINTS[checkpoint][0](), (2,))
     ids = tokens(2, 40)
     padded = ids.clone()
     padded[1, 25:] = 0
@@ -229,8 +229,8 @@ def test_dequantized_is_bit_equal_to_the_products_that_bitsandbytes_forms(checkp
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    packed = LanguageModel(model, tokenizer, layers, name=checkpoint, quantization="nf4")
-    plain = LanguageModel.load(build(), layers, quantization="nf4-dequantized")
+    packed = CutModel(model, tokenizer, layers, name=checkpoint, quantization="nf4")
+    plain = CutModel.load(build(), layers, quantization="nf4-dequantized")
     linears = [m for m in plain._decoder.modules() if isinstance(m, loading.DequantizedLinear)]
     assert len(linears) > 10
     assert {m.weight.dtype for m in linears} == {torch.float16}
@@ -260,7 +260,7 @@ def test_a_document_is_as_if_it_were_alone(checkpoint: str, quantization: str):
     build, num_layers, _ = CHECKPOINTS[checkpoint]
     layers = (0, num_layers - 1)
     apart, across = (
-        LanguageModel.load(build(), layers, quantization=quantization, separate_documents=separate)
+        CutModel.load(build(), layers, quantization=quantization, separate_documents=separate)
         for separate in (True, False)
     )
     documents = [torch.cat([torch.tensor([2]), tokens(1, n)[0] + n]) for n in (9, 1, 21, 6)]
@@ -279,7 +279,7 @@ def test_a_document_is_as_if_it_were_alone(checkpoint: str, quantization: str):
 
 
 def test_documents_without_bos_end_with_eos():
-    part = LanguageModel(
+    part = CutModel(
         load_pretrained(models.llama())[0], models.tokenizer(bos=False), (1,), name="llama",
         separate_documents=True,
     )  # fmt: skip
@@ -289,15 +289,15 @@ def test_documents_without_bos_end_with_eos():
 
 
 def test_a_model_that_cannot_separate_documents_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(LanguageModel, "_positions", lambda *_: None)
+    monkeypatch.setattr(CutModel, "_positions", lambda *_: None)
     with pytest.raises(StreamError, match=r"attends across documents.*--separate-documents"):
-        LanguageModel.load(models.llama(), (2,), separate_documents=True)
+        CutModel.load(models.llama(), (2,), separate_documents=True)
 
 
 @pytest.mark.slow
 def test_compiled():
-    plain = LanguageModel.load(models.llama(), (0,))
-    compiled = LanguageModel.load(models.llama(), (0,), compile=True)
+    plain = CutModel.load(models.llama(), (0,))
+    compiled = CutModel.load(models.llama(), (0,), compile=True)
     assert compiled._run is not compiled._decoder
     for _ in range(2):
         for found, expected in zip(
@@ -312,7 +312,7 @@ def test_memory_is_that_of_the_weights_that_are_kept(checkpoint: str):
     sizes = {}
     for quantization in ("none", "nf4", "nf4-dequantized"):
         for layer in (0, num_layers - 1):
-            part = LanguageModel.load(build(), (layer,), quantization=quantization)
+            part = CutModel.load(build(), (layer,), quantization=quantization)
             weights = sum(p.numel() * p.element_size() for p in part._decoder.parameters())
             buffers = sum(b.numel() * b.element_size() for b in part._decoder.buffers())
             scales = sum(
@@ -351,7 +351,7 @@ def broken(tmp_path: Path) -> Callable[[str], str]:
 
 def test_missing_weights_are_fatal(broken: Callable[[str], str]):
     with pytest.raises(StreamError, match=r"lacks 1 weights.*layers\.3\.mlp\.up_proj.*random"):
-        LanguageModel.load(broken("layers.3.mlp.up_proj"), (1,))
+        CutModel.load(broken("layers.3.mlp.up_proj"), (1,))
 
 
 def test_a_missing_head_is_fatal_where_it_is_needed(tmp_path: Path):
@@ -360,13 +360,13 @@ def test_a_missing_head_is_fatal_where_it_is_needed(tmp_path: Path):
     weights = load_file(path)
     del weights["lm_head.weight"]
     save_file(weights, path, {"format": "pt"})
-    assert LanguageModel.load(str(tmp_path / "headless"), (1,)).d_model == 64
+    assert CutModel.load(str(tmp_path / "headless"), (1,)).d_model == 64
     with pytest.raises(StreamError, match="the first is 'lm_head.weight'"):
         load_pretrained(str(tmp_path / "headless"))
 
 
 def test_missing_towers_are_not(broken: Callable[[str], str]):
-    assert LanguageModel.load(broken("vision_tower"), (1,)).d_model == 128
+    assert CutModel.load(broken("vision_tower"), (1,)).d_model == 128
 
 
 @pytest.mark.parametrize("layer", [-1, models.LLAMA_LAYERS])
@@ -387,7 +387,7 @@ def test_cuda_absent(monkeypatch: pytest.MonkeyPatch):
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     for device in ("cuda", "cuda:1"):
         with pytest.raises(ConfigError, match=f"'{device}'.*sees 0 CUDA devices.*--device cpu"):
-            LanguageModel.load("a model that is not even looked up", (0,), device=device)
+            CutModel.load("a model that is not even looked up", (0,), device=device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:0")
@@ -403,7 +403,7 @@ def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch):
         lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
     )
     with pytest.raises(StreamError, match=r"not installed.*--quantization none"):
-        LanguageModel.load(models.llama(), (0,), quantization="nf4")
+        CutModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
@@ -414,7 +414,7 @@ def test_bitsandbytes_unusable(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         StreamError, match=r"does not work here: libbitsandbytes.*--quantization none"
     ):
-        LanguageModel.load(models.llama(), (0,), quantization="nf4")
+        CutModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -425,21 +425,21 @@ def test_a_model_that_cannot_run_in_nf4_says_so(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
     with pytest.raises(StreamError, match=r"does not run on cpu: blocksize.*--quantization none"):
-        LanguageModel.load(models.llama(), (0,), quantization="nf4")
+        CutModel.load(models.llama(), (0,), quantization="nf4")
 
 
 def test_directory_without_a_model(tmp_path: Path):
     with pytest.raises(StreamError, match=r"the model '.*' cannot be opened"):
-        LanguageModel.load(str(tmp_path), (0,))
+        CutModel.load(str(tmp_path), (0,))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(StreamError, match=r"cannot be opened.*no-such-model"):
-        LanguageModel.load(str(tmp_path), (0,))
+        CutModel.load(str(tmp_path), (0,))
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     with pytest.raises(StreamError, match=r"cannot be reached.*--model DIR.*--demo"):
-        LanguageModel.load("google/no-such-gemma", (17,))
+        CutModel.load("google/no-such-gemma", (17,))
 
 
 def refusal(kind: type, message: str, status: int) -> OSError:
@@ -477,7 +477,7 @@ def test_what_the_hub_refuses(
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(StreamError, match=message):
-        LanguageModel.load("x/y", (0,))
+        CutModel.load("x/y", (0,))
 
 
 def test_offline_mode_and_a_lost_network_are_noticed_at_once(monkeypatch: pytest.MonkeyPatch):

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import main
 from fastsae.reporting import publish as hub
 from fastsae.reporting.model_card import model_card
 from fastsae.reporting.tracking import read_metrics
@@ -290,7 +290,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[hub_st
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
         given = ["--model", models.llama(), "--text-files", str(folder / "prose.txt"), *flags]
-        assert cli.main(arguments=[*given, "--out", str(folder / "runs")]) == 0
+        assert main(["train", *given, "--out", str(folder / "runs")]) == 0
         yield running, folder / "runs/llama-scope-v1-L2-batchtopk-k4-seed17"
 
 

@@ -15,7 +15,7 @@ import torch
 from fastsae.reporting.tracking import read_metrics
 from fastsae.training import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKENS = 40_000
 FLAGS = (
     "--demo", "--d-sae", "256", "--k", "8", "--batch-size", "256", "--tokens", str(TOKENS),

@@ -41,14 +41,18 @@ def test_many_steps_are_the_definition(way: str, normalization: str) -> None:
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
     settings = ref.Settings(
-        k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization
-    )
+        k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization,
+        aux_coefficient=config.aux_weight,
+    )  # fmt: skip
     aux_seen = 0
     for x in batches(1000):
         loss = step(x)
         expected = ref.train_step(state, x, settings)
         state = expected.state
-        torch.testing.assert_close(loss.loss, expected.loss, rtol=1e-9, atol=1e-12)
+        weighed = expected.error + config.aux_coefficient * expected.aux
+        torch.testing.assert_close(loss.loss, weighed, rtol=1e-9, atol=1e-12)
+        objective = ref.objective(loss.error, loss.aux, config.aux_weight, config.objective)
+        torch.testing.assert_close(objective, expected.objective, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(loss.aux, expected.aux, rtol=1e-8, atol=1e-12)
         aux_seen += bool(loss.aux > 0)
         assert loss.counts.equal(expected.mask.sum(0))
@@ -146,7 +150,7 @@ def test_schedules_and_clipping_are_the_definition(way: str) -> None:
     for x in batches(200):
         settings = ref.Settings(
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
-            dead_after_tokens=50, max_gradient_norm=0.8,
+            dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
         )  # fmt: skip
         selected = step(x).counts.sum()
         expected = ref.train_step(state, x, settings)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...lm.spliced import SplicedModel
+from ...lm.hooked import SplicedModel
 from ...sae.module import SAE
 
 _PRODUCTS = 2**26  # entries of one block of a product: 256 MB

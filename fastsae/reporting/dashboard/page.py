@@ -26,7 +26,7 @@ TOKENS_PER_FILE = 65_536
 
 def write_page(path: Path, title: str, data: dict[str, Any]) -> Path:
     """Write the page: styles, script and ``data`` are all in it."""
-    assets = files(__package__) / "assets"
+    assets = files("fastsae.reporting.dashboard") / "assets"
     page = (assets / "report.html").read_text(encoding="utf-8")
     parts = {
         "title": html.escape(title),

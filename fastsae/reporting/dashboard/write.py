@@ -9,7 +9,7 @@ import torch
 
 from ...evaluation.evaluate import Evaluation
 from ...lm.held_out import HeldOutText
-from ...lm.spliced import SplicedModel
+from ...lm.hooked import SplicedModel
 from ...sae.module import SAE
 from ..tracking import read_metrics
 from .collect import Collector

@@ -1,0 +1,78 @@
+"""Opening text, and the language model that reads it, as the settings name them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import TrainConfig
+from ..lm.hooked import CutModel
+from ..lm.loading import load_config
+from . import demo_text
+from .dataset import open_dataset
+from .harvest import TextChunks
+from .text import TextSource
+from .text_files import open_files
+from .tokens import TokenPacker
+
+log = logging.getLogger(__name__)
+
+
+def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
+    """The language model and the text of ``config``, without a buffer."""
+    load_config(config.model, config.layers, config.context_length)
+    text = open_text(
+        config.text_files,
+        config.dataset,
+        config.dataset_config,
+        config.dataset_split,
+        text_column=config.text_column,
+        seed=config.resolved_stream_seed,
+    )
+    model = CutModel.load(
+        config.model,
+        config.layers,
+        quantization=config.quantization,
+        device=device,
+        separate_documents=config.separate_documents,
+        compile=config.compile_model,
+    )
+    log.info(
+        "%s, first %d of %d layers, %s: %.2f GB",
+        model.name,
+        max(model.layers) + 1,
+        model.num_layers,
+        model.quantization if model.quantization != "none" else str(model.dtype).split(".")[-1],
+        model.memory_bytes / 1e9,
+    )
+    return TextChunks(
+        TokenPacker(text, model.tokenizer, config.context_length),
+        model,
+        harvest_batch=config.harvest_batch,
+        held_out_tokens=config.eval_tokens,
+        outlier_norm=config.outlier_norm,
+    )
+
+
+def open_text(
+    text_files: Sequence[str],
+    dataset: str,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    *,
+    text_column: str = "text",
+    seed: int = 0,
+) -> TextSource:
+    """Documents of ``text_files`` if there are any, else of ``dataset``: the demo's text by its name, a
+    data set of the hub, or a local folder. The order is drawn from ``seed``.
+
+    Raises StreamError and ConfigError, each with what to do.
+    """
+    if text_files:
+        return open_files(text_files, text_column=text_column, seed=seed)
+    if dataset == demo_text.TEXT and not Path(dataset).is_dir():
+        return demo_text.open_text(seed)
+    return open_dataset(dataset, dataset_config, dataset_split, text_column=text_column, seed=seed)

@@ -1,0 +1,111 @@
+"""What the language model loses when its residual stream is replaced: cross-entropy and KL by document."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from ..lm.held_out import Batch
+from ..lm.hooked import SplicedModel
+from .estimates import DocumentSums, Estimate
+from .scores import Scores
+
+_LOGITS_AT_ONCE = 2**24
+"""Logits in float32 that one step of a sum over the vocabulary may hold: 64 MB."""
+
+
+class SplicedLosses:
+    """Cross-entropy and KL of the model with its residual stream replaced, summed by document."""
+
+    def __init__(self, model: SplicedModel, mean: Tensor) -> None:
+        self._model, self._mean = model, mean
+        self._sums = DocumentSums()
+
+    def begin(self, batch: Batch) -> Tensor:
+        """Run the clean model; returns its residual stream."""
+        self._batch = batch
+        self._clean, self._residual = self._model.logits(batch.tokens)
+        # Text that something follows in its row; that may be a special token.
+        followed = torch.arange(batch.text.shape[1]) < batch.lengths[:, None] - 1
+        self._predicting = batch.text & followed.to(batch.text.device)
+        documents = batch.documents_of(self._predicting)
+        clean = cross_entropy(self._clean, batch.tokens, self._predicting)
+        self._sums.add(documents, predictions=torch.ones_like(clean), ce_clean=clean)
+        return self._residual
+
+    def ablate(self, measured: Tensor) -> None:
+        self._add("zero", torch.zeros_like(self._residual))
+        mean = self._residual.clone()
+        mean[measured] = self._mean.to(mean.device, mean.dtype)
+        self._add("mean", mean)
+
+    def replace(self, mode: str, measured: Tensor, x_hat: Tensor) -> None:
+        replaced = self._residual.clone()
+        replaced[measured] = x_hat.to(replaced.device, replaced.dtype)
+        self._add(mode, replaced)
+
+    def _add(self, name: str, replacement: Tensor) -> None:
+        batch = self._batch
+        logits, _ = self._model.logits(batch.tokens, replacement)
+        ce = cross_entropy(logits, batch.tokens, self._predicting)
+        self._sums.add(batch.documents_of(self._predicting), **{f"ce_{name}": ce})
+        kl = kl_divergence(self._clean, logits, batch.text)
+        self._sums.add(
+            batch.documents_of(batch.text),
+            **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)},
+        )
+
+    def complete(self, mode: str, scores: Scores) -> None:
+        ratio = lambda part, whole: part / whole
+        recovered = lambda ablated, replaced, clean: (ablated - replaced) / (ablated - clean)
+        estimate = self._sums.estimate
+        scores.cross_entropy = estimate(ratio, f"ce_{mode}", "predictions")
+        scores.loss_recovered = estimate(recovered, "ce_zero", f"ce_{mode}", "ce_clean")
+        scores.loss_recovered_from_mean = estimate(recovered, "ce_mean", f"ce_{mode}", "ce_clean")
+        scores.kl = estimate(ratio, f"kl_{mode}", f"kl_tokens_{mode}")
+
+    def losses(self) -> dict[str, Estimate]:
+        ratio = lambda part, whole: part / whole
+        ce = {
+            n: self._sums.estimate(ratio, f"ce_{n}", "predictions")
+            for n in ("clean", "zero", "mean")
+        }
+        kl = {
+            f"kl_{n}": self._sums.estimate(ratio, f"kl_{n}", f"kl_tokens_{n}")
+            for n in ("zero", "mean")
+        }
+        return ce | kl
+
+
+# --- sums over the vocabulary, a slice of the positions at a time ---
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    """``-log p`` of the token that follows each position of ``positions [n, t]`` (bool): ``[m]`` float32.
+
+    ``logits [n, t, V]``; positions in the last column have no following token and must be off.
+    """
+    row, column = positions.nonzero(as_tuple=True)
+    following = tokens[row, column + 1]
+    parts = [torch.empty(0, device=logits.device)]
+    for part in _slices(len(row), logits.shape[-1]):
+        log_p = log_softmax(logits[row[part], column[part]].float(), dim=-1)
+        parts.append(-log_p.gather(1, following[part, None])[:, 0])
+    return torch.cat(parts)
+
+
+def kl_divergence(clean: Tensor, changed: Tensor, positions: Tensor) -> Tensor:
+    """``KL(clean ‖ changed)`` of the next-token distributions at ``positions [n, t]``: ``[m]`` float32."""
+    row, column = positions.nonzero(as_tuple=True)
+    parts = [torch.empty(0, device=clean.device)]
+    for part in _slices(len(row), clean.shape[-1]):
+        log_p = log_softmax(clean[row[part], column[part]].float(), dim=-1)
+        log_q = log_softmax(changed[row[part], column[part]].float(), dim=-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
+
+
+def _slices(count: int, vocabulary: int) -> list[slice]:
+    size = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, start + size) for start in range(0, count, size)]
