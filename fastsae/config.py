@@ -1,6 +1,6 @@
 """Settings of a training run: these fields are the command line, its help text and the documentation.
 
-Imports the standard library alone, so that ``python train.py --help`` is instant.
+Imports the standard library alone, so that ``fastsae train --help`` is instant.
 """
 
 from __future__ import annotations

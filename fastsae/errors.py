@@ -17,16 +17,13 @@ class CheckpointError(FastsaeError, RuntimeError):
     """A run cannot be saved, or a saved one cannot be continued."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run; everything was saved. The text says how to go on.
+class FormatError(FastsaeError, ValueError):
+    """A saved SAE cannot be read, or cannot be written in the format asked for."""
 
-    Attributes: ``signal``, its number.
-    """
+
+class Interrupted(Exception):
+    """A signal ended the run; everything was saved. The text says how to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal = signal_number
-
-
-class FormatError(FastsaeError, ValueError):
-    """A saved SAE cannot be read, or cannot be written in the format asked for."""

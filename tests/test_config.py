@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import train as cli
 from fastsae.config import MAY_CHANGE_ON_RESUME, Sweep, TrainConfig
 
 ROOT = Path(__file__).parents[1]

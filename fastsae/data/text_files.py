@@ -1,4 +1,8 @@
-"""Documents of local files: .txt, .jsonl and .parquet, the first two also compressed by gzip."""
+"""Documents of local files: .txt, .jsonl and .parquet, the first two also compressed by gzip.
+
+The readers of ``datasets`` do not do: they turn text that looks like a date into one, tell the position
+of an error within a block instead of the file, and make a document of every single paragraph.
+"""
 
 from __future__ import annotations
 

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +23,7 @@ from ..lm.held_out import Batch, HeldOutText
 from ..lm.hooked import SplicedModel, layer_of
 from ..lm.loading import load_pretrained
 from ..sae.module import SAE
+from .compare import RunSummary, plot
 from .dashboard.write import Collector, write_report_page
 from .run_folder import RunFolder
 from .tracking import read_metrics
@@ -80,8 +79,7 @@ def report_run(
     """
     config, path = folder.config, folder.path
     sae = folder.load_sae(config.device if device is None else device)
-    summary, density, evaluation = folder.summary(), None, None
-    model, collector = None, None
+    summary, evaluation, model, collector = folder.summary(), None, None, None
     with folder.opened():
         try:
             held_out = folder.held_out()
@@ -100,21 +98,14 @@ def report_run(
                 evaluation = _evaluate(folder, sae, held_out, model, collector)
                 write_json(path / "evaluation.json", evaluation.to_json())
                 summary |= _numbers(evaluation, sae)
-                density = evaluation[_own_mode(sae)].density.numpy()
             page = write_report_page(
                 path, sae, evaluation, collector, model, text, title=config.run_name
             )
             summary["report"] = page.name
             log.info("%s", _describe(folder, summary))
         finally:
-            plot_run(
-                path / PICTURE,
-                read_metrics(path),
-                title=f"{config.run_name}: {sae.d_sae:,} latents on {sae.d_in} dimensions",
-                k=config.k,
-                density=density,
-                pca_explained_variance=summary["pca_explained_variance"],
-            )
+            run = RunSummary(config.run_name, "finished", read_metrics(path), summary)
+            plot(path / PICTURE, [run])
             folder.summarize(sae, summary, f"Add the report of {config.run_name}")
     return evaluation
 
@@ -158,13 +149,9 @@ def _progress(name: str, rows: int) -> Iterator[Observer]:
         yield show
 
 
-def _own_mode(sae: SAE) -> str:
-    return sae.inference or "topk"
-
-
 def _numbers(evaluation: Evaluation, sae: SAE) -> dict[str, Any]:
     """What ``summary.json`` has of an evaluation."""
-    own, by_threshold = evaluation[_own_mode(sae)], evaluation["threshold"]
+    own, by_threshold = evaluation[sae.inference or "topk"], evaluation["threshold"]
     return {
         "explained_variance": own.explained_variance,
         "pca_explained_variance": evaluation.pca_explained_variance,
@@ -192,81 +179,3 @@ def _describe(folder: RunFolder, s: dict[str, Any]) -> str:
         f"  look at it          {folder.path / s['report']}",
     ]
     return "\n".join(lines)
-
-
-def plot_run(
-    path: Path,
-    metrics: Sequence[dict[str, Any]],
-    *,
-    title: str,
-    k: float,
-    density: np.ndarray | None = None,
-    pca_explained_variance: float | None = None,
-) -> None:
-    """Draw a run to a PNG: explained variance, objective, L0 and alive fraction over tokens, and density.
-
-    Args:
-        metrics: what ``metrics.jsonl`` holds, in order.
-        density: ``[F]``, the share of held-out tokens each latent is active on.
-        pca_explained_variance: drawn as the baseline of the first panel.
-    """
-    # The object interface: pyplot would keep global state in whoever imports us.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    tokens = [m["tokens_seen"] for m in metrics]
-    panels = (
-        ("explained_variance", "Explained variance"),
-        ("objective", "Objective (what is minimised)"),
-        ("l0", "L0 (active latents per token)"),
-        ("alive_fraction", "Alive latents (active in the last 1M tokens)"),
-        ("threshold", "Threshold (raw units)"),
-    )
-    for axis, (name, label) in zip(axes.flat, panels, strict=False):
-        axis.plot(tokens, [m[name] for m in metrics], color="#3b6ea5", linewidth=1.6)
-        axis.set_title(label, fontsize=10, loc="left")
-        axis.set_xlabel("tokens", fontsize=9)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if pca_explained_variance is not None:
-        axes[0, 0].axhline(pca_explained_variance, color="#c2703d", linestyle="--", linewidth=1.2)
-        axes[0, 0].annotate(
-            f"PCA, {max(1, round(k))} components (held out): {pca_explained_variance:.3f}",
-            xy=(0.98, pca_explained_variance),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="#c2703d",
-        )
-    # L0 is flat in training: a range around it keeps rounding from looking like a trend.
-    axes[0, 2].set_ylim(0, 2 * k)
-    axes[1, 0].set_ylim(0, 1.05)
-    _plot_density(axes[1, 2], density)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-
-
-def _plot_density(axis: Any, density: np.ndarray | None) -> None:
-    axis.set_title("Feature density (held-out text)", fontsize=10, loc="left")
-    axis.set_xlabel("log10 of the share of tokens a latent is active on", fontsize=9)
-    axis.set_ylabel("latents", fontsize=9)
-    if density is None:
-        axis.text(0.5, 0.5, "no held-out activations", ha="center", transform=axis.transAxes)
-        return
-    active = density[density > 0]
-    axis.hist(np.log10(active), bins=40, color="#3b6ea5")
-    silent = len(density) - len(active)
-    axis.text(
-        0.98, 0.95, f"{silent:,} of {len(density):,} silent", ha="right", va="top",
-        transform=axis.transAxes, fontsize=8,
-    )  # fmt: skip

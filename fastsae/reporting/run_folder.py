@@ -20,16 +20,11 @@ from ..files import hold, read_json, require_writable, write_json, write_tensors
 from ..lm.held_out import HeldOutText
 from ..sae import io
 from ..sae.module import SAE
-from .background import Background
 from .model_card import model_card
 from .publish import Publisher
 from .tracking import Tracker, read_metrics
 
 log = logging.getLogger(__name__)
-
-WANDB_SECONDS, HUB_SECONDS = 60.0, 3600.0
-"""How long the end of a run waits for what is still to be sent."""
-SYNC = "Everything is in metrics.jsonl; what was not sent lies in wandb/ beside it: `wandb sync` sends it"
 
 RUN, SUMMARY, HELD_OUT = "run.json", "summary.json", "held_out.safetensors"
 
@@ -115,15 +110,12 @@ class RunFolder:
             tokens_seen: where the run stands: metrics of later tokens will come again.
         """
         scope.callback(self._closed)
-        wandb = scope.enter_context(Background("Weights & Biases", WANDB_SECONDS, SYNC))
-        self._tracker = scope.enter_context(
-            Tracker(self.path, self.config, tokens_seen, wandb, self.wandb_id)
-        )
-        self.wandb_id = self._tracker.wandb_id
+        tracker = Tracker(self.path, self.config, tokens_seen, self.wandb_id)
+        self._tracker = scope.enter_context(tracker)
+        self.wandb_id = tracker.wandb_id
         if self.config.hub_repository is not None:
-            hub = scope.enter_context(Background("the hub", HUB_SECONDS))
-            self._publisher = Publisher(
-                self.path, self.config.hub_repository, self.config.hub_private, hub
+            self._publisher = scope.enter_context(
+                Publisher(self.path, self.config.hub_repository, self.config.hub_private)
             )
 
     def _closed(self) -> None:

@@ -15,14 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels import reference
-from fastsae_kernels.adam_state import Rows, Vector
-from fastsae_kernels.aux_k import aux_k_gradients
-from fastsae_kernels.batch_topk import csr_to_csc
-from fastsae_kernels.decoder_norm import normalize_rows_, project_gradient_
-from fastsae_kernels.encode_topk import encode_batch_topk
-from fastsae_kernels.fused_update import clip_factor, fused_update_, gradient_norm
-from fastsae_kernels.sparse_decoder import sparse_decode_loss
+from fastsae_kernels import (
+    BiasState,
+    MatrixState,
+    aux_k_gradients,
+    clip_factor,
+    csr_to_csc,
+    encode_batch_topk,
+    fused_update_,
+    gradient_norm,
+    normalize_rows_,
+    project_gradient_,
+    reference,
+    sparse_decode_loss,
+)
 
 from ..config import TrainConfig
 from ..sae.activation import BatchTopK
@@ -219,14 +225,16 @@ class FusedUpdate(Update):
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
         self._rows = {
-            name: Rows.start(
+            name: MatrixState.start(
                 _feature_major(getattr(sae, name).data, name),
                 copy_dtype=torch.bfloat16 if sae.precision == "bf16" else None,
                 quantized_moments=config.moments == "8bit",
             )
             for name in ("W_enc", "W_dec")
         }
-        self._biases = {name: Vector.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")}
+        self._biases = {
+            name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
+        }
         self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, sae.W_dec.device)
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
@@ -251,9 +259,9 @@ class FusedUpdate(Update):
         if config.objective == "log":
             dY = dY * reference.error_weight(error)
 
-        aux, extra = torch.zeros_like(error), None
+        aux, aux_gradients = torch.zeros_like(error), None
         if capacity:
-            aux, extra = aux_k_gradients(
+            aux, aux_gradients = aux_k_gradients(
                 scaled,
                 decoded.residual,
                 W_enc.compute(),
@@ -262,7 +270,7 @@ class FusedUpdate(Update):
                 b_dec.weight,
                 self.tokens_since_active,
                 dead_after=config.dead_after_tokens,
-                capacity=capacity,
+                max_dead=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,
                 coefficient=config.aux_weight,
@@ -273,12 +281,13 @@ class FusedUpdate(Update):
         clip = None
         if config.clip_norm is not None:
             norm = gradient_norm(
-                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY, dY_scale=dY_scale, extra=extra
-            )
+                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY,
+                dY_scale=dY_scale, aux_gradients=aux_gradients,
+            )  # fmt: skip
             clip = clip_factor(norm, config.clip_norm)
         fused_update_(
             W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-            dY_scale=dY_scale, extra=extra, clip=clip,
+            dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip,
         )  # fmt: skip
         self.activation.track(selection.threshold)
         residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)

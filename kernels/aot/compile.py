@@ -2,7 +2,7 @@
 
     python kernels/aot/compile.py                 the full matrix
     python kernels/aot/compile.py --slice         a representative part, in minutes on two cores
-    python kernels/aot/compile.py --write         the full matrix, and its table into kernels/README.md
+    python kernels/aot/compile.py --write         the full matrix, into registers.csv and kernels/README.md
     python kernels/aot/compile.py --only encode   the cases whose label contains a word
 
 Checked of each: it compiles; no register spills to local memory; its shared memory fits the device
@@ -12,8 +12,7 @@ TRITON_INTERPRET, which turns kernels into Python.
 """
 
 import argparse
-import importlib
-import pkgutil
+import csv
 import re
 import subprocess
 import sys
@@ -22,43 +21,44 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(KERNELS))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import triton  # noqa: E402
+from cases import Case, all_cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import fastsae_kernels  # noqa: E402
-from fastsae_kernels.aot import Case  # noqa: E402
+from fastsae_kernels.dispatch import INTERPRETED  # noqa: E402
 
 # Bytes of shared memory one program can have.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-README = KERNELS / "README.md"
+TABLE, README = HERE / "registers.csv", HERE.parent / "README.md"
 BEGIN, END = "<!-- ahead-of-time table: begin -->", "<!-- ahead-of-time table: end -->"
+# The rows of the table that kernels/README.md shows.
+SHOWN = (
+    "group_max fp32",
+    "batch_topk count entry digits, pass 3, fp32",
+    "batch_topk emit fp32",
+    "topk select fp32",
+    "csr_to_csc scatter, digit 0",
+    "encode pointers bf16",
+    "encode descriptors bf16",
+    "sparse_decode loss, D=1536 bf16",
+    "fused_update decoder, aux-k and clipping, D=1536 bf16 copy",
+    "fused_update encoder, aux-k and clipping, D=1536 bf16 copy",
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    label: str
-    capability: int
-    num_warps: int
-    registers: int
-    spills: int  # bytes of local memory per thread
-    shared: int  # bytes per program
-    faults: tuple[str, ...]
-
-
-def all_cases() -> list[Case]:
-    """The ``aot_cases()`` of every module of the package that has any."""
-    cases = []
-    for module in sorted(m.name for m in pkgutil.iter_modules(fastsae_kernels.__path__)):
-        listed = getattr(importlib.import_module(f"fastsae_kernels.{module}"), "aot_cases", None)
-        cases += listed() if listed else []
-    duplicates = {c.label for c in cases if sum(c.label == d.label for d in cases) > 1}
-    if duplicates:
-        raise SystemExit(f"labels used twice: {sorted(duplicates)}")
-    return cases
+    case: str
+    warps: int
+    architecture: str
+    registers: int = 0  # per thread
+    spilled: int = 0  # bytes of local memory per thread
+    shared: int = 0  # bytes per program
+    faults: tuple[str, ...] = ()
 
 
 def capabilities() -> list[int]:
@@ -86,30 +86,27 @@ def compile_case(case: Case, capability: int):
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory per thread, as the assembler left them."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(cuobjdump) if cuobjdump.exists() else "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = str(cuobjdump) if cuobjdump.exists() else "cuobjdump"
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def check(index: int, capability: int) -> Result:
-    """Compile one case, by its place in the list: a kernel does not travel between processes."""
-    case = all_cases()[index]
-    faults: list[str] = []
+def check(case: Case, capability: int) -> Result:
+    faults, place = [], (case.label, case.num_warps, f"sm_{capability}")
     try:
         compiled = compile_case(case, capability)
     except Exception as error:
         reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        return Result(case.label, capability, case.num_warps, 0, 0, 0, (reason,))
-    registers, spills = resource_usage(compiled.asm["cubin"])
+        return Result(*place, faults=(reason,))
+    registers, spilled = resource_usage(compiled.asm["cubin"])
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
-    if spills:
-        faults.append(f"spills {spills} bytes")
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
     if shared > SHARED_MEMORY[capability]:
         faults.append(f"shared memory {shared} > {SHARED_MEMORY[capability]}")
     wide = (
@@ -123,48 +120,51 @@ def check(index: int, capability: int) -> Result:
     matrix = {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     if case.matrix and matrix not in ptx:
         faults.append(f"no {matrix} instruction")
-    return Result(case.label, capability, case.num_warps, registers, spills, shared, tuple(faults))
+    return Result(*place, registers, spilled, shared, tuple(faults))
 
 
-def table(results: list[Result]) -> str:
-    """One row a case: registers per thread / shared memory in KiB, by architecture."""
-    columns = sorted({r.capability for r in results})
-    by_label: dict[str, dict[int, Result]] = {}
-    for result in results:
-        by_label.setdefault(result.label, {})[result.capability] = result
-    head = ["kernel", "warps", *(f"sm_{c}" for c in columns)]
-    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
-    for label, row in by_label.items():
-        cells = []
-        for capability in columns:
-            r = row.get(capability)
-            spilled = f", {r.spills} B spilled" if r and r.spills else ""
-            cells.append(f"{r.registers} / {r.shared / 1024:.1f}{spilled}" if r else "")
-        lines.append(" | ".join([label, str(next(iter(row.values())).num_warps), *cells]))
-    lines = [f"| {line} |" for line in lines]
-    note = (
+def check_index(index: int, capability: int) -> Result:
+    """:func:`check` of a case by its place in the list: a kernel does not travel between processes."""
+    return check(all_cases()[index], capability)
+
+
+def write(results: list[Result]) -> None:
+    """All rows into registers.csv, those of ``SHOWN`` into kernels/README.md."""
+    columns = ("case", "warps", "architecture", "registers", "spilled", "shared")
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(columns)
+        rows.writerows([getattr(result, column) for column in columns] for result in results)
+    architectures = list(dict.fromkeys(result.architecture for result in results))
+    lines = [["kernel", "warps", *architectures], ["---"] * (2 + len(architectures))]
+    for label in SHOWN:
+        found = {r.architecture: r for r in results if r.case == label}
+        cells = [
+            f"{r.registers} / {r.shared / 1024:.1f}" if r else ""
+            for r in map(found.get, architectures)
+        ]
+        lines.append([label, str(next(iter(found.values())).warps), *cells])
+    text = (
         f"Registers per thread / shared memory in KiB, as compiled by Triton {triton.__version__}. "
-        f"{len(results)} compilations, {sum(r.spills > 0 for r in results)} with spills."
+        f"{len(results)} compilations, {sum(r.spilled > 0 for r in results)} with spills.\n\n"
     )
-    return f"{note}\n\n" + "\n".join(lines)
-
-
-def write(text: str) -> None:
+    text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compile every kernel for every GPU architecture.")
     parser.add_argument("--slice", action="store_true", help="the representative cases alone")
-    parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write registers.csv and kernels/README.md"
+    )
     parser.add_argument("--only", default="", help="cases whose label contains this")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     if options.write and (options.slice or options.only):
         parser.error("--write needs the full matrix: leave out --slice and --only")
-    if fastsae_kernels.dispatch.INTERPRETED:
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: unset it, nothing can be compiled under it")
 
     todo = [
@@ -177,15 +177,15 @@ def main() -> int:
     ]
     results = []
     with ProcessPoolExecutor(options.workers) as pool:
-        for result in pool.map(check, *zip(*todo, strict=True)):
+        for result in pool.map(check_index, *zip(*todo, strict=True)):
             results.append(result)
             print(
-                f"sm_{result.capability:<4} {result.label:60} {result.registers:4} registers "
+                f"{result.architecture:7} {result.case:60} {result.registers:4} registers "
                 f"{result.shared:7} B shared  {'; '.join(result.faults) or 'ok'}",
                 flush=True,
             )
     if options.write:
-        write(table(results))
+        write(results)
     failed = [r for r in results if r.faults]
     print(f"{len(results)} compiled, {len(failed)} with faults")
     return 1 if failed or not results else 0

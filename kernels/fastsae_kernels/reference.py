@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .sparse import CSC, CSR
+
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
 
@@ -79,18 +81,18 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> T
     return (x - b_dec) @ W_enc + b_enc
 
 
-def active_budget(k: float, tokens: int, latents: int) -> int:
+def num_selected(k: float, tokens: int, latents: int) -> int:
     """``K = int(k * B)``, clamped to ``[0, B * F]``."""
     return max(0, min(int(k * tokens), tokens * latents))
 
 
-def batch_topk_mask(pre: Tensor, budget: int) -> Tensor:
-    """Mask ``[B, F]`` of the ``budget`` largest positive entries of the whole batch.
+def batch_topk_mask(pre: Tensor, num_selected: int) -> Tensor:
+    """Mask ``[B, F]`` of the ``num_selected`` largest positive entries of the whole batch.
 
     The order is total: value descending, then token-major flat index ascending. Non-positive entries
-    and NaN are never selected, so fewer than ``budget`` may be.
+    and NaN are never selected, so fewer than ``num_selected`` may be.
     """
-    return _largest_positive(pre.reshape(1, -1), budget).reshape(pre.shape)
+    return _largest_positive(pre.reshape(1, -1), num_selected).reshape(pre.shape)
 
 
 def topk_mask(pre: Tensor, k: int) -> Tensor:
@@ -104,24 +106,8 @@ def _largest_positive(rows: Tensor, k: int) -> Tensor:
     return torch.zeros_like(rows, dtype=torch.bool).scatter(-1, order, True) & (rows > 0)
 
 
-class CSR(NamedTuple):
-    """Selected latents by token: row ``b`` is ``[offsets[b], offsets[b + 1])``, latents ascending."""
-
-    values: Tensor  # [nnz], the dtype of pre
-    indices: Tensor  # [nnz] int32, latent of each entry
-    offsets: Tensor  # [B + 1] int32
-
-
-class CSC(NamedTuple):
-    """The same entries by latent: ``f`` owns ``[offsets[f], offsets[f + 1])``, tokens ascending."""
-
-    rows: Tensor  # [nnz] int32, token of each entry
-    positions: Tensor  # [nnz] int32, where the entry stands in the CSR arrays
-    offsets: Tensor  # [F + 1] int32
-
-
 def to_csr(pre: Tensor, mask: Tensor) -> CSR:
-    """The masked entries of ``pre`` in token order."""
+    """The masked entries of ``pre`` in token order, without a spare slot."""
     row, column = mask.nonzero(as_tuple=True)
     return CSR(pre[row, column], column.int(), _offsets(mask.sum(1)))
 
@@ -187,7 +173,7 @@ def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tenso
     return residual.new_ones(())
 
 
-# --- objective and gradients, written out ---------------------------------------------------------------------
+# --- objective and gradients, written out --------------------------------------------------------
 
 
 def objective(error: Tensor, aux: Tensor, weight: float, kind: Objective) -> Tensor:
@@ -390,7 +376,7 @@ def train_step(
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)
     if mask is None:
-        mask = batch_topk_mask(pre, active_budget(settings.k, *pre.shape))
+        mask = batch_topk_mask(pre, num_selected(settings.k, *pre.shape))
     x_hat = decode(pre * mask, W_dec, b_dec)
     error = squared_error(x, x_hat)
     dead = state.tokens_since_active >= settings.dead_after_tokens

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsae_kernels.adam_state import (
-    Rows,
+from fastsae_kernels.update.state import (
+    MatrixState,
     decode_moment,
     encode_moment_,
     join_master,
@@ -87,13 +87,13 @@ def test_random_bits_change_with_step_row_and_moment():
 
 def test_start_takes_the_master_in_place_or_splits_it():
     master = torch.randn(3, 5)
-    plain = Rows.start(master, copy_dtype=torch.bfloat16)
+    plain = MatrixState.start(master, copy_dtype=torch.bfloat16)
     assert plain.weight is master and plain.master() is master
     assert torch.equal(plain.compute(), master.bfloat16())
-    split = Rows.start(master, split=True, quantized_moments=True)
+    split = MatrixState.start(master, split=True, quantized_moments=True)
     assert torch.equal(split.master(), master) and split.compute().dtype == torch.bfloat16
     assert all(not moment.any() for moment in split.moments())
     with pytest.raises(ValueError, match=r"expected float32, got torch.float64"):
-        Rows.start(master.double(), split=True)
+        MatrixState.start(master.double(), split=True)
     with pytest.raises(ValueError, match=r"expected copy_dtype=None"):
-        Rows.start(master, split=True, copy_dtype=torch.bfloat16)
+        MatrixState.start(master, split=True, copy_dtype=torch.bfloat16)

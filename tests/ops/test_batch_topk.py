@@ -4,9 +4,9 @@ import torch._dynamo.testing
 from selection_cases import assert_batch_topk, cases
 
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
-from fastsae_kernels.batch_topk import _batch_topk, _csr_to_csc
 from fastsae_kernels.dispatch import use
-from fastsae_kernels.groups import GROUP, _group_max
+from fastsae_kernels.selection import GROUP, _batch_topk, _group_max
+from fastsae_kernels.transpose import _csr_to_csc
 
 CASES = cases()
 
@@ -16,9 +16,9 @@ def test_exact_on_hard_inputs(name, device, impl, poison):
     pre = CASES[name]
     positives = int((pre > 0).sum())
     # 5 is less than the 12 groups there are, so groups are selected too.
-    budgets = {5, positives + 1}
+    sizes = {5, positives + 1}
     if impl == "torch" or device.type == "cuda":
-        budgets |= {
+        sizes |= {
             -1,
             0,
             1,
@@ -29,8 +29,8 @@ def test_exact_on_hard_inputs(name, device, impl, poison):
             pre.numel(),
             10**6,
         }
-    for budget in budgets:
-        assert_batch_topk(pre.to(device), budget)
+    for num_selected in sizes:
+        assert_batch_topk(pre.to(device), num_selected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -57,8 +57,8 @@ def test_massive_ties_of_low_precision(device, impl, poison):
 )
 def test_exact_at_odd_shapes(shape, device, impl, poison):
     pre = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    for budget in (pre.numel() // 3, pre.numel()):
-        assert_batch_topk(pre.to(device), budget)
+    for num_selected in (pre.numel() // 3, pre.numel()):
+        assert_batch_topk(pre.to(device), num_selected)
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (5, 0), (0, 0)])

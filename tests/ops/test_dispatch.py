@@ -96,7 +96,7 @@ def test_triton_without_a_gpu_is_harmless():
 
 def test_the_package_imports_nothing_but_torch_and_triton():
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -104,8 +104,21 @@ def test_the_package_imports_nothing_but_torch_and_triton():
             assert {name.split(".")[0] for name in names} <= allowed, file.name
 
 
+def test_kernels_are_launched_by_keyword():
+    """Of a dozen pointers in a row nobody sees two that are swapped."""
+    launches = 0
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            if ast.unparse(node.func.value).split("_")[-1] == "kernel":
+                launches += 1
+                assert not node.args, f"{file.name}:{node.lineno}"
+    assert launches >= 20
+
+
 def test_no_float_atomics_and_no_waiting_in_launchers():
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         if file.name != "reference.py":
             assert ".item()" not in file.read_text(encoding="utf-8"), file.name
 

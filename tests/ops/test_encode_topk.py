@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsae_kernels import encode_topk, reference
-from fastsae_kernels.batch_topk import batch_topk
+from fastsae_kernels import batch_topk, encode_topk, reference
 from fastsae_kernels.encode_topk import _encode_batch_topk, encode_batch_topk
 from fastsae_kernels.encoder import encode_with_group_max
 
@@ -28,15 +27,16 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 36, 37, 256])
-@pytest.mark.parametrize("budget", [0, 1, 50, 500, B * F])
+@pytest.mark.parametrize("num_selected", [0, 1, 50, 500, B * F])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_blocks_select_what_the_whole_selects(monkeypatch, tokens, budget, dtype):
-    monkeypatch.setattr(encode_topk, "TOKENS", tokens)
+def test_blocks_select_what_the_whole_selects(monkeypatch, tokens, num_selected, dtype):
+    monkeypatch.setattr(encode_topk, "TOKENS_PER_PRODUCT", tokens)
     for seed in range(3):
         x, W_enc, b_enc, b_dec = (t.to(dtype) for t in whole_numbers(seed))
         pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
         assert equal(
-            encode_batch_topk(x, W_enc, b_enc, b_dec, budget), batch_topk(pre, budget, maxima)
+            encode_batch_topk(x, W_enc, b_enc, b_dec, num_selected),
+            batch_topk(pre, num_selected, maxima),
         )
 
 
@@ -50,7 +50,7 @@ def test_the_interpreted_kernels_select_the_same(impl):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("row", [0, 20, 36])
 def test_numbers_that_are_not_finite(monkeypatch, bad, row):
-    monkeypatch.setattr(encode_topk, "TOKENS", 8)
+    monkeypatch.setattr(encode_topk, "TOKENS_PER_PRODUCT", 8)
     x, W_enc, b_enc, b_dec = whole_numbers()
     x[row, 2] = bad
     pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
@@ -59,8 +59,8 @@ def test_numbers_that_are_not_finite(monkeypatch, bad, row):
     assert equal(got, batch_topk(pre, 60, maxima))
 
 
-def test_fewer_positive_entries_than_the_budget(monkeypatch):
-    monkeypatch.setattr(encode_topk, "TOKENS", 8)
+def test_fewer_positive_entries_than_are_selected(monkeypatch):
+    monkeypatch.setattr(encode_topk, "TOKENS_PER_PRODUCT", 8)
     x, W_enc, b_enc, b_dec = whole_numbers()
     some = encode_batch_topk(x, W_enc, b_enc - 20, b_dec, 400)
     assert 0 < int(some.csr.offsets[-1]) < 400
@@ -71,7 +71,7 @@ def test_fewer_positive_entries_than_the_budget(monkeypatch):
 
 
 def test_pre_activations_never_exist_as_a_whole(monkeypatch):
-    monkeypatch.setattr(encode_topk, "TOKENS", 8)
+    monkeypatch.setattr(encode_topk, "TOKENS_PER_PRODUCT", 8)
     x, W_enc, b_enc, _ = whole_numbers()
     sizes = []
 
@@ -114,10 +114,10 @@ def test_a_training_step_needs_less_than_the_pre_activations():
     assert int(done.stdout) < 64
 
 
-@pytest.mark.parametrize("budget", [0, 60])
-def test_opcheck(budget):
+@pytest.mark.parametrize("num_selected", [0, 60])
+def test_opcheck(num_selected):
     x, W_enc, b_enc, _ = whole_numbers()
-    torch.library.opcheck(_encode_batch_topk, (x, W_enc.T.contiguous(), b_enc, budget))
+    torch.library.opcheck(_encode_batch_topk, (x, W_enc.T.contiguous(), b_enc, num_selected))
 
 
 def test_refusals():

@@ -6,19 +6,20 @@ from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
 from tolerances import FUSED_STEP, FUSED_STEP_SHORT_RUN, UNIT_NORM
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsae_kernels import fused_update, reference
-from fastsae_kernels.adam_state import Rows, Vector
-from fastsae_kernels.aux_k import aux_k_gradients
-from fastsae_kernels.dispatch import use
-from fastsae_kernels.fused_update import (
-    _fused_update_,
-    _gradient_norm,
+from fastsae_kernels import (
+    BiasState,
+    MatrixState,
+    aux_k_gradients,
     clip_factor,
     fused_update_,
     gradient_norm,
+    reference,
+    sparse_decode_loss,
 )
+from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
-from fastsae_kernels.sparse_decoder import sparse_decode_loss
+from fastsae_kernels.update import _fused_update_, _gradient_norm, torch_impl, triton_impl
+from fastsae_kernels.update.state import GradientInputs
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
@@ -36,7 +37,7 @@ def device(request, monkeypatch):
     where, implementation = request.param
     if where == "cpu":
         # Fewer, larger steps for the interpreter; the sums are the same in another order.
-        monkeypatch.setattr(fused_update, "BLOCK_T", 16)
+        monkeypatch.setattr(triton_impl, "BLOCK_T", 16)
     with use(implementation):
         yield torch.device(where)
 
@@ -68,10 +69,10 @@ class Fused:
     def __init__(self, state: reference.State, dtype, device, **form):
         to = lambda t: t.to(device, dtype, copy=True).contiguous()
         p, m = state.params, state.moments
-        self.W_enc = Rows.start(to(p.W_enc.T), **form)
-        self.W_dec = Rows.start(to(p.W_dec), **form)
-        self.b_enc = Vector(to(p.b_enc), to(m[1].m), to(m[1].v))
-        self.b_dec = Vector(to(p.b_dec), to(m[3].m), to(m[3].v))
+        self.W_enc = MatrixState.start(to(p.W_enc.T), **form)
+        self.W_dec = MatrixState.start(to(p.W_dec), **form)
+        self.b_enc = BiasState(to(p.b_enc), to(m[1].m), to(m[1].v))
+        self.b_dec = BiasState(to(p.b_dec), to(m[3].m), to(m[3].v))
         if "quantized_moments" not in form:
             for rows, moments, transpose in ((self.W_enc, m[0], True), (self.W_dec, m[2], False)):
                 rows.m.copy_(moments.m.T if transpose else moments.m)
@@ -91,9 +92,9 @@ class Fused:
         csr, csc, x, residual = inputs
         self.count += 1
         scale = -2 / len(x)
-        extra = None if aux is None else self.aux_k(x, residual, aux)
+        aux_gradients = None if aux is None else self.aux_k(x, residual, aux)
         clip, norm = None, None
-        options = {"dY_scale": scale, "extra": extra}
+        options = {"dY_scale": scale, "aux_gradients": aux_gradients}
         if max_norm is not None:
             norm = gradient_norm(
                 self.W_enc, self.W_dec, self.b_dec.weight, csr, csc, x, residual, **options
@@ -127,11 +128,11 @@ class Fused:
             self.b_dec.weight,
             since,
             dead_after=s.dead_after_tokens,
-            capacity=LATENTS,
+            max_dead=LATENTS,
             k_aux=s.k_aux,
             normalization=s.aux_normalization,
             coefficient=s.aux_coefficient,
-        ).gradient
+        ).gradients
 
     def tensors(self):
         """Weights and moments in the reference's order and shapes, in float64 on the CPU."""
@@ -294,7 +295,7 @@ def test_kernels_store_what_torch_stores(form):
         with use(implementation):
             fused.step(fused.inputs(x, torch.zeros_like(mask)), lr=0.0)
         both.append(fused.W_enc)
-    for name, a, b in zip(Rows._fields, *both, strict=True):
+    for name, a, b in zip(MatrixState._fields, *both, strict=True):
         if a is not None and name in ("weight", "remainder", "copy"):
             assert torch.equal(a, b), name
         elif a is not None and name in ("m", "v") and "8-bit" in form:
@@ -368,10 +369,10 @@ def flat_arguments(device="cpu"):
     csr, csc, x, residual = fused.inputs(x, mask)
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
     parameters = (*fused.W_enc, *fused.b_enc, *fused.W_dec, *fused.b_dec)
-    batch = (csr.values, *csc, x, residual)
-    update = (*parameters, *batch, lr, step, None, -0.1, *(None,) * 4, 0.9, 0.999, 1e-8)
+    inputs = (csr.values, *csc, x, residual, -0.1, *(None,) * 4)
     W_enc, W_dec = ((rows.weight, rows.remainder) for rows in (fused.W_enc, fused.W_dec))
-    return update, (*W_enc, *W_dec, fused.b_dec.weight, *batch, -0.1, *(None,) * 4)
+    norm = (*W_enc, *W_dec, fused.b_dec.weight, *inputs)
+    return (*parameters, *inputs, lr, step, None, 0.9, 0.999, 1e-8), norm
 
 
 def test_operations_are_well_registered():
@@ -405,7 +406,7 @@ def test_compiles_whole_without_recompiling_between_steps():
 
 
 def test_no_dense_gradient_is_ever_allocated(monkeypatch):
-    monkeypatch.setattr(fused_update, "TORCH_BLOCK", 2)
+    monkeypatch.setattr(torch_impl, "BLOCK_LATENTS", 2)
     state, x, mask = start(12)
     fused = Fused(state, torch.float32, "cpu")
     inputs = fused.inputs(x[:9], mask[:9])  # fewer tokens than latents: [B, D] is not [F, D]
@@ -421,19 +422,14 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
 
     csr, csc, x, residual = inputs
     with Sizes():
-        fused_update._fused_update_torch(
+        torch_impl.fused_update(
             fused.W_enc,
             fused.b_enc,
             fused.W_dec,
             fused.b_dec,
-            csr.values,
-            csc,
-            x,
-            residual,
+            GradientInputs(csr.values, csc, x, residual, -0.1, None),
             torch.tensor(1e-3),
             torch.tensor(1),
-            None,
-            -0.1,
             None,
             (0.9, 0.999),
             1e-8,

@@ -12,12 +12,12 @@ from fastsae_kernels import reference as ref
 F64 = torch.float64
 
 
-def brute_force_selection(pre: torch.Tensor, budget: int) -> set[tuple[int, int]]:
+def brute_force_selection(pre: torch.Tensor, num_selected: int) -> set[tuple[int, int]]:
     """Sort every positive entry in Python, by value descending and then flat index ascending."""
     B, F = pre.shape
     entries = [(-pre[b, f].item(), b * F + f) for b in range(B) for f in range(F)]
     ranked = sorted(entry for entry in entries if -entry[0] > 0)  # NaN compares false
-    return {divmod(index, F) for _, index in ranked[:budget]}
+    return {divmod(index, F) for _, index in ranked[:num_selected]}
 
 
 def selected(mask: torch.Tensor) -> set[tuple[int, int]]:
@@ -39,9 +39,11 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 
 class TestSelection:
     @given(matrices(), st.integers(0, 250))
-    def test_batch_topk_is_brute_force(self, pre: torch.Tensor, budget: int) -> None:
-        budget = min(budget, pre.numel())
-        assert selected(ref.batch_topk_mask(pre, budget)) == brute_force_selection(pre, budget)
+    def test_batch_topk_is_brute_force(self, pre: torch.Tensor, num_selected: int) -> None:
+        num_selected = min(num_selected, pre.numel())
+        assert selected(ref.batch_topk_mask(pre, num_selected)) == brute_force_selection(
+            pre, num_selected
+        )
 
     @given(matrices(), st.integers(1, 45))
     def test_topk_is_brute_force_per_token(self, pre: torch.Tensor, k: int) -> None:
@@ -55,11 +57,13 @@ class TestSelection:
         pre = (
             torch.randn(8, 100, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
         )
-        for budget in (1, 37, 400, 800):
-            assert selected(ref.batch_topk_mask(pre, budget)) == brute_force_selection(pre, budget)
+        for num_selected in (1, 37, 400, 800):
+            assert selected(ref.batch_topk_mask(pre, num_selected)) == brute_force_selection(
+                pre, num_selected
+            )
 
     @pytest.mark.parametrize(
-        ("pre", "budget", "expected"),
+        ("pre", "num_selected", "expected"),
         [
             (torch.ones(2, 3), 4, {(0, 0), (0, 1), (0, 2), (1, 0)}),  # all equal: token-major
             (-torch.ones(2, 3), 4, set()),
@@ -75,11 +79,11 @@ class TestSelection:
             (torch.tensor([[3.0, 2.0]]), 0, set()),
         ],
     )
-    def test_known_cases(self, pre: torch.Tensor, budget: int, expected: set) -> None:
-        assert selected(ref.batch_topk_mask(pre, budget)) == expected
+    def test_known_cases(self, pre: torch.Tensor, num_selected: int, expected: set) -> None:
+        assert selected(ref.batch_topk_mask(pre, num_selected)) == expected
 
     @pytest.mark.parametrize(
-        ("k", "tokens", "latents", "budget"),
+        ("k", "tokens", "latents", "num_selected"),
         [
             (64, 1024, 24576, 65536),
             (2.5, 3, 10, 7),
@@ -88,12 +92,12 @@ class TestSelection:
             (1, 1, 1, 1),
         ],
     )
-    def test_active_budget(self, k: float, tokens: int, latents: int, budget: int) -> None:
-        assert ref.active_budget(k, tokens, latents) == budget
+    def test_num_selected(self, k: float, tokens: int, latents: int, num_selected: int) -> None:
+        assert ref.num_selected(k, tokens, latents) == num_selected
 
     @given(matrices(), st.integers(1, 60))
-    def test_csr_and_csc_hold_the_same_entries(self, pre: torch.Tensor, budget: int) -> None:
-        mask = ref.batch_topk_mask(pre, min(budget, pre.numel()))
+    def test_csr_and_csc_hold_the_same_entries(self, pre: torch.Tensor, num_selected: int) -> None:
+        mask = ref.batch_topk_mask(pre, min(num_selected, pre.numel()))
         csr, csc = ref.to_csr(pre, mask), ref.to_csc(mask)
         by_token = [
             (b, int(csr.indices[i]))

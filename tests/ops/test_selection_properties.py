@@ -6,6 +6,7 @@ import torch
 from selection_cases import assert_batch_topk, assert_topk
 
 from fastsae_kernels import batch_topk
+from fastsae_kernels.selection.torch_impl import keep_largest
 
 pytest.importorskip("hypothesis")
 
@@ -31,9 +32,9 @@ def test_permuting_tokens_permutes_the_selection(B, F, seed):
     # Distinct values: with ties the order of the tokens decides, as it should.
     pre = torch.randperm(B * F, generator=generator).float().view(B, F)
     order = torch.randperm(B, generator=generator)
-    budget = B * F // 3
-    z = batch_topk(pre, budget).csr.dense(F)
-    permuted = batch_topk(pre[order], budget).csr.dense(F)
+    num_selected = B * F // 3
+    z = batch_topk(pre, num_selected).csr.dense(F)
+    permuted = batch_topk(pre[order], num_selected).csr.dense(F)
     assert torch.equal(permuted, z[order])
 
 
@@ -42,3 +43,14 @@ def test_permuting_tokens_permutes_the_selection(B, F, seed):
 def test_topk_exact_on_ties(B, F, k, seed):
     generator = torch.Generator().manual_seed(seed)
     assert_topk(torch.randint(-1, 4, (B, F), generator=generator).float(), k)
+
+
+@settings(max_examples=150, deadline=None)
+@given(F=st.integers(1, 40), k=st.integers(0, 41), seed=st.integers(0, 2**31))
+def test_the_largest_are_kept_ties_to_the_lower_index(F, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-2, 4, (3, F), generator=generator).float()
+    first = rows.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, first, True)
+    assert torch.equal(keep_largest(rows, k), expected)
+    assert torch.equal(keep_largest(rows, k, positive=True), expected & (rows > 0))

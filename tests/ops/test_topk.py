@@ -4,7 +4,7 @@ import torch._dynamo.testing
 from selection_cases import assert_topk, cases
 
 from fastsae_kernels import group_max, reference, topk
-from fastsae_kernels.topk import _topk
+from fastsae_kernels.selection import _topk
 
 CASES = cases()
 
@@ -12,8 +12,8 @@ CASES = cases()
 @pytest.mark.parametrize("name", CASES)
 def test_exact_on_hard_inputs(name, device, impl, poison):
     # 2 is less than the 3 groups there are, so groups are selected too.
-    budgets = (2,) if impl == "triton" and device.type == "cpu" else (-1, 0, 1, 2, 9, 74, 75, 200)
-    for k in budgets:
+    sizes = (2,) if impl == "triton" and device.type == "cpu" else (-1, 0, 1, 2, 9, 74, 75, 200)
+    for k in sizes:
         assert_topk(CASES[name].to(device), k)
 
 

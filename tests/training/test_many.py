@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import main
 from fastsae.reporting.tracking import read_metrics
 from fastsae.training import checkpoint
 
@@ -188,7 +188,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
     out = tmp_path_factory.mktemp("together")
-    assert cli.main(arguments=[*common, *GRID, "--out", str(out)]) == 0
+    assert main(["train", *common, *GRID, "--out", str(out)]) == 0
     return out
 
 
@@ -198,7 +198,7 @@ def test_layers_of_one_pass_are_those_of_two(
     """The second layer with the second k, alone: the same bits."""
     assert len(list(together.iterdir())) == 4
     one = ("--layer", "3", "--k", "8", "--seed", "1")
-    assert cli.main(arguments=[*common, *one, "--out", str(tmp_path)]) == 0
+    assert main(["train", *common, *one, "--out", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     assert run.name == "llama-scope-v1-L3-batchtopk-k8-seed1"
     assert_same_runs(run, together / run.name)
