@@ -132,7 +132,7 @@ def random_model(config: TrainConfig, text: dict[str, Any], quantization: str) -
                 )  # fmt: skip
                 setattr(parent, name, packed.to(device).eval())
     return CutModel(
-        model, _byte_tokenizer(), config.layers, name="random E2B", quantization=quantization
+        model, _byte_tokenizer(), (config.layer,), name="random E2B", quantization=quantization
     )
 
 

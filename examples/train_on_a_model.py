@@ -33,7 +33,7 @@ def main(model: str, layer: str, training_text: str, held_out_text: str) -> Path
     )
     (sae,) = fastsae.Trainer(config).fit()  # given again after a kill, this goes on
 
-    whole = fastsae.SplicedModel.load(model, config.layers[0])
+    whole = fastsae.SplicedModel.load(model, config.layer)
     document = Path(held_out_text).read_text(encoding="utf-8")
     text = fastsae.HeldOutText.tokenize([document], whole.tokenizer, context_length=128)
     scores = fastsae.evaluate(sae, text, "topk", model=whole)["topk"]

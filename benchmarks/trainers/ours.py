@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.training.update import STEPS
+from fastsae.training.update import UPDATES
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
 
@@ -30,7 +30,7 @@ class Fastsae(Trainer):
         sae = fastsae.SAE(p.shape.D, p.shape.F, p.shape.k, device=p.device)
         sae.precision = p.precision
         weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
-        self.step = STEPS[config.step](sae, config)
+        self.step = UPDATES[config.step](sae, config)
 
     def mark_dead(self) -> None:
         if self.problem.dead is not None:

@@ -3,13 +3,16 @@
     fastsae evaluate RUN
     fastsae evaluate SAE --model DIR --text-files held-out.jsonl --out DIR
 
-Prints a table; writes evaluation.json, and report.html with a page for every latent.
+Prints a table; writes evaluation.json, and report.html with a page for every latent. A finished run is
+evaluated with its own model on the text that it held out; without further flags its summary, its picture
+and its repository on the hub are completed too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
@@ -51,15 +54,32 @@ def run(options: EvaluateOptions) -> None:
     from ..files import write_json
     from ..lm.held_out import HeldOutText
     from ..reporting.dashboard.write import Collector, write_report_page
+    from ..reporting.report import report_run
+    from ..reporting.run_folder import RUN, RunFolder
 
     folder = output_folder(options.out, options.sae.source)
+    finished = None
+    if (Path(options.sae.source) / RUN).is_file():
+        finished = RunFolder.read(Path(options.sae.source))
+        device = options.sae.device
+        if options == EvaluateOptions(SaeFlags(options.sae.source, device=device), TextFlags()):
+            evaluation = report_run(finished, device=None if device == "auto" else device)
+            if evaluation is not None:
+                print(describe(evaluation))  # noqa: T201
+            return
     sae = options.sae.load()
     context, outliers = options.sae.context(sae), options.sae.outliers(sae)
     preset = preset_of(options.sae.model_name(sae))
-    source = options.text.open(preset)
-    model = options.sae.load_model(sae)
-    tokens = options.tokens or preset.eval_tokens
-    text = HeldOutText.tokenize(source, model.tokenizer, context, tokens, source.name)
+    own = None
+    if finished and (options.text, options.tokens, options.sae.model) == (TextFlags(), None, None):
+        own = finished.held_out()
+    if isinstance(own, HeldOutText):
+        text, model = own, options.sae.load_model(sae)
+    else:
+        source = options.text.open(preset)
+        model = options.sae.load_model(sae)
+        tokens = options.tokens or preset.eval_tokens
+        text = HeldOutText.tokenize(source, model.tokenizer, context, tokens, source.name)
     observers = [Collector(sae.d_sae, sae.W_dec.device)] if options.report and folder else []
     result = evaluate(
         sae,

@@ -101,7 +101,7 @@ class TextFlags:
     """Split of the data set."""
     text_column: str = _RECIPE.text_column
     """Column that holds the text."""
-    seed: int = _RECIPE.initial_seed
+    seed: int = _RECIPE.seed
     """Order of the text. With the text and the seed of a training run, its first tokens are held out."""
 
     def open(self, preset: TrainConfig) -> TextSource:

@@ -33,7 +33,7 @@ class PlanOptions:
     """Width of the language model."""
     d_sae: int = _RECIPE.resolve_d_sae(1536)
     """Dictionary size (latents)."""
-    k: float = _RECIPE.mean_active
+    k: float = _RECIPE.k
     """Mean active latents per token."""
     batch_size: int = _RECIPE.batch_size
     """Tokens per step."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
 from ..files import checksum, existing_ancestor, hold, plain, read_json, write_json, write_tensors
-from .harvest import Harvest, to_device
+from .harvest import ChunkSource, Harvest, to_device
 from .opening import open_text_chunks
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,9 @@ _STATE = "state."
 _HELD_OUT = "held_out.safetensors"
 
 
-def open_cache(config: TrainConfig, device: torch.device) -> CachedChunks:
-    """The cache of ``config``, complete: what is missing in it is harvested and written first.
+def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device) -> CachedChunks:
+    """The cache of ``config`` with ``layers``, complete: what is missing in it is harvested and written
+    first.
 
     Raises StreamError if the folder holds something else: activations of another model, layer or text
     (it says which setting differs), a damaged cache, one that another process is writing; and if the
@@ -52,13 +53,13 @@ def open_cache(config: TrainConfig, device: torch.device) -> CachedChunks:
     wanted = config.steps * config.batch_size + config.pool_tokens
     manifest = _read_manifest(folder)
     if manifest is not None:
-        _refuse_foreign(folder, manifest, config)
+        _refuse_foreign(folder, manifest, config, layers)
     if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
-        manifest = _write(folder, manifest, config, device, wanted)
-    return CachedChunks(folder, manifest, config, device)
+        manifest = _write(folder, manifest, config, layers, device, wanted)
+    return CachedChunks(folder, manifest, config, layers, device)
 
 
-class CachedChunks:
+class CachedChunks(ChunkSource):
     """The chunks of a cache, as the buffer wants them; a chunk is its number.
 
     They come in the order they were written in, or, if ``config`` has another seed of the stream than
@@ -66,16 +67,20 @@ class CachedChunks:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], config: TrainConfig, device: torch.device
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        config: TrainConfig,
+        layers: Sequence[int],
+        device: torch.device,
     ) -> None:
         self._folder = folder
-        self._layers = [str(layer) for layer in config.layers]
+        self._layers = [str(layer) for layer in layers]
         self._manifest = manifest
         self._held_out_tokens = config.eval_tokens
         self.d_model: int = manifest["d_model"]
-        self.num_streams = len(config.layers)
+        self.num_streams = len(layers)
         self.device = device
-        self.seconds: dict[str, float] = {}
         self._chunks = [
             (shard["file"], start, chunk)
             for shard in manifest["shards"]
@@ -142,10 +147,10 @@ class CachedChunks:
     def unpack(self, tensors: dict[str, Tensor]) -> list[int]:
         return tensors["chunks"].tolist()
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         return {"tensors": {}, "meta": {"position": self._position, "shuffled": self._shuffled}}
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         position, shuffled = state["meta"]["position"], state["meta"]["shuffled"]
         if max(position, shuffled) > len(self._chunks):
             raise CheckpointError(
@@ -215,14 +220,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_foreign(folder: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
+def _refuse_foreign(
+    folder: Path, manifest: dict[str, Any], config: TrainConfig, layers: Sequence[int]
+) -> None:
     now, then = plain(_identity(config)), manifest["identity"]
     differences = [
         f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
         for name in sorted({*now, *then})
         if then.get(name) != now.get(name)
     ]
-    missing = [layer for layer in config.layers if str(layer) not in manifest["metadata"]]
+    missing = [layer for layer in layers if str(layer) not in manifest["metadata"]]
     if missing:
         held = ", ".join(manifest["metadata"])
         differences.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
@@ -248,28 +255,29 @@ def _write(
     folder: Path,
     manifest: dict[str, Any] | None,
     config: TrainConfig,
+    layers: Sequence[int],
     device: torch.device,
     wanted: int,
 ) -> dict[str, Any]:
     """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
     if manifest is not None:
         # It was written in the order of its own seed and with all its layers, and goes on so.
-        seed, layers = manifest["stream_seed"], tuple(map(int, manifest["metadata"]))
-        config = replace(config, stream_seed=seed, layer=layers)
-    source = open_text_chunks(config, device)
+        config = replace(config, stream_seed=manifest["stream_seed"])
+        layers = tuple(map(int, manifest["metadata"]))
+    source = open_text_chunks(config, layers, device)
     dtype = _DTYPES[config.activation_dtype]
     row_bytes = source.d_model * dtype.itemsize * source.num_streams
     _require_space(folder, (wanted - (_rows(manifest) if manifest else 0)) * row_bytes)
     with _writing(folder):
-        layers = [str(layer) for layer in config.layers]
+        names = [str(layer) for layer in layers]
         if manifest is None:
-            held_out = dict(zip(layers, source.held_out(), strict=True))
+            held_out = dict(zip(names, source.held_out(), strict=True))
             held_out = {f"layer.{n}": t.to(source.model.dtype).cpu() for n, t in held_out.items()}
             manifest = {
                 "format": FORMAT,
                 "identity": _identity(config),
                 "stream_seed": config.resolved_stream_seed,
-                "metadata": dict(zip(layers, source.metadata, strict=True)),
+                "metadata": dict(zip(names, source.metadata, strict=True)),
                 "d_model": source.d_model,
                 "held_out": {
                     "bytes": _save(held_out, folder / _HELD_OUT),
@@ -299,14 +307,14 @@ def _write(
                 if len(harvest.verdict) and not len(kept[0]):
                     raise source.explain(harvest.verdict)
                 parts.append(kept)
-                sums = {n: checksum(layer) for n, layer in zip(layers, kept, strict=True)}
+                sums = {n: checksum(layer) for n, layer in zip(names, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
                 rows += len(kept[0])
             state = source.state_dict()
             name = f"activations_{len(manifest['shards']):05}.safetensors"
             if chunks:
                 stacked = (torch.cat(layer) for layer in zip(*parts, strict=True))
-                tensors = {f"layer.{n}": t for n, t in zip(layers, stacked, strict=True)}
+                tensors = {f"layer.{n}": t for n, t in zip(names, stacked, strict=True)}
                 tensors |= {_STATE + n: t.contiguous() for n, t in state["tensors"].items()}
                 size = _save(tensors, folder / name)
                 manifest["shards"].append({"file": name, "bytes": size, "chunks": chunks})

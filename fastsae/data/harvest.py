@@ -6,9 +6,10 @@ A source of chunks is what the buffer draws from. There are two: text that a lan
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +40,11 @@ class Harvest(NamedTuple):
         return self.layers if bool(keep.all()) else tuple(layer[keep] for layer in self.layers)
 
 
-class ChunkSource(Protocol):
+class ChunkSource(ABC):
     """Where a buffer's chunks come from. A chunk is whatever ``harvest`` turns into activations.
 
-    ``chunk_tokens`` is the most activations a chunk may give; ``seconds`` the time spent so far by
-    stages other than ``harvest``.
+    Attributes: ``chunk_tokens``: the most activations a chunk may give; ``d_model``; ``num_streams``: how
+    many layers are hooked; ``device`` of the activations.
     """
 
     chunk_tokens: int
@@ -52,36 +53,50 @@ class ChunkSource(Protocol):
     device: torch.device
 
     @property
-    def seconds(self) -> dict[str, float]: ...
+    @abstractmethod
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        """Where each layer's activations come from, under the names SAELens has for it."""
 
     @property
-    def metadata(self) -> tuple[dict[str, Any], ...]: ...
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far by stages other than ``harvest``."""
+        return {}
 
+    @abstractmethod
     def draw(self) -> Any | None:
         """The next chunk, or None at the end."""
-        ...
 
+    @abstractmethod
     def harvest(self, chunk: Any) -> Harvest:
         """The chunk's activations: the same bits whenever it is asked for them."""
-        ...
 
+    @abstractmethod
     def explain(self, verdict: Tensor) -> StreamError:
         """The error of a chunk of which nothing is finite."""
-        ...
 
-    def held_out(self) -> tuple[Tensor, ...]: ...
+    @abstractmethod
+    def held_out(self) -> tuple[Tensor, ...]:
+        """``[held_out_tokens, D]`` float32 for each layer, fewer if some are dropped."""
 
+    def held_out_text(self) -> HeldOutText | None:
+        """The text of these activations, where it is known."""
+        return None
+
+    @abstractmethod
     def pack(self, chunks: Sequence[Any]) -> dict[str, Tensor]:
         """Chunks as tensors to save."""
-        ...
 
-    def unpack(self, tensors: dict[str, Tensor]) -> list[Any]: ...
+    @abstractmethod
+    def unpack(self, tensors: dict[str, Tensor]) -> list[Any]:
+        """The chunks that were packed."""
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
         """``tensors`` and ``meta`` (for JSON) that the chunks after this point depend on."""
-        ...
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None: ...
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class TextChunks:
+class TextChunks(ChunkSource):
     """Text in chunks of ``harvest_batch`` rows, read by a language model.
 
     The first rows of the text, enough for ``held_out_tokens`` activations, are kept for evaluation.
@@ -169,7 +184,6 @@ class TextChunks:
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
-        """Where each layer's activations come from, under the names SAELens has for it."""
         model = self.model
         common = {
             "model_name": model.name,
@@ -213,7 +227,6 @@ class TextChunks:
         )
 
     def held_out(self) -> tuple[Tensor, ...]:
-        """``[held_out_tokens, D]`` float32 for each layer, fewer if some are dropped."""
         assert self._held_out_rows is not None
         found = [
             self.harvest(part).kept() for part in self._held_out_rows.split(self._harvest_batch)
@@ -243,7 +256,7 @@ class TextChunks:
         parts = (tensors["tokens"].split(rows), tensors["lengths"].split(rows))
         return [Chunk(tokens, lengths) for tokens, lengths in zip(*parts, strict=True)]
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         state = self.packer.state_dict()
         tensors = {f"packer.{name}": tensor for name, tensor in state["tensors"].items()}
         if self._held_out_rows is not None:
@@ -251,7 +264,7 @@ class TextChunks:
             tensors |= {"held_out.tokens": rows.tokens, "held_out.lengths": rows.lengths}
         return {"tensors": tensors, "meta": {"packer": state["meta"]}}
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises CheckpointError if the text is another one."""
         tensors = state["tensors"]
         if "held_out.tokens" in tensors:

@@ -98,7 +98,7 @@ class Display:
                 "ev": "explained_variance",
                 "l0": "l0",
                 "alive": "alive_fraction",
-                "loss": "loss",
+                "objective": "objective",
             }
             self._bar.set_postfix(
                 {
@@ -141,6 +141,6 @@ def _line(m: dict[str, Any], tokens: int) -> str:
     seen = m["tokens_seen"]
     return (
         f"{seen:>11,} / {tokens:,} tokens ({seen / tokens:6.1%})"
-        f" | loss {m['loss']:.4g} | ev {m['explained_variance']:.4f} | l0 {m['l0']:.1f}"
+        f" | objective {m['objective']:.4g} | ev {m['explained_variance']:.4f} | l0 {m['l0']:.1f}"
         f" | alive {m['alive_fraction']:.1%} | {m['tokens_per_second']:,.0f} tok/s"
     )

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-from filelock import Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import checksum, flush, hold, read_json, save_tensors, write_json
+from ..files import checksum, flush, read_json, save_tensors, write_json
 from ..sae import io
 from ..sae.module import SAE
 
@@ -145,22 +143,6 @@ def load_meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     return meta
-
-
-def locked(directory: Path) -> AbstractContextManager[object]:
-    """Hold the run folder for this process, until the context ends.
-
-    Raises:
-        CheckpointError: another process trains into it, or it cannot be written.
-    """
-    try:
-        return hold(directory)
-    except Timeout:
-        raise CheckpointError(
-            f"another process is training into {directory}. Wait for it, or give this run its own --name"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(_cannot_write(directory, error)) from error
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -5,7 +5,7 @@ import torch
 
 import fastsae
 from fastsae.cli import main, plan
-from fastsae.training.update import STEPS
+from fastsae.training.update import UPDATES
 from fastsae_kernels import MatrixState
 
 RECIPE = (1024, 1536, 24576, 64)
@@ -25,7 +25,9 @@ def test_the_state_is_what_a_step_allocates(precision):
     D, F = 48, 320
     sae = fastsae.SAE(D, F, 4)
     sae.precision = precision
-    step = STEPS["fused"](sae, fastsae.TrainConfig(d_sae=F, k=4, precision=precision, device="cpu"))
+    step = UPDATES["fused"](
+        sae, fastsae.TrainConfig(d_sae=F, k=4, precision=precision, device="cpu")
+    )
     step(torch.randn(16, D))
     assert held_bytes(step) == plan.state_bytes(D, F, copy=precision == "bf16")
 

@@ -91,10 +91,10 @@ def test_pre_activations_never_exist_as_a_whole(monkeypatch):
 
 PEAK = """
 import torch, fastsae
-from fastsae.step import FusedStep
+from fastsae.training.update import FusedUpdate
 torch.set_num_threads(1)
 B, D, F = 8192, 32, 4096  # 128 MiB of pre-activations
-step = FusedStep(fastsae.SAE(D, F, 4), fastsae.TrainConfig(d_sae=F, k=4, normalize="none", device="cpu"))
+step = FusedUpdate(fastsae.SAE(D, F, 4), fastsae.TrainConfig(d_sae=F, k=4, normalize="none", device="cpu"))
 step(torch.randn(256, D))
 x = torch.randn(B, D)
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) // 1024

@@ -10,8 +10,8 @@ import torch
 
 import fastsae
 from fastsae.cli import main
+from fastsae.files import hold
 from fastsae.reporting import compare
-from fastsae.training import checkpoint
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, device="cpu", wandb="disabled"
@@ -26,8 +26,8 @@ def batches() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    grid = dataclasses.replace(CONFIG, k=(2, 4), seed=1, out=str(out), name="run")
-    fastsae.Trainer(grid, batches()).fit()
+    config = dataclasses.replace(CONFIG, seed=1, out=str(out), name="run")
+    fastsae.Trainer(fastsae.Sweep(config, ks=(2, 4)), batches()).fit()
     return out
 
 
@@ -53,14 +53,14 @@ def test_table_holds_the_newest_numbers(
 def test_a_run_in_progress_and_a_torn_line(runs: Path) -> None:
     run = runs / "run-L17-k2-seed1"
     whole = compare.read_run(run)
-    with checkpoint.locked(run):
+    with hold(run):
         assert compare.read_run(run).state == "running"
     assert compare.read_run(run).state == "finished"
     path = run / "metrics.jsonl"
     content = path.read_text()
     ahead = {**whole.metrics[-1], "tokens_seen": 9999}
     try:
-        path.write_text(content + json.dumps(ahead) + '\n{"loss": 0.')
+        path.write_text(content + json.dumps(ahead) + '\n{"objective": 0.')
         entry = compare.read_run(run)
         # It has gone on since the summary was written.
         assert (entry.state, entry.row["tokens_seen"], entry.summary) == ("stopped", 9999, {})

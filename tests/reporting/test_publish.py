@@ -90,7 +90,7 @@ def test_pushed_at_each_checkpoint_and_at_the_end(server, tmp_path: Path) -> Non
     config = dataclasses.replace(CONFIG, out=str(tmp_path), hub_private=True)
     fastsae.train(slowly(), config)
     repository = server.repositories["me/mine"]
-    assert repository.private and repository.commits[-1] == "Add run"
+    assert repository.private and repository.commits[-1] == "Add the report of run"
     assert repository.commits[0] == "run: checkpoint at 160 tokens"
     assert set(pushed[0]) == FILES and b"Training goes on" in pushed[0]["README.md"]
     assert_whole(repository, tmp_path / "run")
@@ -190,7 +190,7 @@ def test_a_slow_hub_holds_nobody_up_and_old_pushes_give_way(server, tmp_path: Pa
     server.fail = wait
     fastsae.train(counting(), dataclasses.replace(CONFIG, out=str(tmp_path)))
     commits = server.repositories["me/mine"].commits
-    assert commits[-1] == "Add run" and len(commits) < 5
+    assert commits[-1] == "Add the report of run" and len(commits) < 5
     assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
@@ -384,7 +384,7 @@ def test_a_number_that_is_missing() -> None:
 
 
 def test_the_header_of_the_recipe() -> None:
-    config = fastsae.TrainConfig(hub_repo="me").runs[0]
+    config = fastsae.TrainConfig(hub_repo="me")
     sae = fastsae.SAE(
         1536, 64, 64, metadata={"model_name": config.model, "hook_name": "model.layers.17"}
     )

@@ -40,7 +40,7 @@ def test_metrics_hold_all_that_is_promised(tmp_path: Path) -> None:
     sae = fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path), name="run"))
     metrics = read_metrics(tmp_path / "run")
     promised = {
-        "loss", "mse", "aux", "explained_variance", "l0", "alive_fraction", "dead", "threshold", "lr",
+        "objective", "error", "aux", "mse", "explained_variance", "l0", "alive_fraction", "dead", "threshold", "lr",
         "tokens_seen", "step", "tokens_per_second", "tokens_per_second_step", "decoder_norm_error",
         "density_histogram", "density_tokens",
     }  # fmt: skip
@@ -283,13 +283,13 @@ PROGRAM = textwrap.dedent("""
     sys.path[:0] = {tests!r}
     import fastsae, test_tracking as t, dataclasses
     t.weights_and_biases.PATIENCE_SECONDS = {patience}
-    config = dataclasses.replace(t.CONFIG, k=(2, 4), out={out!r}, wandb={mode!r}, tokens={tokens})
+    config = dataclasses.replace(t.CONFIG, out={out!r}, wandb={mode!r}, tokens={tokens})
     def slowly():
         for batch in t.batches():
             time.sleep({pause})
             yield batch
     started = time.monotonic()
-    fastsae.Trainer(config, slowly()).fit()
+    fastsae.Trainer(fastsae.Sweep(config, ks=(2, 4)), slowly()).fit()
     print(time.monotonic() - started)
 """)
 

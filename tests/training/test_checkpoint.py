@@ -175,22 +175,6 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    program = f"""
-from pathlib import Path
-from fastsae.training import checkpoint
-try:
-    with checkpoint.locked(Path({str(tmp_path)!r})): print("entered")
-except checkpoint.CheckpointError as error: print(error)
-"""
-    run = lambda: (
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    )
-    with checkpoint.locked(tmp_path):
-        assert "another process is training" in run()
-    assert run() == "entered\n"
-
-
 def test_state_is_readable_json(tmp_path: Path) -> None:
     content = json.loads((save(tmp_path, 1) / "state.json").read_text())
     assert set(content["checksums"]) == {"sae_weights.safetensors", "state.safetensors"}
