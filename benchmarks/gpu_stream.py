@@ -8,7 +8,7 @@ the other and beside each other; for packed and for dequantized weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from measure import PeakMemory, seconds, two_lengths
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
-from torch import Tensor, nn
+from torch import nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
 
 from fastsae import TrainConfig, train
@@ -166,27 +166,22 @@ def memory_table(text: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     with torch.device("meta"):
         decoder = Gemma4ForCausalLM(config).get_decoder()
 
-    def elements(module: nn.Module, kind: Callable[[Tensor, str], bool]) -> int:
-        return sum(p.numel() for n, p in module.named_parameters() if kind(p, n))
-
-    linear = [elements(layer, lambda p, _: p.ndim == 2) for layer in decoder.layers]
-    other = [elements(layer, lambda p, _: p.ndim != 2) for layer in decoder.layers]
     per_layer = ("embed_tokens_per_layer", "per_layer_model_projection")
-    cut = sum(getattr(decoder, name).weight.numel() for name in per_layer)
-    kept = elements(
-        decoder, lambda _, n: not n.startswith("layers.") and n.split(".")[0] not in per_layer
-    )
+    size = {name: p.numel() for name, p in decoder.named_parameters()}
+    matrices = [0] * config.num_hidden_layers
+    rest = list(matrices)
+    for name, p in decoder.named_parameters():
+        if name.startswith("layers."):
+            (matrices if p.ndim == 2 else rest)[int(name.split(".")[1])] += p.numel()
+    cut = sum(n for name, n in size.items() if name.startswith(per_layer))
+    kept = sum(n for name, n in size.items() if not name.startswith(("layers.", *per_layer)))
     rows = []
     for layer in range(config.num_hidden_layers):
-        count = layer + 1
-        packed = sum(linear[:count])
-        rest = kept + sum(other[:count]) + cut * count // config.num_hidden_layers
-        rows.append({
-            "layer": layer,
-            "nf4": packed // 2 + packed // 64 * 4 + 2 * rest,
-            "nf4-dequantized": 2 * packed + 2 * rest,
-            "bf16": 2 * (packed + rest),
-        })  # fmt: skip
+        packed = sum(matrices[: layer + 1])
+        other = kept + sum(rest[: layer + 1]) + cut * (layer + 1) // config.num_hidden_layers
+        nf4 = packed // 2 + packed // 64 * 4 + 2 * other
+        bf16 = 2 * (packed + other)
+        rows.append({"layer": layer, "nf4": nf4, "nf4-dequantized": bf16, "bf16": bf16})
     return rows
 
 

@@ -322,7 +322,7 @@ def aux_k(inputs: Inputs) -> Op:
     def ours(i):
         return kernels.aux_k_gradients(
             x[i].float(), residual[i], W, b_enc, W, b_dec, since,
-            dead_after=1, capacity=n_dead, k_aux=k_aux,
+            dead_after=1, max_dead=n_dead, k_aux=k_aux,
         ).loss  # fmt: skip
 
     def dense(i):

@@ -185,12 +185,9 @@ def table(rows: list[Scores]) -> str:
     ]
     for (case, trainer), found in means(rows).items():
         to_ours = comparisons.get((case, trainer))
-        differences = [
-            f"{to_ours[name]['difference']:+.4f} ± {to_ours[name]['standard_error']:.4f}"
-            if to_ours
-            else ""
-            for name in CRITERIA
-        ]
+        paired = [to_ours[name] for name in CRITERIA] if to_ours else []
+        differences = [f"{p['difference']:+.4f} ± {p['standard_error']:.4f}" for p in paired]
+        differences += [""] * (len(CRITERIA) - len(differences))
         lines.append(
             f"| {case} | {trainer} "
             f"| {found['explained_variance']:.4f} | {differences[0]} "

@@ -15,9 +15,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 
 import matplotlib
 
@@ -46,13 +46,9 @@ def summary(runs: list[Run]) -> str:
     """The README's: the chart, and its numbers with what they were measured on."""
     if not (rows := headline(runs)):
         return "No results are published yet."
-    return "\n\n".join(
-        (
-            "![Time of a training step beside other trainers](docs/step_time.png)",
-            f"{_measured_on(rows[0])} More: [docs/performance.md](docs/performance.md).",
-            _table(rows, {"trainer": _name, "a step": _time, "time / ours": _ratio}),
-        )
-    )
+    chart = "![Time of a training step beside other trainers](docs/step_time.png)"
+    more = f"{_measured_on(rows[0])} More: [docs/performance.md](docs/performance.md)."
+    return f"{chart}\n\n{more}\n\n{_table(rows, 'trainer', 'a step', 'time / ours')}"
 
 
 def headline(runs: list[Run]) -> list[Row]:
@@ -60,7 +56,7 @@ def headline(runs: list[Run]) -> list[Row]:
     steps = [row for row in rows_of(runs, "step") if not row["dead"]]
     mine = {row["trainer"]: row for row in steps if row["group"] == steps[0]["group"]}
     others = [name for name in HEADLINE if name in mine][:4]
-    return _fastest_first(mine[name] for name in (OURS, *others)) if OURS in mine else []
+    return sorted((mine[name] for name in (OURS, *others)), key=_median) if OURS in mine else []
 
 
 def section(runs: list[Run]) -> str:
@@ -70,14 +66,15 @@ def section(runs: list[Run]) -> str:
     for machine in machines:
         mine = [run for run in runs if _machine(run["about"]) == machine]
         parts += [f"## {machine}"] if len(machines) > 1 else []
-        parts += [_step_table(*group) for group in _groups(rows_of(mine, "step"))]
-        parts += [_end_to_end_table(rows_of(mine, "end to end"))]
-        parts += [_op_table(rows_of(mine, "op")), _scaling_table(rows_of(mine, "scaling"))]
-    return "\n\n".join(part for part in parts if part)
+        parts += [_step_table(rows) for rows in _groups(rows_of(mine, "step"))]
+        parts += _end_to_end_table(rows_of(mine, "end to end"))
+        parts += _op_table(rows_of(mine, "op"))
+        parts += _scaling_table(rows_of(mine, "scaling"))
+    return "\n\n".join(parts)
 
 
 def _about(runs: list[Run]) -> str:
-    machines = sorted({_machine(run["about"]) for run in runs})
+    machines = "; ".join(sorted({_machine(run["about"]) for run in runs}))
     dates = sorted({run["about"]["date"] for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
@@ -85,99 +82,71 @@ def _about(runs: list[Run]) -> str:
             versions.setdefault(name, set()).add(version)
     listed = ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in versions.items())
     return (
-        f"Measured on: {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {listed}. "
-        f"Made by `python benchmarks/report.py` from "
-        f"[`benchmarks/results/performance.json`](../benchmarks/results/performance.json); rows where fastsae "
-        f"loses are shown like the others."
+        f"Measured on: {machines}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {listed}. Made by "
+        f"`python benchmarks/report.py` from [`benchmarks/results/performance.json`]"
+        f"(../benchmarks/results/performance.json); rows where fastsae loses are shown like the others."
     )
 
 
-def _step_table(name: str, rows: list[Row]) -> str:
-    ours = next((row for row in rows if row["trainer"] == OURS), None)
+def _step_table(rows: list[Row]) -> str:
+    name, rounds = _group(rows[0]), len(rows[0]["seconds"])
     gate = "same F and k, few tokens" if rows[0].get("gate_shape") == "narrow" else "this size"
-    columns = {
-        "trainer": _name,
-        "a step": _time,
-        "time / ours": _ratio,
-        "peak memory": _memory,
-        "memory / ours": lambda r: f"{r['peak_mib'] / ours['peak_mib']:.2f}x" if ours else "",
-    }
-    rounds = f"median of {len(rows[0]['seconds'])} paired rounds"
-    return (
-        f"**{name[0].upper() + name[1:]}** ({rounds}; checked at {gate})\n\n{_table(rows, columns)}"
+    title = (
+        f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds; checked at {gate})"
     )
+    columns = ("trainer", "a step", "time / ours", "peak memory", "memory / ours")
+    return f"{title}\n\n{_table(rows, *columns)}"
 
 
-def _end_to_end_table(rows: list[Row]) -> str:
-    columns = {
-        "trainer": _name,
-        "tokens/s": lambda r: f"{1 / _median(r):,.0f}",
-        "setting": lambda r: r["setting"],
-    }
-    text = f"**With the language model in the loop**\n\n{_table(_fastest_first(rows), columns)}"
-    return text if rows else ""
+def _end_to_end_table(rows: list[Row]) -> list[str]:
+    table = _table(sorted(rows, key=_median), "trainer", "tokens/s", "setting")
+    return ["**With the language model in the loop**", table] if rows else []
 
 
-def _op_table(rows: list[Row]) -> str:
-    ours = {row["group"]: _median(row) for row in rows if row["trainer"] == OURS}
-
-    def to_ours(row: Row) -> str:
-        return f"{_median(row) / ours[row['group']]:.2f}x" if row["group"] in ours else ""
-
-    def roofline(row: Row) -> str:
-        return f"{row['roofline_seconds'] / _median(row):.0%}" if row["trainer"] == OURS else ""
-
-    columns = {
-        "operation": lambda r: r["group"].replace(" | ", ", ", 1),
-        "by": _name,
-        "time": _time,
-        "time / ours": to_ours,
-        "peak memory": _memory,
-        "of the roofline": roofline,
-    }
-    table = _table([row for _, group in _groups(rows) for row in group], columns)
-    return _folded(
-        "Operation by operation", table, "Stages against the roofline", "stages.png", rows
-    )
+def _op_table(rows: list[Row]) -> list[str]:
+    ordered = [row for group in _groups(rows) for row in group]
+    columns = ("operation", "by", "time", "time / ours", "peak memory", "of the roofline")
+    picture = "![Stages against the roofline](stages.png)"
+    return [*_folded("Operation by operation", _table(ordered, *columns)), picture] if rows else []
 
 
-def _scaling_table(rows: list[Row]) -> str:
+def _scaling_table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
     rows = sorted(rows, key=lambda r: ("FkB".index(r["axis"]), r[r["axis"]]))
-    columns = {
-        "size": lambda r: f"{r['axis']} = {r[r['axis']]:g}",
-        "a step": _time,
-        "tokens/s": lambda r: f"{r['B'] / _median(r):,.0f}",
-        "peak memory": _memory,
-    }
-    fixed = " ".join(f"{name}={_usual(rows, name):g}" for name in "BDFk" if rows)
-    precision = rows[0]["precision"] if rows else ""
-    text = (
-        f"Measured by itself, at another time than the comparisons above: what both have may differ by "
-        f"what the machine was doing.\n\n{_table(rows, columns)}"
-    )
-    title = f"Cost over F, k and B (otherwise {fixed}, {precision})"
-    return _folded(title, text, "Tokens per second against F and k", "scaling.png", rows)
+    usual = {name: mode(row[name] for row in rows) for name in "BDFk"}
+    fixed = " ".join(f"{name}={value:g}" for name, value in usual.items())
+    return [
+        *_folded(
+            f"Cost over F, k and B (otherwise {fixed}, {rows[0]['precision']})",
+            "Measured by itself, at another time than the comparisons above: what both have may differ by "
+            "what the machine was doing.",
+            _table(rows, "size", "a step", "tokens/s", "peak memory"),
+        ),
+        "![Tokens per second against F and k](scaling.png)",
+    ]
 
 
-def _folded(title: str, text: str, caption: str, picture: str, rows: list[Row]) -> str:
-    body = f"<details><summary>{title}</summary>\n\n{text}\n\n</details>\n\n![{caption}]({picture})"
-    return body if rows else ""
+def _folded(title: str, *parts: str) -> list[str]:
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
 
 
-def _table(rows: Iterable[Row], columns: dict[str, Callable[[Row], str]]) -> str:
-    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[cell(row) for cell in columns.values()] for row in rows]
+def _table(rows: list[Row], *columns: str) -> str:
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1))]
+    lines += [tuple(COLUMNS[name](row) for name in columns) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+def _groups(rows: list[Row]) -> Iterator[list[Row]]:
+    """The rows of each group, the fastest first; each knows which of them is ours."""
     for group in dict.fromkeys(row["group"] for row in rows):
-        mine = _fastest_first(row for row in rows if row["group"] == group)
-        yield group.replace(" | ", ", ", 1), mine
+        mine = sorted((row for row in rows if row["group"] == group), key=_median)
+        ours = next((row for row in mine if row["trainer"] == OURS), None)
+        yield [row | {"ours": ours} for row in mine]
 
 
-def _fastest_first(rows: Iterable[Row]) -> list[Row]:
-    return sorted(rows, key=_median)
+def _group(row: Row) -> str:
+    return row["group"].replace(" | ", ", ", 1)
 
 
 def _median(row: Row) -> float:
@@ -193,15 +162,29 @@ def _time(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return f"{row['ratio']:.2f}x" if row.get("ratio") else ""
+    """As it was measured, in pairs; else that of the medians."""
+    ratio = row.get("ratio") or (row.get("ours") and _median(row) / _median(row["ours"]))
+    return f"{ratio:.2f}x" if ratio else ""
 
 
-def _memory(row: Row) -> str:
-    return f"{row['peak_mib']:,.0f} MiB"
-
-
-def _name(row: Row) -> str:
-    return f"**{row['trainer']}**" if row["trainer"] == OURS else row["trainer"]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "trainer": lambda row: f"**{OURS}**" if row["trainer"] == OURS else row["trainer"],
+    "a step": _time,
+    "time": _time,
+    "time / ours": _ratio,
+    "peak memory": lambda row: f"{row['peak_mib']:,.0f} MiB",
+    "memory / ours": lambda row: (
+        f"{row['peak_mib'] / row['ours']['peak_mib']:.2f}x" if row["ours"] else ""
+    ),
+    "tokens/s": lambda row: f"{row.get('B', 1) / _median(row):,.0f}",
+    "setting": lambda row: row["setting"],
+    "operation": _group,
+    "of the roofline": lambda row: (
+        f"{row['roofline_seconds'] / _median(row):.0%}" if row["trainer"] == OURS else ""
+    ),
+    "size": lambda row: f"{row['axis']} = {row[row['axis']]:g}",
+}
+COLUMNS["by"] = COLUMNS["trainer"]
 
 
 def _machine(about: Row) -> str:
@@ -215,11 +198,6 @@ def _measured_on(row: Row) -> str:
         f"{shape}; {_machine(about)}; torch {about['versions']['torch']}; {about['date']}; median of "
         f"{len(row['seconds'])} paired rounds."
     )
-
-
-def _usual(rows: list[Row], name: str) -> float:
-    values = [row[name] for row in rows]
-    return max(set(values), key=values.count)
 
 
 def write_between_markers(text: str, path: Path) -> None:

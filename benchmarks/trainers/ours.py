@@ -28,7 +28,7 @@ class Fastsae(Trainer):
             **self.settings,
         )  # fmt: skip
         sae = fastsae.SAE(p.shape.D, p.shape.F, p.shape.k, device=p.device)
-        sae.precision = p.precision  # pyright: ignore
+        sae.precision = p.precision
         weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
         self.step = STEPS[config.step](sae, config)
 

@@ -16,15 +16,9 @@ AUX_WEIGHT = 18.75
 
 
 def dense_objective(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    x: Tensor,
-    K: int,
-    dead: Tensor | None,
-    k_aux: int,
-) -> tuple[Tensor, Tensor]:
+    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor,
+    x: Tensor, K: int, dead: Tensor | None, k_aux: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What is minimised, and which latents were active ``[F]``; everything dense, ``W_enc [F, D]``."""
     pre = (x - b_dec) @ W_enc.T + b_enc
     active = torch.relu(pre)
@@ -53,9 +47,7 @@ class Dense(Trainer):
         start = (weights.W_dec.clone(), weights.W_dec, weights.b_enc, weights.b_dec)
         self.parameters = [p.clone().requires_grad_() for p in start]
         self.adam = torch.optim.Adam(self.parameters, lr=self.problem.lr, fused=True)
-        self.since = torch.zeros(
-            self.problem.shape.F, dtype=torch.int64, device=self.problem.device
-        )
+        self.since = torch.zeros_like(weights.b_enc, dtype=torch.int64)
         self.objective: Callable = (
             torch.compile(dense_objective) if self.compiled else dense_objective
         )

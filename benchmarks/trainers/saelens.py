@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch import Tensor
 import fastsae
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights, quiet
-
-if TYPE_CHECKING:
-    from sae_lens.training.sae_trainer import SAETrainer
 
 NORM_BATCHES = 100
 """Batches from which it estimates the norm of its input: the run's first."""
@@ -52,7 +49,7 @@ class SAELens(Trainer):
         estimate = problem.batches[:NORM_BATCHES] if "normalize_activations" in options else []
         with quiet(), tempfile.TemporaryDirectory() as directory:
             sae = new_trainer(problem, chain(estimate, problem.batches), **options).fit()
-            sae.save_inference_model(directory)  # pyright: ignore
+            sae.save_inference_model(directory)
             return fastsae.load(directory)
 
     @classmethod
@@ -109,7 +106,7 @@ class SAELens(Trainer):
         return Trained(stages, sae.train())
 
 
-def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) -> SAETrainer:
+def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) -> Any:
     """An ``SAETrainer`` whose ``fit`` trains on all ``batches``."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig

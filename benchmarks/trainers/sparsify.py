@@ -33,10 +33,10 @@ class Sparsify(Trainer):
                 dead_feature_threshold=DEAD_AFTER - 1, log_to_wandb=False, save_every=10**9,
             )  # fmt: skip
             model = _Replay(torch.cat(self.problem.batches))
-            self.trainer = Trainer(config, _Rows(0, 1, s.B, len(self.problem.batches)), model)  # pyright: ignore
+            self.trainer = Trainer(config, _Rows(0, 1, s.B, len(self.problem.batches)), model)
         self.trainer.save = lambda: None  # what it writes when a run ends is no part of a step
         self.sae = sae = self.trainer.saes["layer"]
-        weights.copy_to(sae.W_dec, sae.encoder.weight.T, sae.encoder.bias, sae.b_dec)  # pyright: ignore
+        weights.copy_to(sae.W_dec, sae.encoder.weight.T, sae.encoder.bias, sae.b_dec)
 
     def mark_dead(self) -> None:
         if self.problem.dead is not None:
@@ -44,7 +44,7 @@ class Sparsify(Trainer):
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         s, done = self.problem.shape, self.trainer.global_step
-        self.trainer.dataset = _Rows(0, done + steps, s.B, len(self.problem.batches))  # pyright: ignore
+        self.trainer.dataset = _Rows(0, done + steps, s.B, len(self.problem.batches))
         with quiet():
             self.trainer.fit()
 
@@ -76,19 +76,14 @@ class Sparsify(Trainer):
             from sparsify import SparseCoderConfig, Trainer
             from sparsify import TrainConfig as SparsifyConfig
 
-            trainer = Trainer(
-                SparsifyConfig(
-                    SparseCoderConfig(num_latents=config.resolve_d_sae(d_in), k=int(config.k)),  # pyright: ignore
-                    batch_size=max(1, config.batch_size // context),
-                    layers=[config.layer],  # pyright: ignore
-                    log_to_wandb=False,
-                    save_every=10**9,
-                ),
-                Dataset.from_dict(
-                    {"input_ids": torch.tensor(ids[: rows * context]).view(rows, context)}
-                ).with_format("torch"),
-                model,
-            )
+            settings = SparsifyConfig(
+                SparseCoderConfig(num_latents=config.resolve_d_sae(d_in), k=int(config.k)),
+                batch_size=max(1, config.batch_size // context), layers=[config.layer],
+                log_to_wandb=False, save_every=10**9,
+            )  # fmt: skip
+            packed = torch.tensor(ids[: rows * context]).view(rows, context)
+            dataset = Dataset.from_dict({"input_ids": packed}).with_format("torch")
+            trainer = Trainer(settings, dataset, model)
             trainer.save = lambda: None
             trainer.fit()
         end = time.perf_counter()
