@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,13 @@ def plot(path: Path, runs: Sequence[RunSummary]) -> None:
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("tokens", fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        values = [[_value(m, name) for m in run.metrics] for run in runs]
         for i, run in enumerate(runs):
             tokens = [m["tokens_seen"] for m in run.metrics]
-            axis.plot(
-                tokens, [_value(m, name) for m in run.metrics], color=f"C{i % 10}", linewidth=1.4
-            )
+            axis.plot(tokens, values[i], color=f"C{i % 10}", linewidth=1.4)
         if name in ("active", "tokens_per_second"):
-            axis.set_ylim(bottom=0)
+            known = filter(math.isfinite, chain(*values))
+            axis.set_ylim(0, 1.05 * max(known, default=1))
     density = axes[len(curves)]
     density.set_title(f"Feature density in {recent}", fontsize=10, loc="left")
     density.set_xlabel("log10 of the share of tokens a latent is active on", fontsize=9)
@@ -173,7 +174,7 @@ def plot(path: Path, runs: Sequence[RunSummary]) -> None:
 
 
 def _value(m: dict[str, Any], name: str) -> float:
-    value = sum(m["density_histogram"]) if name == "active" else m.get(name)
+    value = sum(m.get("density_histogram", ())) if name == "active" else m.get(name)
     return math.nan if value is None else value
 
 
@@ -197,6 +198,7 @@ def _annotate(figure: Any, run: RunSummary) -> None:
     if "d_sae" in summary:
         title += f": {summary['d_sae']:,} latents on {summary['d_in']:,} dimensions"
         figure.axes[2].axhline(summary["d_sae"], color="0.6", linestyle="--", linewidth=1.2)
+        figure.axes[2].set_ylim(top=1.05 * summary["d_sae"])
     pca = summary.get("pca_explained_variance")
     if pca is not None:
         axis = figure.axes[0]

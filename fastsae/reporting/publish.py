@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from ..files import write_text
 from ..lm.hub_access import is_refused
 from ..sae.formats.files import first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +125,13 @@ class Publisher:
                 try:
                     call(*arguments)
                 except Exception as error:  # whatever the network, the service or the disk does
-                    self._tell_failure(error)
+                    self._failed += 1
+                    if self._failed == 1:
+                        log.warning(
+                            "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is "
+                            "pushed with all this one holds, or push it yourself with\n  %s",
+                            self.repository, type(error).__name__, first_line(error), self.command,
+                        )  # fmt: skip
 
         self._handed_in = time.monotonic()
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -137,7 +146,9 @@ class Publisher:
         staged = self._stage(aside)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._upload(staged, message)
+                self._hub().upload_folder(
+                    repo_id=self.repository, folder_path=staged, commit_message=message
+                )
             except Exception as error:
                 if number != self._newest:
                     return  # the newer push, which is waiting, holds all that this one does
@@ -148,15 +159,6 @@ class Publisher:
                 log.info("pushed to %s: %s", self.repository, message)
                 self._failed = 0
                 return
-
-    def _tell_failure(self, error: Exception) -> None:
-        self._failed += 1
-        if self._failed == 1:
-            log.warning(
-                "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed "
-                "with all this one holds, or push it yourself with\n  %s",
-                self.repository, type(error).__name__, first_line(error), self.command,
-            )  # fmt: skip
 
     def _stage(self, aside: Path) -> Path:
         """Complete ``aside`` and put it in the place of what was staged before."""
@@ -173,25 +175,22 @@ class Publisher:
     def _try_access(self) -> None:
         """Say now, not at the first push hours later, that there is no login or no permission."""
         try:
-            self._create()
-        except Exception as error:  # as in _push
+            self._hub()
+        except Exception as error:
             log.warning(
                 "%s cannot be pushed to as things are (%s: %s); it is tried again at each checkpoint",
                 self.repository, type(error).__name__, first_line(error),
             )  # fmt: skip
 
-    def _create(self) -> None:
-        from huggingface_hub import HfApi
-
-        HfApi().create_repo(self.repository, private=self.private, exist_ok=True)
-
-    def _upload(self, staged: Path, message: str) -> None:
+    def _hub(self) -> HfApi:
+        """The hub, where the repository now exists."""
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # the terminal is the training's
-        self._create()
-        HfApi().upload_folder(repo_id=self.repository, folder_path=staged, commit_message=message)
+        api = HfApi()
+        api.create_repo(self.repository, private=self.private, exist_ok=True)
+        return api
 
 
 def _link(source: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ class WandbRun:
         kept: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.id = run_id or secrets.token_hex(4)
-        self._sync = f"wandb sync {shlex.quote(str(directory / 'wandb'))}/{{}}-*-{self.id}"
+        self._folder = directory / "wandb"
         self._run: Any = None
         self._failed = 0
         self._kept, self._waiting = kept, list[dict[str, Any]]()
@@ -83,8 +83,11 @@ class WandbRun:
                 "Weights & Biases: %s%d calls failed. Everything is in metrics.jsonl; what was not sent "
                 "lies in wandb/ beside it, and is sent by\n  %s",
                 f"not finished within {patience:g} s; " if WandbRun._hung else "",
-                self._failed, self._sync.format("*run"),
+                self._failed, self._command("*run"),
             )  # fmt: skip
+
+    def _command(self, parts: str) -> str:
+        return f"wandb sync {shlex.quote(str(self._folder))}/{parts}-*-{self.id}"
 
     def _send(self) -> None:
         if self._run is None:  # not yet, or never
@@ -130,7 +133,7 @@ class WandbRun:
             log.warning(
                 "Weights & Biases does not answer (%s); this run is written to the disk: send it with\n"
                 "  %s",
-                error, self._sync.format("offline-run"),
+                error, self._command("offline-run"),
             )  # fmt: skip
             mode = "offline"
         run = wandb.init(

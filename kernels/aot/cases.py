@@ -56,9 +56,11 @@ TYPES = (
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def case(label: str, kernel, constants: dict[str, Any], types: dict[str, str] = {}, **more) -> Case:  # noqa: B006
+def case(
+    label: str, kernel, constants: dict[str, Any], types: dict[str, str] | None = None, **more
+) -> Case:
     """``constants`` are those of the launch; an argument that is neither typed nor given is None."""
-    types = TYPES | types
+    types = TYPES | (types or {})
     signature = {n: types[n] for n in kernel.arg_names if n in types and n not in constants}
     constexprs = {n: constants.get(n) for n in kernel.arg_names if n not in signature}
     options: dict[str, Any] = {"divisible": DIVISIBLE}

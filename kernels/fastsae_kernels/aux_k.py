@@ -207,9 +207,11 @@ def _aux_k_gradients(
     run = _gathered_gradients if gather else _dense_gradients
     inputs = _Inputs(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient)
     loss, slots, *gradients = run(inputs, dead, n)
-    spare = max_dead - n
-    fill = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, spare))
-    dW_enc, db_enc, dW_dec = (fill(gradient) for gradient in gradients)
+    if n < max_dead:
+        spare = (0, max_dead - n)
+        fill = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + spare)
+        gradients = [fill(gradient) for gradient in gradients]
+    dW_enc, db_enc, dW_dec = gradients
     return loss, dW_enc, db_enc, dW_dec, slots
 
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from itertools import pairwise, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import models
 import pages
@@ -22,6 +23,7 @@ import tyro
 from pages import PAGES, ROOT, Block
 
 import fastsae
+import fastsae_kernels
 from fastsae.cli import main
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -84,6 +86,34 @@ def test_the_snippets_of_a_page_run(
         code = compile("\n" * block.line + block.body, str(page), "exec")
         if block.reason is None:
             exec(code, names)
+
+
+def test_the_snippets_of_the_kernels_page_run() -> None:
+    """One step: the first block encodes and selects, the second, on optimizer states, updates."""
+    page = ROOT / "kernels/README.md"
+    first, second = pages.blocks(page, "python")
+    B, D, F, k = 32, 64, 256, 8
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(F, D, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    names: dict[str, Any] = {
+        "B": B, "D": D, "F": F, "k": k, "x": torch.randn(B, D, generator=generator),
+        "W_enc": rows.T, "b_enc": torch.zeros(F), "b_dec": torch.zeros(D),
+    }  # fmt: skip
+    exec(compile(first.body, str(page), "exec"), names)
+    assert (names["z"] > 0).sum() == k * B
+    exec("from fastsae_kernels import *", names)
+    names |= {
+        "W_enc": fastsae_kernels.MatrixState.start(rows.clone()),
+        "W_dec": fastsae_kernels.MatrixState.start(rows.clone()),
+        "b_enc": fastsae_kernels.BiasState.start(names["b_enc"]),
+        "b_dec": fastsae_kernels.BiasState.start(names["b_dec"]),
+        "lr": torch.tensor(1e-3), "step": torch.tensor(1),
+    }  # fmt: skip
+    exec(compile(second.body, str(page), "exec"), names)
+    updated = names["W_dec"].weight
+    assert not torch.equal(updated, rows)
+    assert (updated.norm(dim=1) - 1).abs().max() < 1e-5
 
 
 def test_the_front_page_is_six_lines_of_python() -> None:

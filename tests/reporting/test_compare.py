@@ -76,6 +76,21 @@ def test_a_run_without_a_line_yet(runs: Path, tmp_path: Path) -> None:
     compare.plot(tmp_path / "a.png", entries)
 
 
+def test_numbers_that_are_missing_leave_gaps(runs: Path, tmp_path: Path) -> None:
+    run = compare.read_run(runs / "run-L17-k2-seed1")
+    assert run.row["held_out"] is None  # nothing was held out of these batches
+    for metrics in run.metrics[3:5]:
+        metrics |= dict.fromkeys(("explained_variance", "l0", "tokens_per_second", "threshold"))
+    summary = {**run.summary, "pca_explained_variance": 0.5}
+    for drawn in ([run], [dataclasses.replace(run, summary=summary)], [run, run]):
+        compare.plot(tmp_path / "a.png", drawn)
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "a.png").unlink()
+    assert (
+        compare.table([dataclasses.replace(run, metrics=run.metrics[:5])]).split().count("-") >= 4
+    )
+
+
 def test_one_name_in_two_places(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
