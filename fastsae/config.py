@@ -140,8 +140,8 @@ class TrainConfig:
     """Train a small SAE on a small embedded language model, on any machine, in about a minute."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.text_files, str):
-            object.__setattr__(self, "text_files", (self.text_files,))
+        files = (self.text_files,) if isinstance(self.text_files, str) else tuple(self.text_files)
+        object.__setattr__(self, "text_files", files)
         for name, least in _WHOLE_NUMBERS.items():
             valid = lambda value, least=least: isinstance(value, int) and value >= least
             self._require(name, valid, f"a whole number of at least {least}")
@@ -230,11 +230,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, ``aux_coefficient`` as it is used."""
         return dataclasses.asdict(self) | {"aux_coefficient": self.aux_weight}
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
-        """What :meth:`to_dict` gave, also after a way through JSON."""
-        return cls(**{**settings, "text_files": tuple(settings["text_files"])})
 
 
 AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}

@@ -41,7 +41,7 @@ def test_not_too_many_flags() -> None:
 
 def test_settings_survive_a_way_through_json() -> None:
     c = TrainConfig(layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=10)
-    found = TrainConfig.from_dict(json.loads(json.dumps(c.to_dict())))
+    found = TrainConfig(**json.loads(json.dumps(c.to_dict())))
     assert found == dataclasses.replace(c, aux_coefficient=18.75)
 
 

@@ -59,7 +59,7 @@ class RunFolder:
         """The folder of a finished run. Raises ConfigError if it is none."""
         try:
             content = read_json(path / RUN)
-            folder = cls(path, TrainConfig.from_dict(content["config"]))
+            folder = cls(path, TrainConfig(**content["config"]))
             folder.history, folder.wandb_id = content["history"], content["wandb_id"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(

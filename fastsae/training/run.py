@@ -84,16 +84,15 @@ class Run:
         """The steps that have a checkpoint, ascending."""
         return [] if self.folder is None else checkpoint.steps(self.folder.checkpoints)
 
-    def saved(self, step: int) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint of ``step`` and its counters and settings."""
+    def saved(self, step: int) -> Path:
+        """The checkpoint of ``step``."""
         assert self.folder is not None
-        path = self.folder.checkpoints / f"step_{step}"
-        return path, checkpoint.load_meta(path)
+        return self.folder.checkpoints / f"step_{step}"
 
     def is_finished(self) -> bool:
         """Whether the newest checkpoint has seen all tokens."""
-        steps = self.saved_steps()
-        return bool(steps) and self.saved(steps[-1])[1]["tokens_seen"] >= self.config.tokens
+        newest = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+        return bool(newest) and checkpoint.load_meta(newest)["tokens_seen"] >= self.config.tokens
 
     def restore(self, step: int, metadata: dict[str, Any]) -> checkpoint.Checkpoint:
         """Go back to the checkpoint of ``step``, which is returned for the stream's part of it.
@@ -102,7 +101,7 @@ class Run:
             CheckpointError: it is damaged, or belongs to a run with other settings.
         """
         assert self.folder is not None
-        path = self.folder.checkpoints / f"step_{step}"
+        path = self.saved(step)
         saved = checkpoint.load(path)
         self.refuse_changes(path, saved.meta["config"])
         d_sae, d_in = saved.tensors["sae.W_dec"].shape

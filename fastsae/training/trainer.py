@@ -218,6 +218,8 @@ class Trainer:
             scope.enter_context(folder.locked())
         training = [run for run in self.runs if not run.is_finished()]
         self._begin_or_resume(training, self._common_step(training))
+        error = "log(error)" if self.config.objective == "log" else "error"
+        log.info("what is minimised: %s + %g aux", error, self.config.aux_weight)
         for run in self.runs:
             if run.folder is not None:
                 if run.folder not in existing:
@@ -238,7 +240,8 @@ class Trainer:
         names = {run.name for run in training}
         for run in training:
             for later in [found for found in run.saved_steps() if found > (step or 0)]:
-                path, meta = run.saved(later)
+                path = run.saved(later)
+                meta = checkpoint.load_meta(path)
                 run.refuse_changes(path, meta["config"])
                 if names <= set(meta["group"]):
                     continue
@@ -267,8 +270,6 @@ class Trainer:
         else:
             self._resume_source(restored[(training or self.runs)[0]])
             log.info("resumed at %s tokens", f"{self.tokens_seen:,}")
-        error = "log(error)" if self.config.objective == "log" else "error"
-        log.info("what is minimised: %s + %g aux", error, self.config.aux_weight)
 
     def _begin(self, training: list[Run]) -> None:
         """Draw the first batches, initialise SAEs on them, and keep them to train on."""

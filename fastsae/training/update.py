@@ -54,9 +54,9 @@ class UpdateResult(NamedTuple):
 class Update(ABC):
     """What both ways share: counters, metrics, and all the state that a step changes.
 
-    The order of a step is: aux-k sees the latents that were dead at the end of the previous step; each
-    decoder row's gradient loses its component along the row; Adam moves all four parameters; decoder
-    rows go back to unit norm. So what is evaluated and saved always has unit-norm rows.
+    The order of a step is: aux-k sees the latents that were dead at the end of the previous step; decoder
+    gradients are projected orthogonal to their rows; Adam moves all four parameters; decoder rows go back
+    to unit norm. So what is evaluated and saved always has unit-norm rows.
 
     Args:
         sae: the SAE to train; it is put into training mode and changed in place.
