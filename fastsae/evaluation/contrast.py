@@ -85,7 +85,8 @@ def contrast(
     x = torch.cat([positive.mean, negative.mean])
     active = torch.cat([positive.active, negative.active])
     dense = torch.cat([positive.dense, negative.dense])
-    y = torch.arange(len(x)) < len(positive.mean)
+    n = len(positive.mean)
+    y = torch.arange(len(x)) < n
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.stack([
         y[torch.randperm(len(y), generator=generator)] for _ in range(PERMUTATIONS)
@@ -95,7 +96,6 @@ def contrast(
     discoveries = [int((benjamini_hochberg(column) <= fdr).sum()) for column in p.T]
     q = benjamini_hochberg(p[:, 0])
     order = torch.argsort((auroc[:, 0] - 0.5).abs(), descending=True)
-    n = len(positive.mean)
     latents = [
         {
             "latent": int(tested[i]),
@@ -137,15 +137,9 @@ def check(fdr: float, probe_latents: int, positive: int, negative: int) -> None:
 
 def _test(x: Tensor, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """AUROC and p ``[latents, labellings]``."""
-    parts = [
-        rank_sum_test(*midranks(x[:, part].T), labels)
-        for part in latents.split(max(1, _RANKS // len(x)))
-    ]
-    empty = torch.empty(0, len(labels), dtype=torch.float64)
-    return (
-        torch.cat([empty, *(auroc for auroc, _ in parts)]),
-        torch.cat([empty, *(p for _, p in parts)]),
-    )
+    parts = latents.split(max(1, _RANKS // len(x)))
+    auroc, p = zip(*(rank_sum_test(*midranks(x[:, part].T), labels) for part in parts), strict=True)
+    return torch.cat(auroc), torch.cat(p)
 
 
 def _probes(
@@ -154,12 +148,11 @@ def _probes(
     fold = torch.empty(len(y), dtype=torch.int64)
     for side in (y, ~y):  # the same share of both sets in every fold
         where = side.nonzero()[:, 0]
-        fold[where[torch.randperm(len(where), generator=generator)]] = (
-            torch.arange(len(where)) % FOLDS
-        )
+        shuffled_rows = where[torch.randperm(len(where), generator=generator)]
+        fold[shuffled_rows] = torch.arange(len(where)) % FOLDS
+    every = torch.arange(x.shape[1])
 
     def sparse(train: Tensor, labels: Tensor) -> Tensor:
-        every = torch.arange(x.shape[1])
         auroc, _ = _test(x[train], every, labels[train][None])
         return x[:, (auroc[:, 0] - 0.5).abs().topk(min(latents, x.shape[1])).indices]
 
@@ -185,7 +178,7 @@ def _probes(
 
 def describe(result: dict[str, Any], rows: int = 20) -> str:
     """The table for the terminal."""
-    lines = [*summary(result)]
+    lines = summary(result)
     if result["latents"]:
         lines.append(f"  {'latent':>7}  {'AUROC':>6}  {'q':>8}  {'fires in + / -':>17}  mean + / -")
     for row in result["latents"][:rows]:

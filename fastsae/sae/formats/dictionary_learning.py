@@ -38,7 +38,7 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             f"dictionary_learning's format has no place for normalize = {sae.normalize!r}; save as "
             f"'saelens', or train with normalize='scalar'"
         )
-    if sae.selection == "topk":
+    if sae.k is not None:
         dict_class, k = "AutoEncoderTopK", sae.k
     elif "k" in sae.provenance:
         # At inference this class selects by the threshold; its whole k is for training alone.
@@ -49,9 +49,11 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             "JumpReLU SAE has no k and may have a threshold for each latent. Save it as 'saelens'"
         )
     threshold = sae.threshold
-    if threshold is None or (sae.selection == "topk" and not sae.provenance["threshold_updates"]):
+    if threshold is None or (sae.k is not None and not sae.provenance["threshold_updates"]):
         threshold = torch.tensor(-1.0)  # not known
     d_in, d_sae = sae.W_enc.shape
+    hook_name = sae.metadata.get("hook_name")
+    layer = re.search(r"\.(\d+)$", str(hook_name))
     config = {
         "trainer": {
             "trainer_class": _TRAINERS[dict_class],
@@ -60,9 +62,9 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             "dict_size": d_sae,
             "k": k,
             "device": "cpu",
-            "layer": _layer(sae.metadata.get("hook_name")),
+            "layer": int(layer[1]) if layer else None,
             "lm_name": sae.metadata.get("model_name"),
-            "submodule_name": sae.metadata.get("hook_name"),
+            "submodule_name": hook_name,
         },
         "buffer": {"d_submodule": d_in, "ctx_len": sae.metadata.get("context_size")},
         "fastsae": {**sae.provenance, "metadata": sae.metadata},
@@ -78,11 +80,6 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
     return {CONFIG: config, WEIGHTS[0]: tensors}
 
 
-def _layer(hook_name: object) -> int | None:
-    found = re.search(r"\.(\d+)$", str(hook_name))
-    return int(found[1]) if found else None
-
-
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
     trainer = section(config, "trainer")
@@ -96,15 +93,9 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     if encoder.dim() != 2:
         raise FormatError(f"encoder.weight has shape {tuple(encoder.shape)}, expected (F, D)")
     d_sae, d_in = encoder.shape
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (d_sae, d_in),
-        "encoder.bias": (d_sae,),
-        "decoder.weight": (d_in, d_sae),
-        "b_dec": (d_in,),
-        "k": (),
-        "threshold": (),
-    }
-    found = take_tensors(tensors, shapes)
+    halves = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
+    halves |= {"decoder.weight": (d_in, d_sae), "b_dec": (d_in,)}
+    found = take_tensors(tensors, {**halves, "k": (), "threshold": ()})
     k = int(found["k"])
     for name, value in (("activation_dim", d_in), ("dict_size", d_sae), ("k", k)):
         if trainer.get(name, value) != value:
@@ -114,23 +105,17 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
             )
     check_k(k, d_sae)
 
-    provenance = dict(section(config, "fastsae"))
+    provenance = section(config, "fastsae")
     if provenance:
         metadata = section(provenance, "metadata")
     else:
-        known = {
-            "model_name": trainer.get("lm_name"),
-            "context_size": section(config, "buffer").get("ctx_len"),
-        }
+        buffer = section(config, "buffer")
+        known = {"model_name": trainer.get("lm_name"), "context_size": buffer.get("ctx_len")}
         metadata = {name: value for name, value in known.items() if value is not None}
     if dict_class == "AutoEncoderTopK":
         activation = topk_activation(k, d_sae, provenance)
     else:
         activation = threshold_activation(found["threshold"].clamp_min(0), {"k": k} | provenance)
-    weights = {
-        "W_enc": encoder.T,
-        "W_dec": found["decoder.weight"].T,
-        "b_enc": found["encoder.bias"],
-        "b_dec": found["b_dec"],
-    }
-    return build(weights, activation, encoder.dtype, "none", metadata)
+    weights = {"W_enc": encoder.T, "W_dec": found["decoder.weight"].T}
+    biases = {"b_enc": found["encoder.bias"], "b_dec": found["b_dec"]}
+    return build(weights | biases, activation, metadata)
