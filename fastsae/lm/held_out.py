@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
+from .encoding import Document, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ class HeldOutText:
     @classmethod
     def tokenize(
         cls,
-        texts: Iterable[str],
+        texts: Iterable[Document],
         tokenizer: PreTrainedTokenizerBase,
         context_length: int,
         tokens: int | None = None,
@@ -82,8 +83,9 @@ class HeldOutText:
         rows: list[Tensor] = []
         documents: list[int] = []
         left = float("inf") if tokens is None else tokens
+        encode = Encoder(tokenizer, name)
         for number, text in enumerate(texts):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            (ids,) = encode([text])
             ids = ids[: min(left, len(ids))]
             for start in range(0, len(ids), width):
                 rows.append(torch.tensor(prefix + ids[start : start + width]))
