@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import tyro
 
@@ -20,14 +21,15 @@ def parse(arguments: Sequence[str], description: str | None = None) -> TrainConf
         ConfigError: a value is impossible.
         SystemExit: ``--help``, or a flag that does not exist (2).
     """
-    default = TrainConfig()
+    default = None  # what one setting is by default depends on others that are given
     if "--demo" in arguments:
         from .presets import demo_config
 
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
             default = replace(default, d_sae=None)
-    return tyro.cli(TrainConfig, args=list(arguments), default=default, description=description)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(TrainConfig, args=list(arguments), description=description, **options)
 
 
 def main(description: str | None = None, arguments: Sequence[str] | None = None) -> int:
