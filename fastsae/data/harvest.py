@@ -188,6 +188,11 @@ class TextChunks:
         }
         return tuple({"hook_name": hook_name, **common} for hook_name in model.hook_names)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the text's documents, see ``TokenPacker.counts``."""
+        return self.packer.counts
+
     def draw(self) -> Chunk | None:
         rows: list[Tensor] = []
         for row in self.packer:

@@ -29,7 +29,9 @@ def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
         config.dataset,
         config.dataset_config,
         config.dataset_split,
+        dataset_revision=config.dataset_revision,
         text_column=config.text_column,
+        skip_bad_lines=config.skip_bad_lines,
         seed=config.resolved_stream_seed,
     )
     model = CutModel.load(
@@ -63,7 +65,9 @@ def open_text(
     dataset_config: str | None = None,
     dataset_split: str = "train",
     *,
+    dataset_revision: str | None = None,
     text_column: str = "text",
+    skip_bad_lines: bool = False,
     seed: int = 0,
 ) -> TextSource:
     """Documents of ``text_files`` if there are any, else of ``dataset``: the demo's text by its name, a
@@ -72,7 +76,17 @@ def open_text(
     Raises StreamError and ConfigError, each with what to do.
     """
     if text_files:
-        return open_files(text_files, text_column=text_column, seed=seed)
+        return open_files(
+            text_files, text_column=text_column, seed=seed, skip_bad_lines=skip_bad_lines
+        )
     if dataset == demo_text.TEXT and not Path(dataset).is_dir():
         return demo_text.open_text(seed)
-    return open_dataset(dataset, dataset_config, dataset_split, text_column=text_column, seed=seed)
+    return open_dataset(
+        dataset,
+        dataset_config,
+        dataset_split,
+        revision=dataset_revision,
+        text_column=text_column,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )

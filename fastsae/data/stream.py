@@ -48,8 +48,10 @@ class Stream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Activations kept, and dropped by reason, since the start of the run."""
-        return asdict(self.buffer.counts)
+        """Activations kept, and dropped by reason, since the start of the run; and what became of the
+        documents of the text."""
+        text = self.source.counts if isinstance(self.source, TextChunks) else {}
+        return {**asdict(self.buffer.counts), **text}
 
     @property
     def seconds(self) -> dict[str, float]:

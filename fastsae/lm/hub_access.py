@@ -25,6 +25,17 @@ def hub_is_reachable() -> bool:
     return True
 
 
+def commit_of(kind: str, name: str, revision: str | None) -> str | None:
+    """The commit that ``revision`` (by default the main branch) of a "model" or "dataset" is at now; None
+    where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha
+    except Exception:  # opening it says what is wrong, if anything is
+        return None
+
+
 def access_error(kind: str, name: str, error: Exception) -> StreamError:
     """What ``error``, raised on opening a ``kind`` ("model" or "data set"), means and what to do."""
     from huggingface_hub import constants, errors, get_token
