@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
     """The language model and the text of ``config``, without a buffer."""
-    load_config(config.model, config.layers, config.context_length)
+    load_config(config.model, config.layers, config.context_length, config.revision)
     text = open_text(
         config.text_files,
         config.dataset,
@@ -41,6 +41,7 @@ def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
         device=device,
         separate_documents=config.separate_documents,
         compile=config.compile_model,
+        revision=config.revision,
     )
     log.info(
         "%s, first %d of %d layers, %s: %.2f GB",
@@ -51,7 +52,7 @@ def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
         model.memory_bytes / 1e9,
     )
     return TextChunks(
-        TokenPacker(text, model.tokenizer, config.context_length),
+        TokenPacker(text, model.tokenizer, config.context_length, embeddings=model.embeddings),
         model,
         harvest_batch=config.harvest_batch,
         held_out_tokens=config.eval_tokens,

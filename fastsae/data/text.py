@@ -65,6 +65,11 @@ class TextSource:
         self._reader: Iterator[Document | StreamError] | None = None
         self._failures = 0
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that a data set of the hub is read at."""
+        return self._content.get("revision")
+
     def __iter__(self) -> TextSource:
         return self
 
@@ -137,7 +142,7 @@ class TextSource:
         changed = differences(state.get("content", self._content), self._content)
         if changed:
             raise CheckpointError(
-                f"the text is not the one that the run was started on:\n  "
+                "the text is not the one that the run was started on:\n  "
                 + "\n  ".join(changed)
                 + "\nGive the same text to go on, or another --name to start anew"
             )

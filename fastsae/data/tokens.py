@@ -42,7 +42,7 @@ class TokenPacker:
 
     ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent so far on waiting for text to be
     read and tokenised; ``counts`` are those of the text and of its :class:`Encoder`, as far as tokens
-    were taken. ``text`` belongs to the packer once the first row was asked for.
+    were taken. ``embeddings``, if given, is how many token ids the language model knows. ``text`` belongs to the packer once the first row was asked for.
     """
 
     def __init__(
@@ -52,12 +52,14 @@ class TokenPacker:
         context_length: int,
         *,
         documents_per_batch: int = 64,
+        embeddings: int | None = None,
     ) -> None:
         self.text = text
         self.context_length = context_length
         self.seconds = 0.0
         self._tokenizer = tokenizer
         self._documents_per_batch = documents_per_batch
+        self._embeddings = embeddings
         self._bos = tokenizer.bos_token_id
         has_only_eos = self._bos is None and tokenizer.eos_token_id is not None
         self._prefix = [] if self._bos is None else [self._bos]
@@ -94,7 +96,12 @@ class TokenPacker:
     def _tokenise(self) -> bool:
         """Append the next documents' tokens; False at the end of the text."""
         if self._ahead is None:
-            encoder = Encoder(self._tokenizer, self.text.name, skip=self.text.skip_bad_lines)
+            encoder = Encoder(
+                self._tokenizer,
+                self.text.name,
+                skip=self.text.skip_bad_lines,
+                embeddings=self._embeddings,
+            )
             encoder.counts.update(self._counts)
             batches = _tokenised(
                 self.text, encoder, self._prefix, self._suffix, self._documents_per_batch

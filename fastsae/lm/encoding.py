@@ -30,13 +30,20 @@ class Encoder:
     Args:
         name: of the text, for messages.
         skip: leave out a document that cannot be encoded, instead of raising StreamError.
+        embeddings: how many token ids the language model knows, if fewer than the tokenizer.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, name: str = "the text", *, skip: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "the text",
+        *,
+        skip: bool = False,
+        embeddings: int | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._tokenizer, self._name, self._skip = tokenizer, name, skip
+        self._embeddings = embeddings
         self._documents = 0
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos = bos
@@ -69,6 +76,12 @@ class Encoder:
             )["input_ids"]
             for i, ids in zip(texts, encoded, strict=True):
                 found[i] = ids
+                if self._embeddings is not None and ids and max(ids) >= self._embeddings:
+                    raise StreamError(
+                        f"the tokenizer gives token {max(ids)}, and the language model has embeddings for "
+                        f"{self._embeddings}: it belongs to another model, or was given tokens that the "
+                        f"model does not know"
+                    )
         return [self._bare(ids) for ids in found]
 
     def _bare(self, ids: list[int]) -> list[int]:
