@@ -20,6 +20,7 @@ from ..sae.module import SAE
 from .covariance import Moments
 from .estimates import Estimate
 from .losses import SplicedLosses
+from .provenance import require_same_activations
 from .scores import Scores, ScoreSums, finite
 
 _AT_ONCE = 2**27
@@ -129,6 +130,7 @@ def evaluate(
                 f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
                 f"{model.name} has width {model.d_model}: they do not belong together"
             )
+        require_same_activations(sae, source, model)
     was_training = sae.training
     sae.eval()
     try:

@@ -71,14 +71,16 @@ class HeldOutText:
         context_length: int,
         tokens: int | None = None,
         name: str = "the text",
+        prepend_bos: bool = True,
     ) -> HeldOutText:
-        """Cut every document into rows of at most ``context_length``, each beginning with BOS, if any.
+        """Cut every document into rows of at most ``context_length``, each beginning with BOS, if the
+        tokenizer has one and ``prepend_bos`` is set.
 
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
         bos = tokenizer.bos_token_id
-        prefix = [] if bos is None else [bos]
+        prefix = [bos] if prepend_bos and bos is not None else []
         width = context_length - len(prefix)
         rows: list[Tensor] = []
         documents: list[int] = []
