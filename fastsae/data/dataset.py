@@ -41,7 +41,7 @@ def open_dataset(
         )
     if not local and not hub_is_reachable():
         raise access_error("data set", name, ConnectionError("no network, or offline mode"))
-    commit = None if local else commit_of("dataset", name, revision)
+    commit = None if local else commit_of(name, revision)
     try:
         if saved:
             dataset, shards = _open_saved(name, split)

@@ -133,7 +133,6 @@ class CutModel(HookedModel):
         model, tokenizer = load_pretrained(
             name, quantization=stored, device=device, head=False, revision=revision
         )
-        weights = weights_of(name, model.config)
         cut = cls(
             model,
             tokenizer,
@@ -144,7 +143,7 @@ class CutModel(HookedModel):
             compile=compile,
         )
         del model
-        cut.weights = weights
+        cut.weights = weights_of(name, revision)
         cut._try_out()
         if cut.device.type == "cuda":
             torch.cuda.empty_cache()  # what was cut away
@@ -273,7 +272,7 @@ class SplicedModel(HookedModel):
             name, quantization=quantization, device=device, revision=revision
         )
         spliced = cls(model, tokenizer, layer, name)
-        spliced.weights = weights_of(name, model.config)
+        spliced.weights = weights_of(name, revision)
         return spliced
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from ..device import resolve_device
 from ..errors import ConfigError, StreamError
 from ..files import fingerprint
 from . import demo
-from .hub_access import access_error, hub_is_reachable
+from .hub_access import access_error, cached_commit, hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,14 +79,14 @@ def require_positions(context_length: int, config: PreTrainedConfig, name: str) 
         )
 
 
-def weights_of(name: str, config: PreTrainedConfig) -> dict[str, str]:
-    """What tells a model and its tokenizer apart from others of the same shape: the commit on the hub,
-    the version of the package, or a fingerprint of every file of a directory."""
+def weights_of(name: str, revision: str | None = None) -> dict[str, str]:
+    """What tells a model that was loaded, and its tokenizer, apart from others of the same shape: the commit
+    on the hub, the version of the package, or a fingerprint of every file of a directory."""
     if _embedded(name):
         return {name: importlib.metadata.version(name)}
     folder = Path(name)
     if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None)
+        commit = cached_commit(name, revision)
         return {"commit": commit} if commit else {}
     return {
         path.name: fingerprint(path)
@@ -154,11 +154,9 @@ def load_pretrained(
         options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config(compute)}
     if config.model_type == "gemma4":
         config.vision_config = config.audio_config = None
-    # At the commit of the configuration: what was pushed in between would not fit it.
-    origin: dict[str, Any] = {
-        "revision": getattr(config, "_commit_hash", None) or revision or "main",
-        "local_files_only": _local_only(name),
-    }
+    # By the commit of the configuration: nothing that is pushed in between is mixed in.
+    commit = None if Path(name).is_dir() else cached_commit(name, revision)
+    origin = {"revision": commit or revision or "main", "local_files_only": _local_only(name)}
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **origin)

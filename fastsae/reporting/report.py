@@ -110,6 +110,7 @@ def _write_page(
             layer_of(sae.hook_name),
             quantization=config.quantization,
             device=sae.W_dec.device,
+            revision=sae.metadata.get("model_revision", config.revision),
         )
         collector = Collector(sae.d_sae, sae.W_dec.device)
         evaluation = evaluate(

@@ -562,7 +562,7 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(monkeypatch: pytest.MonkeyP
 
     commits = {None: "1234abcd", "v2": "5678abcd"}
     monkeypatch.setattr(dataset_module, "hub_is_reachable", lambda: True)
-    monkeypatch.setattr(dataset_module, "commit_of", lambda _kind, _name, r: commits[r])
+    monkeypatch.setattr(dataset_module, "commit_of", lambda _name, r: commits[r])
     monkeypatch.setattr(datasets, "load_dataset", load)
     state = open_dataset("a/b").state_dict()
     assert open_dataset("a/b", revision="v2").state_dict()["content"] == {"revision": "5678abcd"}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import hub_stand_in
 import models
 import pytest
 import torch
@@ -214,6 +218,39 @@ def test_a_folder_of_a_model_has_no_revision():
     for name in (models.llama(), "glassllm"):
         with pytest.raises(ConfigError, match="revision = 'v1', but .* has no revisions"):
             load_config(name, revision="v1")
+
+
+def test_a_revision_of_the_hub_is_asked_for_and_kept(tmp_path: Path):
+    code = (
+        "from fastsae.lm.hooked import CutModel, SplicedModel\n"
+        "part = CutModel.load('me/llama', (1,), revision='v1')\n"
+        "whole = SplicedModel.load('me/llama', 1, revision='v1', context_length=64)\n"
+        "print('found', part.weights['commit'], whole.weights['commit'])"
+    )
+    with hub_stand_in.hub() as server:
+        files = {f.name: f.read_bytes() for f in Path(models.llama()).iterdir()}
+        server.repositories["me/llama"] = hub_stand_in.Repository(files=files, commits=["first"])
+        sha = server.repositories["me/llama"].sha
+        wanted = {
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        environment = os.environ | wanted | {"HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert f"found {sha} {sha}" in done.stdout, done.stderr
+        offline = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert f"found {sha} {sha}" in offline.stdout, offline.stderr
+    asked = {r.split("/resolve/")[1].split("/")[0] for r in server.requests if "/resolve/" in r}
+    assert asked == {sha}  # files by the commit that the name stood for
+    assert any(r.endswith("/revision/v1") for r in server.requests)
 
 
 def test_weights_that_were_replaced_are_noticed(tmp_path: Path):
