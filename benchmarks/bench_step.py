@@ -1,128 +1,104 @@
 """Whole training steps: ours, plain torch, and every installed peer through its own trainer.
 
-All trainers of a group are timed in turns, each in its own process (``steps.paired``), once; a test then
-shows one trainer's times. So that pytest-benchmark's tables hold seconds per step, its clock here is
-one that only a known duration moves.
+All trainers of a group are timed in turns, each in its own process, once; a test then reports one of
+them. Cost curves are of our own step.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
-import steps
+from harness import Measured, ratios, time_steps
 from measure import Shape
-from trainers import OURS, RUNNERS
+from trainers import OURS, PEERS, PLAIN, WAYS
 
-NAMES = tuple(name for name in RUNNERS if name != "fastsae, autograd")
-GRID = {
-    "F": (4096, 8192, 16384, 32768, 65536, 131072),
-    "k": (8, 16, 32, 64, 128, 256),
-    "B": (256, 512, 1024, 2048, 4096),
-}
-
-
-class Clock:
-    """Stands still but for :meth:`pass_`."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_(self, seconds: float) -> None:
-        self.now += seconds
-
-
-CLOCK = Clock()
+NAMES = (OURS, *WAYS, *PLAIN, *PEERS)
+DEAD_SHARES = (0.0, 0.38)
+GRID = [
+    *(("F", size) for size in (4096, 8192, 16384, 32768, 65536, 131072)),
+    *(("k", size) for size in (8, 16, 32, 64, 128, 256)),
+    *(("B", size) for size in (256, 512, 1024, 2048, 4096)),
+]
 
 
 @functools.cache
-def measured(
-    shape: Shape,
-    device: str,
-    precision: str,
-    dead: float,
-    names: tuple[str, ...],
-    rounds: int,
-    steps_apart: int,
-    narrow_gate: bool,
-):
-    short = 5 if device.startswith("cuda") else 1
-    return steps.paired(
-        shape,
-        names,
-        device=device,
-        precision=precision,
-        dead_share=dead,
-        rounds=rounds,
-        short=short,
-        long=short + steps_apart * short,
-        narrow_gate=narrow_gate,
-    )
+def measured(shape: Shape, names: tuple[str, ...], **options) -> dict[str, Measured]:
+    return time_steps(shape, names, **options)
 
 
-def show(benchmark, found: dict[str, steps.Measured], name: str, **about) -> None:
+def settings(request, device: str) -> dict:
+    """Options of ``time_steps``; on a GPU, whose steps take milliseconds, runs are ten times as long."""
+    option, on_gpu = request.config.getoption, device.startswith("cuda")
+    short = 10 if on_gpu else 1
+    return {
+        "device": device, "precision": "bf16" if on_gpu else "fp32", "rounds": option("--rounds"),
+        "short": short, "long": short * (1 + option("--steps-apart")),
+        "narrow_gate": option("--gate") == "narrow",
+    }  # fmt: skip
+
+
+def chosen(request, device: str) -> tuple[str, ...]:
+    """The trainers of this session, in order; ours always, which the others are compared with."""
+    items = [item for item in request.session.items if hasattr(item, "callspec")]
+    asked = {OURS, *(item.callspec.params.get("name") for item in items)}
+    return tuple(name for name in NAMES if name in asked and (device != "cpu" or name not in WAYS))
+
+
+def add(report, found: dict[str, Measured], name: str, **about) -> None:
+    """Report one trainer's times; its test is skipped or fails where it has none."""
     one = found[name]
     if one.refused and "not installed" in one.refused:
         pytest.skip(one.refused)
+    report.add(trainer=name, **about, **one.row(ratios(found).get(name)))
     assert one.refused is None, f"no time is given: {one.refused}"
-    benchmark.extra_info.update(
-        trainer=name,
-        peak_mib=round(one.peak_bytes / 2**20, 1),
-        ratio=steps.ratios(found).get(name),
-        gate=one.gate,
-        **about,
-    )
-    durations = iter(one.seconds)
-    benchmark.pedantic(lambda: CLOCK.pass_(next(durations)), rounds=len(one.seconds))
 
 
-def chosen(request) -> tuple[str, ...]:
-    """The trainers of this session, in order; ours always, which the others are compared with."""
-    asked = {
-        item.callspec.params.get("name")
-        for item in request.session.items
-        if hasattr(item, "callspec")
-    }
-    return tuple(name for name in NAMES if name == OURS or name in asked)
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("dead", [0.0, 0.38], ids=["none dead", "38 % dead"])
+@pytest.mark.parametrize("dead", DEAD_SHARES, ids=["none dead", "38 % dead"])
 @pytest.mark.parametrize("name", NAMES)
-def bench_step(benchmark, request, shape, device, name, dead):
-    precision = "bf16" if device.startswith("cuda") else "fp32"
-    option = request.config.getoption
-    found = measured(
-        shape, device, precision, dead, chosen(request),
-        option("--rounds"), option("--steps-apart"), option("--gate") == "narrow",
-    )  # fmt: skip
-    benchmark.group = f"training step | {shape} {precision}, {dead:.0%} dead"
-    show(
-        benchmark, found, name, kind="step", dead=dead, precision=precision, shape=str(shape),
-        gate_shape=option("--gate"),
-    )  # fmt: skip
+def bench_step(request, report, shape, device, name, dead):
+    if name in WAYS and device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    options = settings(request, device)
+    found = measured(shape, chosen(request, device), dead_share=dead, **options)
+    size = {"shape": str(shape), "precision": options["precision"], "dead": dead}
+    gate = {"gate_shape": request.config.getoption("--gate")}
+    if name in (OURS, *WAYS) and device != "cpu":
+        rates = request.getfixturevalue("rates")
+        bytes_of_moments = 1 if "8-bit" in name else 4
+        gate["roofline_seconds"] = least_seconds(
+            shape, rates, dead=round(dead * shape.F), moment_bytes=bytes_of_moments
+        )
+    group = f"training step | {shape} {options['precision']}, {dead:.0%} dead"
+    add(report, found, name, kind="step", group=group, **size, **gate)
 
 
-def cases(shape: Shape):
-    """The sizes of the cost curves: F, k and B in turn, the others as in ``shape``."""
-    for axis, values in GRID.items():
-        for value in values:
-            yield axis, Shape(**{**vars(shape), axis: value})
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize(
-    "number",
-    range(sum(map(len, GRID.values()))),
-    ids=[f"{axis} {value}" for axis, values in GRID.items() for value in values],
-)
-def bench_scaling(benchmark, request, shape, device, number):
-    if request.config.fastsae_scale in ("tiny", "small"):
+@pytest.mark.parametrize(("axis", "size"), GRID, ids=[f"{axis} {size}" for axis, size in GRID])
+def bench_scaling(request, report, shape, device, axis, size):
+    """F, k and B in turn, the others as they are."""
+    if shape.F < 12288:
         pytest.skip("cost curves: from the medium scale on")
-    axis, size = list(cases(shape))[number]
-    precision = "bf16" if device.startswith("cuda") else "fp32"
-    found = {OURS: steps.alone(size, device=device, precision=precision)}
-    benchmark.group = f"scaling over {axis} | D={shape.D} {precision}"
-    show(benchmark, found, OURS, kind="scaling", axis=axis, **vars(size), precision=precision)
+    size = replace(shape, **{axis: size})
+    options = settings(request, device) | {"narrow_gate": True}
+    found = measured(size, (OURS,), **options)
+    group = f"scaling over {axis} | D={shape.D} {options['precision']}"
+    about = {"axis": axis, "precision": options["precision"], **vars(size)}
+    add(report, found, OURS, kind="scaling", group=group, **about)
+
+
+def least_seconds(
+    shape: Shape, rates: dict[str, float], *, dead: int = 0, moment_bytes: int = 4
+) -> float:
+    """What our step costs on a GPU if nothing overlaps and nothing else costs anything.
+
+    Weights and moments are read and written once (masters fp32, their bf16 copy written), the
+    encoder's and aux-k's products run at the speed of large ones, and every gathered row comes through
+    L2. ``rates``: the machine's, as ``measure.ceilings`` gives them.
+    """
+    per_weight = 2 * 4 + 2 + 2 * 2 * moment_bytes
+    moved = 2 * shape.F * shape.D * per_weight + 2 * 4 * shape.B * shape.F
+    # Decoding gathers a row of W_dec per active; the update one of dY, twice, and one of x.
+    gathered = 4 * shape.K * shape.D * 2
+    flops = 2 * shape.B * shape.D * shape.F + 5 * 2 * shape.B * shape.D * dead
+    return moved / rates["bytes"] + gathered / rates["gather"] + flops / rates["flops_bf16"]

@@ -1,63 +1,105 @@
-"""``pytest benchmarks``: sizes for this machine, gates, and memory beside time."""
+"""``pytest benchmarks``: what is measured at which size, and where the results go.
+
+All results go to one report: ``--out FILE`` keeps it, and the history gets every one. Single operations
+are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and runs by ``harness``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
-from measure import (
-    SCALES,
-    PeakMemory,
-    Shape,
-    environment,
-    product_flops,
-    scale_for,
-    seconds,
-    synchronize,
-)
-from ops import DTYPES, Op
+from harness import ROUNDS
+from measure import SCALES, Shape, ceilings, scale_for
+from results import HISTORY, Report
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fastsae")
-    group.addoption(
-        "--scale", choices=[*SCALES, "auto"], default="auto", help="sizes [auto: what fits]"
-    )
-    group.addoption("--rounds", type=int, default=3, help="rounds of whole training steps [3]")
-    group.addoption(
-        "--steps-apart", type=int, default=2, help="steps by which the two run lengths differ [2]"
-    )
-    group.addoption(
-        "--gate",
-        choices=["full", "narrow"],
-        default="full",
+    add = parser.getgroup("fastsae").addoption
+    add("--scale", choices=[*SCALES, "auto"], default="auto", help="sizes [auto: what fits]")
+    add("--shape", type=Shape.parse, help="B,D,F,k, instead of a scale")
+    add("--batches", type=int, nargs="+", help="several B in place of the one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--rounds", type=int, default=ROUNDS, help=f"paired, of steps; 0 only checks [{ROUNDS}]")
+    add("--steps-apart", type=int, default=2, help="steps by which two run lengths differ [2]")
+    add(
+        "--gate", choices=["full", "narrow"], default="full",
         help="check whole steps at the timed size, or at its F and k with few tokens of small width",
-    )
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    )  # fmt: skip
+    add("--model", help="language model of the whole runs: a folder [the demo's]")
+    add("--text", help="its text: a file, .jsonl or .txt")
+    add("--layer", type=int, default=15, help="its layer [15]")
+    add("--out", type=Path, help="file for the results, .json; the same in long format beside it")
+    add("--history", type=Path, default=HISTORY, help="CSV that every result is added to")
+    add("--no-history", action="store_const", const=None, dest="history", help="add nothing to it")
+    add("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
 
 
 def pytest_configure(config):
-    device = config.getoption("--device")
-    name = config.getoption("--scale")
-    config.fastsae_scale = scale_for(device) if name == "auto" else name
+    option = config.getoption
+    device, scale, shape = option("--device"), option("--scale"), option("--shape")
+    if shape is None:
+        scale = scale_for(device) if scale == "auto" else scale
+        shape = SCALES[scale]
+    config.fastsae_shapes = [replace(shape, B=B) for B in option("--batches") or [shape.B]]
+    config.fastsae_deadline = time.monotonic() + option("--seconds")
+    scale = "given" if option("--shape") else scale
+    config.fastsae_report = Report(option("--out"), device, option("--history"), scale=scale)
 
 
-def pytest_report_header(config):
-    about, name = environment(config.getoption("--device")), config.fastsae_scale
-    return f"scale: {name} ({SCALES[name]}) on {about['hardware']}, {about['threads']} threads"
+def pytest_generate_tests(metafunc):
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", metafunc.config.fastsae_shapes, ids=str, scope="session")
 
 
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.fastsae_deadline:
+        pytest.skip("out of time")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     # Only what a figure needs: nothing that names a machine.
     machine_info.clear()
-    device = config.getoption("--device")
-    machine_info.update(environment(device) | {"scale": config.fastsae_scale, "device": device})
+    machine_info.update(config.fastsae_report.about)
 
 
-def pytest_benchmark_update_commit_info(config, commit_info):
-    for name in ("author_time", "branch", "project"):
-        commit_info.pop(name, None)
+def pytest_report_header(config):
+    about = config.fastsae_report.about
+    sizes = "; ".join(map(str, config.fastsae_shapes))
+    return (
+        f"scale: {about['scale']} ({sizes}) on {about['hardware']}, {about['threads']} threads, "
+        f"commit {about['commit']}"
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    shown = ("step", "scaling", "end to end", "stream")  # pytest-benchmark shows a CPU's operations
+    shown = shown if config.getoption("--device") == "cpu" else (*shown, "op")
+    found = config.fastsae_report.rows
+    rows = [row for row in found if row.get("seconds") and row["kind"] in shown]
+    if rows:
+        terminalreporter.section("medians and extremes")
+    for group in dict.fromkeys(row["group"] for row in rows):
+        terminalreporter.write_line(group)
+        for row in (row for row in rows if row["group"] == group):
+            terminalreporter.write_line("  " + describe(row))
+
+
+def describe(row: dict) -> str:
+    """One line: times, ratio to ours, memory, share of the roofline."""
+    times, middle = row["seconds"], median(row["seconds"])
+    what = row["trainer"] + (f", {row['axis']}={row[row['axis']]:g}" if "axis" in row else "")
+    ratio = f"{row['ratio']:6.2f}x" if row.get("ratio") else " " * 7
+    roof = f"  {row['roofline_seconds'] / middle:.0%}" if row.get("roofline_seconds") else ""
+    return (
+        f"{what:44} {middle:10.4g} s  ({min(times):.4g} to {max(times):.4g}, {len(times)} rounds) "
+        f"{ratio}  {row['peak_mib']:8,.0f} MiB{roof}"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -66,47 +108,15 @@ def device(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def shape(request) -> Shape:
-    return SCALES[request.config.fastsae_scale]
+def report(request) -> Report:
+    return request.config.fastsae_report
 
 
 @pytest.fixture(scope="session")
-def ceilings(device, shape) -> dict[str, float]:
-    """What the machine can do: FLOP/s of products by dtype, bytes/s of a copy (reads and writes)."""
-    source = torch.randn(2**25, device=device)
-    target = torch.empty_like(source)
-    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
-    sizes = ((2048, 2048, 2048), (shape.B, shape.D, shape.F))
-    products = {
-        f"flops_{name}": product_flops(device, *sizes, dtype=dtype)
-        for name, dtype in DTYPES.items()
-    }
-    return {"bytes": 2 * source.nbytes / copy, **products}
-
-
-@pytest.fixture
-def compare(benchmark, device, ceilings) -> Callable[[Op, str], None]:
-    """Time one provider of an operation, if its result is right; with its peak memory and the roofline."""
-
-    def run(op: Op, provider: str) -> None:
-        call = op.providers[provider]
-        if call is None:
-            pytest.skip(f"{provider} is not installed or cannot do this")
-        op.check(provider)
-        with PeakMemory(device) as memory:
-            call()
-            synchronize(device)
-        benchmark.group = op.group
-        roof = max(op.flops / ceilings[f"flops_{op.dtype}"], op.bytes_moved / ceilings["bytes"])
-        benchmark.extra_info.update(
-            kind="op", stage=op.stage, trainer=provider, peak_mib=round(memory.peak / 2**20, 1),
-            roofline_seconds=roof, **ceilings,
-        )  # fmt: skip
-
-        def timed() -> None:
-            call()
-            synchronize(device)
-
-        benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
-
-    return run
+def rates(request, device, report) -> dict[str, float]:
+    """The machine's ceilings, which are results too."""
+    found = ceilings(device, request.config.fastsae_shapes[0])
+    for name, rate in found.items():
+        value = (rate / 1e12, "TFLOP/s") if "flops" in name else (rate / 1e9, "GB/s")
+        report.add(kind="ceiling", group=name, trainer="machine", values={"rate": value})
+    return found

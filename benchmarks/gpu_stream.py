@@ -1,118 +1,83 @@
-"""End to end on a GPU: a language model of Gemma 4 E2B's exact shape in NF4, and the SAE that eats its
-activations.
+"""End to end on a GPU: a language model of Gemma 4 E2B's exact shape in NF4, and the SAE that trains
+on its activations.
 
 The weights are random and the tokens are bytes: a forward pass costs the same, and nothing has to be
-downloaded. ``run`` measures the harvest alone, the training step alone, and both together, one after
+downloaded. ``measure`` times the harvest alone, the training step alone, and both together, one after
 the other and beside each other; for packed and for dequantized weights.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import bitsandbytes
 import torch
-from gpu import Report
-from torch import Tensor, nn
+from measure import PeakMemory, seconds, two_lengths
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers
+from torch import nn
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
+
+from fastsae import TrainConfig, train
+from fastsae.data.buffer import ActivationBuffer
+from fastsae.data.harvest import TextChunks
+from fastsae.data.text import TextSource
+from fastsae.data.tokens import TokenPacker
+from fastsae.device import resolve_device
+from fastsae.lm.hooked import CutModel
 
 E2B: dict[str, Any] = {
-    "vocab_size": 262_144,
-    "vocab_size_per_layer_input": 262_144,
-    "hidden_size": 1536,
-    "hidden_size_per_layer_input": 256,
-    "intermediate_size": 6144,
-    "use_double_wide_mlp": True,
-    "num_hidden_layers": 35,
-    "num_kv_shared_layers": 20,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "sliding_window": 512,
+    "vocab_size": 262_144, "vocab_size_per_layer_input": 262_144, "hidden_size": 1536,
+    "hidden_size_per_layer_input": 256, "intermediate_size": 6144, "use_double_wide_mlp": True,
+    "num_hidden_layers": 35, "num_kv_shared_layers": 20, "num_attention_heads": 8,
+    "num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512,
     "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
-    "max_position_embeddings": 131_072,
-    "final_logit_softcapping": 30.0,
-}
+    "max_position_embeddings": 131_072, "final_logit_softcapping": 30.0,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is measured; the defaults are the recipe. ``text`` overrides fields of the model's config."""
-
-    layer: int = 17
-    d_sae: int = 24_576
-    k: int = 64
-    batch_size: int = 1024
-    context_length: int = 1024
-    harvest_batch: int = 8
-    pool_tokens: int = 262_144
-    tokens: int = 2_097_152
-    quantizations: tuple[str, ...] = ("nf4", "nf4-dequantized")
-    device: str = "cuda"
-    text: dict[str, Any] = field(default_factory=lambda: dict(E2B))
+TINY_TEXT = E2B | {
+    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128,
+    "hidden_size_per_layer_input": 64, "intermediate_size": 128, "num_hidden_layers": 10,
+    "num_kv_shared_layers": 4, "num_attention_heads": 4, "head_dim": 32, "global_head_dim": 64,
+    "sliding_window": 16, "max_position_embeddings": 256,
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+}  # fmt: skip
+TINY = TrainConfig(
+    layer=7, d_sae=256, k=4, batch_size=64, context_length=32, harvest_batch=2, pool_tokens=256,
+    tokens=512, device="cpu",
+)  # fmt: skip
+"""The same at sizes that mean nothing, to see that it runs."""
 
 
-def run(report: Report, case: Case | None = None) -> None:
-    """One row a stage and quantization; one that says why, where CUDA or a package is missing."""
-    case = case or Case()
-    skipped = None
-    if case.device == "cuda" and not torch.cuda.is_available():
-        skipped = "no CUDA device"
-    for package in ("bitsandbytes", "transformers", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            skipped = f"{package} is not installed"
-    if skipped:
-        report.add(part="stream", skipped=skipped)
-        return
-    for quantization in case.quantizations:
-        for row in _measure(case, quantization):
-            report.add(**row)
-
-
-def _measure(case: Case, quantization: str) -> Iterator[dict[str, Any]]:
-    import fastsae
-    from fastsae.data.buffer import ActivationBuffer
-
-    device = torch.device(case.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model = random_model(case, quantization)
-    config = fastsae.TrainConfig(
-        d_sae=case.d_sae,
-        k=case.k,
-        batch_size=case.batch_size,
-        tokens=case.tokens,
-        device=case.device,
-        log_every_tokens=10 * case.tokens,
-    )
+def measure(
+    config: TrainConfig, text: dict[str, Any], quantization: str
+) -> Iterator[dict[str, Any]]:
+    """One row a stage, in seconds per token; ``text``: the config of the language model."""
+    device = str(resolve_device(config.device))
+    memory = PeakMemory(device)
+    model = random_model(config, text, quantization)
+    config = replace(config, log_every_tokens=10 * config.tokens)
 
     def buffer(ahead: bool) -> ActivationBuffer:
         return ActivationBuffer(
-            _chunks(case, model),
-            batch_size=case.batch_size,
-            pool_tokens=case.pool_tokens,
-            seed=0,
-            ahead=ahead,
-        )
+            _chunks(config, model), batch_size=config.batch_size, seed=0,
+            pool_tokens=config.pool_tokens, ahead=ahead,
+        )  # fmt: skip
 
-    def row(stage: str, tokens: int, call: Callable[[], object]) -> dict[str, Any]:
-        seconds = _timed(call, device)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    def row(stage: str, tokens: int, spent: float) -> dict[str, Any]:
+        name = f"{stage} | random Gemma 4 E2B, layer {config.layer}, {quantization}"
         return {
-            "quantization": quantization,
-            "stage": stage,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "model_bytes": model.memory_bytes,
-            "peak_bytes": peak,
-        }
+            "kind": "stream", "group": name, "trainer": "fastsae", "quantization": quantization,
+            "stage": stage, "tokens": tokens, "seconds": [spent / tokens],
+            "tokens_per_second": tokens / spent, "model_bytes": model.memory_bytes,
+            "peak_mib": memory.mib,
+        }  # fmt: skip
 
-    chunks = _chunks(case, model)
-    forward_passes = max(2, case.tokens // (8 * chunks.chunk_tokens))
+    chunks = _chunks(config, model)
+    forward_passes = max(2, config.tokens // (8 * chunks.chunk_tokens))
     ready = [chunks.draw() for _ in range(forward_passes + 1)]
     chunks.harvest(ready.pop())
 
@@ -120,42 +85,37 @@ def _measure(case: Case, quantization: str) -> Iterator[dict[str, Any]]:
         for chunk in ready:
             chunks.harvest(chunk)
 
-    yield row("harvest", forward_passes * chunks.chunk_tokens, harvest)
+    yield row("harvest", forward_passes * chunks.chunk_tokens, seconds(harvest, device))
 
     # Training is timed on one batch again and again, by the difference of two runs: the start of a run
     # (initial values, compilation of kernels) is in both.
     batch = buffer(ahead=False).next_batch()[0]
-    steps = max(2, case.tokens // (4 * case.batch_size))
-    train = lambda n: fastsae.train([batch] * n, config)
-    train(2)
-    start = _timed(lambda: train(2), device)
-    whole = row("step", steps * case.batch_size, lambda: train(2 + steps))
-    seconds = max(whole["seconds"] - start, 1e-9)
-    yield whole | {"seconds": seconds, "tokens_per_second": whole["tokens"] / seconds}
+
+    def training(steps: int) -> float:
+        this_long = replace(config, tokens=steps * config.batch_size)
+        return seconds(lambda: train([batch] * steps, this_long), device)
+
+    training(2)
+    steps = max(32, config.tokens // (4 * config.batch_size))
+    spent = two_lengths(training, 2, 2 + steps)
+    yield row("step", config.batch_size, spent)
 
     for ahead in (False, True):
         stream = buffer(ahead)
         batches = (layers[0] for layers in iter(stream.next_batch, None))
         name = "end to end, overlapped" if ahead else "end to end, in turn"
-        yield row(
-            name, config.steps * config.batch_size, lambda b=batches: fastsae.train(b, config)
-        )
+        spent = seconds(lambda b=batches: train(b, config), device)
+        yield row(name, config.steps * config.batch_size, spent)
 
 
-def random_model(case: Case, quantization: str) -> Any:
+def random_model(config: TrainConfig, text: dict[str, Any], quantization: str) -> Any:
     """A ``CutModel`` with random weights: quantized layer by layer, cut after the hooked one."""
-    import bitsandbytes
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
-    from fastsae.lm.hooked import CutModel
-
     torch.manual_seed(0)
-    config = Gemma4TextConfig(**case.text)
-    default = torch.get_default_dtype()
+    device, default = resolve_device(config.device), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(case.device):
-            model = Gemma4ForCausalLM(config).eval()
+        with device:
+            model = Gemma4ForCausalLM(Gemma4TextConfig(**text)).eval()
     finally:
         torch.set_default_dtype(default)
     decoder = model.get_decoder()
@@ -167,23 +127,16 @@ def random_model(case: Case, quantization: str) -> Any:
                     compute_dtype=torch.float16, quant_type="nf4", device="meta",
                 )  # fmt: skip
                 packed.weight = bitsandbytes.nn.Params4bit(
-                    child.weight.data.cpu(),
-                    requires_grad=False,
-                    quant_type="nf4",
-                    compress_statistics=False,
-                    module=packed,
-                )
-                setattr(parent, name, packed.to(case.device).eval())
+                    child.weight.data.cpu(), requires_grad=False, quant_type="nf4",
+                    compress_statistics=False, module=packed,
+                )  # fmt: skip
+                setattr(parent, name, packed.to(device).eval())
     return CutModel(
-        model, _byte_tokenizer(), (case.layer,), name="random E2B", quantization=quantization
+        model, _byte_tokenizer(), (config.layer,), name="random E2B", quantization=quantization
     )
 
 
-def _chunks(case: Case, model: Any) -> Any:
-    from fastsae.data.harvest import TextChunks
-    from fastsae.data.text import TextSource
-    from fastsae.data.tokens import TokenPacker
-
+def _chunks(config: TrainConfig, model: Any) -> Any:
     def read(seed: int) -> Iterator[str]:
         generator = torch.Generator().manual_seed(seed)
         while True:
@@ -191,32 +144,17 @@ def _chunks(case: Case, model: Any) -> Any:
             yield bytes(letters.tolist()).decode()
 
     text = TextSource([0], read, name="random letters", seed=0)
-    packer = TokenPacker(text, model.tokenizer, case.context_length)
-    return TextChunks(packer, model, harvest_batch=case.harvest_batch, held_out_tokens=0)
+    packer = TokenPacker(text, model.tokenizer, config.context_length)
+    return TextChunks(packer, model, harvest_batch=config.harvest_batch, held_out_tokens=0)
 
 
 def _byte_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     tokens = ["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    fast = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    fast = FastTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
     )
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
 
 
 def memory_table(text: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -224,39 +162,30 @@ def memory_table(text: dict[str, Any] | None = None) -> list[dict[str, Any]]:
 
     ``nf4``: half a byte a weight and a float32 scale for every 64, embeddings and norms in bf16.
     """
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
     config = Gemma4TextConfig(**(text or E2B))
     with torch.device("meta"):
         decoder = Gemma4ForCausalLM(config).get_decoder()
 
-    def elements(module: nn.Module, kind: Callable[[Tensor, str], bool]) -> int:
-        return sum(p.numel() for n, p in module.named_parameters() if kind(p, n))
-
-    linear = [elements(layer, lambda p, _: p.ndim == 2) for layer in decoder.layers]
-    other = [elements(layer, lambda p, _: p.ndim != 2) for layer in decoder.layers]
     per_layer = ("embed_tokens_per_layer", "per_layer_model_projection")
-    cut = sum(getattr(decoder, name).weight.numel() for name in per_layer)
-    kept = elements(
-        decoder, lambda _, n: not n.startswith("layers.") and n.split(".")[0] not in per_layer
-    )
+    size = {name: p.numel() for name, p in decoder.named_parameters()}
+    matrices = [0] * config.num_hidden_layers
+    rest = list(matrices)
+    for name, p in decoder.named_parameters():
+        if name.startswith("layers."):
+            (matrices if p.ndim == 2 else rest)[int(name.split(".")[1])] += p.numel()
+    cut = sum(n for name, n in size.items() if name.startswith(per_layer))
+    kept = sum(n for name, n in size.items() if not name.startswith(("layers.", *per_layer)))
     rows = []
     for layer in range(config.num_hidden_layers):
-        count = layer + 1
-        packed = sum(linear[:count])
-        rest = kept + sum(other[:count]) + cut * count // config.num_hidden_layers
-        rows.append({
-            "layer": layer,
-            "nf4": packed // 2 + packed // 64 * 4 + 2 * rest,
-            "nf4-dequantized": 2 * packed + 2 * rest,
-            "bf16": 2 * (packed + rest),
-        })  # fmt: skip
+        packed = sum(matrices[: layer + 1])
+        other = kept + sum(rest[: layer + 1]) + cut * (layer + 1) // config.num_hidden_layers
+        nf4 = packed // 2 + packed // 64 * 4 + 2 * other
+        bf16 = 2 * (packed + other)
+        rows.append({"layer": layer, "nf4": nf4, "nf4-dequantized": bf16, "bf16": bf16})
     return rows
 
 
 if __name__ == "__main__":
-    print("layer   nf4 GB   nf4-dequantized GB")
-    for line in memory_table():
-        print(
-            f"{line['layer']:5}   {line['nf4'] / 1e9:6.2f}   {line['nf4-dequantized'] / 1e9:18.2f}"
-        )
+    for row in memory_table():
+        gigabytes = (f"{name} {row[name] / 1e9:.2f} GB" for name in ("nf4", "nf4-dequantized"))
+        print(f"layer {row['layer']:2}:  {',  '.join(gigabytes)}")

@@ -1,4 +1,4 @@
-"""How things are measured here: shapes, two run lengths, peak memory, and what hardware it was."""
+"""How things are measured here: shapes, clocks, two run lengths, peak memory, and on what hardware."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ import gc
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "fastsae-triton",
-    "torch",
-    "triton",
-    "numpy",
-    "sae-lens",
-    "dictionary-learning",
-    "eai-sparsify",
-    "llamascopium",
-    "transformers",
-    "pytest-benchmark",
-)
+    "fastsae-triton", "torch", "triton", "numpy", "sae-lens", "dictionary-learning", "eai-sparsify",
+    "llamascopium", "transformers", "pytest-benchmark",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ SCALES = {
 }
 """Sizes from which ``pytest benchmarks`` picks what the machine can do in its time."""
 
-DENSE_STEPS = 800
+DENSE_STEPS = 1000
 """About how many dense training steps, of five products each, the whole suite takes as long as."""
 
 
@@ -102,86 +97,124 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def rounded(times: list[float]) -> list[float]:
+    """To the four digits that results keep."""
+    return [float(f"{time:.4g}") for time in times]
+
+
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def two_lengths(
-    run: Callable[[int], object],
-    short: int,
-    long: int,
-    timed: Callable[..., float] = seconds,
-    device: str = "cpu",
-) -> float:
-    """Seconds per step: a run of ``long`` steps less one of ``short``, over the difference in steps.
+def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
+    """Seconds per step: what ``run(long)`` took less what ``run(short)`` did, over the difference in steps.
 
     Whatever a run does once cancels: setting up, reading ahead, work put off to its end. Raises
     ValueError unless ``0 <= short < long``, RuntimeError where the longer run was the faster one.
     """
     if not 0 <= short < long:
         raise ValueError(f"two run lengths: expected 0 <= short < long, got {short} and {long}")
-    spent_short = timed(lambda: run(short), device)
-    spent_long = timed(lambda: run(long), device)
-    if spent_long <= spent_short:
+    of_short, of_long = run(short), run(long)
+    if of_long <= of_short:
         raise RuntimeError(
-            f"{long} steps took {spent_long:.3g} s and {short} steps {spent_short:.3g} s: the machine "
-            f"is not quiet, or the runs are too short to time"
+            f"{long} steps took {of_long:.3g} s and {short} steps {of_short:.3g} s: the machine is "
+            f"not quiet, or the runs are too short to time"
         )
-    return (spent_long - spent_short) / (long - short)
+    return (of_long - of_short) / (long - short)
+
+
+def call_seconds(
+    call: Callable[[int], object], variants: int, device: str, samples: int = 30
+) -> tuple[list[float], bool]:
+    """Seconds of ``call(i)`` on a GPU, ``i`` going round the sets of inputs, one a sample.
+
+    CUDA events around a replayed graph, which leaves the host's launches out (around the plain call where
+    it cannot be captured: then False is returned too), with the L2 cache flushed before each.
+    """
+    for i in range(variants):
+        call(i)
+    torch.cuda.synchronize()
+    try:
+        graphs = [torch.cuda.CUDAGraph() for _ in range(variants)]
+        for i, graph in enumerate(graphs):
+            with torch.cuda.graph(graph):
+                call(i)
+        replays, captured = [graph.replay for graph in graphs], True
+    except RuntimeError:
+        replays, captured = [lambda i=i: call(i) for i in range(variants)], False
+    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples + 3)]
+    for sample, (begin, end) in enumerate(events):
+        flush.zero_()
+        begin.record()
+        replays[sample % variants]()
+        end.record()
+    torch.cuda.synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in events[3:]], captured
+
+
+def ceilings(device: str, shape: Shape) -> dict[str, float]:
+    """What the machine can do: ``bytes`` per second of a copy (reads and writes), ``gather`` of 3 KB rows
+    at random places, added up, ``flops_fp32`` and ``flops_bf16`` per second of matrix products."""
+    on_gpu = device.startswith("cuda")
+    source = torch.randn(2 ** (28 if on_gpu else 25), device=device)
+    target = torch.empty_like(source)
+    table = torch.randn(24576, 1536, device=device, dtype=torch.bfloat16)
+    index = torch.randint(len(table), (2 ** (14 if on_gpu else 10), 64), device=device)
+    add_up = lambda: torch.nn.functional.embedding_bag(index, table, mode="sum")
+    side = 8192 if on_gpu else 2048
+    sizes = ((side, side, side), (shape.B, shape.D, shape.F))
+    best = lambda call: min(seconds(call, device) for _ in range(7))
+    return {
+        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "gather": index.numel() * table[0].nbytes / best(add_up),
+        "flops_fp32": product_flops(device, *sizes),
+        "flops_bf16": product_flops(device, *sizes, dtype=torch.bfloat16),
+    }
 
 
 # --- memory ---
 
 
 class PeakMemory:
-    """The most memory a block needs beyond what was held before it, in bytes: ``.peak``.
+    """The most memory that was needed since it was made, beyond what was held then.
 
     On CUDA what torch allocated; elsewhere the process's resident memory.
     """
 
-    peak: int = 0
-
     def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self.device.startswith("cuda"):
+        self._on_gpu = device.startswith("cuda")
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            _return_freed_memory()
-            _reset_peak()
+            _forget_peak()
             self._before = _resident("VmRSS")
-        return self
 
-    def __exit__(self, *_) -> None:
-        self.update()
+    @property
+    def bytes(self) -> int:
+        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
+        return max(now - self._before, 0)
 
-    def update(self) -> int:
-        on_gpu = self.device.startswith("cuda")
-        now = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
-        self.peak = max(now - self._before, 0)
-        return self.peak
+    @property
+    def mib(self) -> float:
+        """As results have it."""
+        return round(self.bytes / 2**20, 1)
 
 
-def _return_freed_memory() -> None:
+def _forget_peak() -> None:
+    """Give back what was freed, and count resident memory anew, where the system can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak() -> None:
-    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -206,18 +239,40 @@ def activations(shape: Shape, batches: int, device: str, seed: int = 0) -> list[
 # --- what it was measured on ---
 
 
-def environment(device: str) -> dict:
-    """Hardware, threads, versions and date: what a figure is worth nothing without."""
+def environment(device: str) -> dict[str, Any]:
+    """Date, commit, hardware, threads and versions: what a figure is worth nothing without."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    hardware = cpu_name()
+    if device.startswith("cuda"):
+        versions["cuda"] = str(torch.version.cuda)
+        major, minor = torch.cuda.get_device_capability()
+        hardware = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
+        "commit": commit(),
+        "hardware": hardware,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def commit() -> str:
+    """The commit that is measured, 7 digits; ``-dirty`` behind it where the code was changed since."""
+    code = ("fastsae", "kernels", "benchmarks", ":!benchmarks/results")
+    head = _git("rev-parse", "--short=7", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return (head or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return run.stdout.strip()
 
 
 def cpu_name() -> str:
@@ -225,13 +280,3 @@ def cpu_name() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     kind = {"AVX512": "AVX-512 ", "AVX2": "AVX2 "}.get(capability, f"{platform.machine()} ")
     return f"{os.cpu_count()}-core {kind}CPU"
-
-
-@contextlib.contextmanager
-def threads(n: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

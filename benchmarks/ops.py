@@ -1,239 +1,276 @@
 """The operations of a step one by one: ours, eager torch, compiled torch, and a peer's where it is one.
 
-Each has its reference result; a provider whose result differs is not timed.
+Each has its reference result; a provider whose result differs is not timed. The same list serves CPUs
+and GPUs.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gates import RELATIVE, require_close
-from measure import Shape, activations
+from measure import Shape
 from torch import Tensor
+from trainers import Problem, Weights, missing
 
-from fastsae_kernels import (
-    CSR,
-    Rows,
-    Vector,
-    batch_topk,
-    csr_to_csc,
-    encode_with_group_max,
-    fused_update_,
-    normalize_rows,
-    reference,
-    sparse_decode,
-    topk,
-)
+import fastsae_kernels as kernels
+from fastsae_kernels import CSR, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANTS = 2
+"""Sets of inputs that a measurement on a GPU goes round, so that none finds its own in a cache."""
+
+Provider = Callable[[int], Any]
+"""Called with the number of a set of inputs."""
+
+
+class Inputs:
+    """What the operations of one size share, a list over the sets; operands are in ``dtype``."""
+
+    def __init__(self, shape: Shape, dtype: str, device: str) -> None:
+        self.shape, self.name, self.dtype, self.device = shape, dtype, DTYPES[dtype], device
+        problem = Problem.synthetic(shape, device)
+        weights = Weights(problem)
+        self.x = [x.to(self.dtype) for x in problem.batches[:VARIANTS]]  # [B, D]
+        self.W = weights.W_dec.to(self.dtype)  # [F, D], both encoder's and decoder's
+        self.b_enc, self.b_dec = weights.b_enc, weights.b_dec
+
+    @functools.cached_property
+    def pre(self) -> list[Tensor]:
+        """``[B, F]`` float32."""
+        W_enc = self.W.float().T
+        return [reference.pre_activations(x.float(), W_enc, self.b_enc, self.b_dec) for x in self.x]
+
+    @functools.cached_property
+    def csr(self) -> list[CSR]:
+        return [kernels.batch_topk(pre, self.shape.K).csr for pre in self.pre]
+
+    @functools.cached_property
+    def z(self) -> list[Tensor]:
+        """The selected latents ``[B, F]``, dense."""
+        return [csr.dense(self.shape.F).to(self.dtype) for csr in self.csr]
+
+    def require_close(self, what: str, found: Tensor, expected: Tensor) -> None:
+        require_close(what, found, expected, RELATIVE[self.name])
 
 
 @dataclass
 class Op:
     """One operation at one size: what each provider calls, and how its result is judged."""
 
-    stage: str
-    shape: Shape
-    dtype: str
-    providers: dict[str, Callable[[], Any] | None]
-    judge: Callable[[Any], None]  # raises AssertionError
+    providers: dict[str, Provider | None]  # the first is ours; None: not installed
+    judge: Callable[[Any], None]  # of the result for the first inputs; raises AssertionError
     bytes_moved: int  # the fewest that ours moves
     flops: int = 0
-
-    @property
-    def group(self) -> str:
-        return f"{self.stage} | {self.shape} {self.dtype}"
+    rate: str = "bytes"  # of the ceilings, what bounds the bytes: a copy's, or a gather's
+    group: str = ""
+    dtype: str = ""
 
     def check(self, provider: str) -> None:
         call = self.providers[provider]
         assert call is not None
-        self.judge(call())
+        self.judge(call(0))
+
+    def roofline_seconds(self, rates: dict[str, float]) -> float:
+        """The least time at the machine's rates, where moving and multiplying overlap."""
+        multiplying = self.flops / rates[f"flops_{self.dtype}"]
+        return max(multiplying, self.bytes_moved / rates[self.rate])
 
 
-def _start(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x [B, D]`` and unit rows ``W [F, D]`` in ``dtype``, both biases in float32."""
-    x = activations(shape, 1, device)[0]
-    generator = torch.Generator().manual_seed(1)
-    W = reference.normalize_rows(torch.randn(shape.F, shape.D, generator=generator)).to(device)
-    b_enc, b_dec = torch.zeros(shape.F, device=device), x.mean(0)
-    return x.to(DTYPES[dtype]), W.to(DTYPES[dtype]), b_enc, b_dec
+def in_torch(dense: Callable, *arguments: list) -> dict[str, Provider | None]:
+    """``dense`` as it is and compiled; of each of ``arguments``, it gets the set's."""
+    compiled = torch.compile(dense)
+    return {
+        "torch, eager": lambda i: dense(*(a[i] for a in arguments)),
+        "torch, compiled": lambda i: compiled(*(a[i] for a in arguments)),
+    }
 
 
-def _pre(shape: Shape, device: str) -> Tensor:
-    x, W, b_enc, b_dec = _start(shape, "fp32", device)
-    return reference.pre_activations(x, W.T, b_enc, b_dec)
+def require_places(found: Tensor, expected: Tensor) -> None:
+    assert torch.equal(found.long(), expected), "selection: not the reference's set"
 
 
-def _flat(csr: CSR, F: int) -> Tensor:
-    n = int(csr.offsets[-1])
-    return (csr.tokens() * F + csr.indices)[:n]
+def places(csr: CSR, F: int) -> Tensor:
+    """Flat indices ``token * F + latent`` of the selected entries."""
+    return (csr.tokens().long() * F + csr.indices)[: int(csr.offsets[-1])]
 
 
-def encode(shape: Shape, dtype: str, device: str) -> Op:
-    x, W, b_enc, b_dec = _start(shape, dtype, device)
+def maxima_of(pre: Tensor) -> Tensor:
+    return pre.unflatten(1, (-1, 32)).amax(-1).clamp_min(0)
 
-    def eager(x=x):
-        return (x - b_dec.to(x.dtype)) @ W.T + b_enc.to(x.dtype)
 
-    expected = reference.pre_activations(x.float(), W.float().T, b_enc, b_dec)
-    compiled = torch.compile(eager)
-    size = W.element_size()
+# --- the operations ---
+
+
+def encode(inputs: Inputs) -> Op:
+    """Pre-activations and their group maxima; torch without the maxima."""
+    s, x, W, b_enc, b_dec = inputs.shape, inputs.x, inputs.W, inputs.b_enc, inputs.b_dec
+    low = inputs.dtype
+    centred = [each - b_dec.to(low) for each in x]
+
+    def dense(x):
+        return (x - b_dec.to(low)) @ W.T + b_enc.to(low)
+
+    def judge(found):
+        pre, maxima = found if isinstance(found, tuple) else (found, None)
+        inputs.require_close("pre-activations", pre, inputs.pre[0])
+        assert maxima is None or torch.equal(maxima.values, maxima_of(pre)), "other maxima"
+
     return Op(
-        "encode",
-        shape,
-        dtype,
         {
-            "fastsae": lambda: encode_with_group_max(x, W.T, b_enc, b_dec).pre,
-            "torch, eager": eager,
-            "torch, compiled": lambda: compiled(x),
+            "fastsae": lambda i: kernels.encode_with_group_max(x[i], W.T, b_enc, b_dec),
+            **in_torch(dense, x),
+            "torch, the product alone": lambda i: centred[i] @ W.T,
         },
-        lambda pre: require_close("pre-activations", pre, expected, RELATIVE[dtype]),
-        (x.numel() + W.numel()) * size + 4 * shape.B * shape.F,
-        2 * shape.B * shape.D * shape.F,
+        judge,
+        bytes_moved=(s.B * s.D + s.F * s.D) * W.element_size() + 4 * s.B * s.F,
+        flops=2 * s.B * s.D * s.F,
     )
 
 
-def selection(shape: Shape, dtype: str, device: str) -> Op:
-    """The K largest of the batch. Theirs gives the set, or a dense matrix: what they then multiply."""
-    pre, K = _pre(shape, device), shape.K
-    maxima = encode_with_group_max(*_encoder_inputs(shape, device)).maxima
-    expected = reference.batch_topk_mask(pre, K).flatten().nonzero().flatten()
+def group_maxima(inputs: Inputs) -> Op:
+    s, pre = inputs.shape, inputs.pre
+    expected = maxima_of(pre[0])
 
-    def eager(pre=pre):
+    def judge(found):
+        assert torch.equal(found, expected), "group maxima: not the reference's"
+
+    return Op(
+        {"fastsae": lambda i: kernels.group_max(pre[i]).values, **in_torch(maxima_of, pre)},
+        judge,
+        bytes_moved=s.B * s.F * 4 + s.B * s.F // 8,
+    )
+
+
+def selection(inputs: Inputs) -> Op:
+    """The K largest of the batch. Theirs gives the set, or a dense matrix: what they then multiply."""
+    s, pre, K = inputs.shape, inputs.pre, inputs.shape.K
+    maxima = [kernels.group_max(each) for each in pre]
+    expected = reference.batch_topk_mask(pre[0], K).flatten().nonzero().flatten()
+    peer = missing("SAELens") is None
+
+    def dense(pre):
         active = torch.relu(pre).flatten()
         top = active.topk(K, sorted=False)
         return torch.zeros_like(active).scatter(0, top.indices, top.values).view_as(pre)
 
-    compiled, peer = torch.compile(eager), None
-    if importlib.util.find_spec("sae_lens"):
-        from sae_lens.saes.batchtopk_sae import BatchTopK
-
-        module = BatchTopK(shape.k)
-        peer = lambda: module(pre)
-
     def judge(found):
-        places = (
-            _flat(found, shape.F) if isinstance(found, CSR) else found.flatten().nonzero().flatten()
-        )
-        assert torch.equal(places.long(), expected), "selection: not the reference's set"
+        if isinstance(found, CSR):
+            return require_places(places(found, s.F), expected)
+        chosen = found.flatten().nonzero().flatten() if found.ndim == 2 else found.sort().values
+        return require_places(chosen, expected)
 
     return Op(
-        "selection",
-        shape,
-        dtype,
         {
-            "fastsae": lambda: batch_topk(pre, K, maxima).csr,
-            "fastsae, without group maxima": lambda: batch_topk(pre, K).csr,
-            "torch, eager": eager,
-            "torch, compiled": lambda: compiled(pre),
-            "SAELens": peer,
+            "fastsae": lambda i: kernels.batch_topk(pre[i], K, maxima[i]).csr,
+            "fastsae, without group maxima": lambda i: kernels.batch_topk(pre[i], K).csr,
+            **in_torch(dense, pre),
+            "torch, topk alone": lambda i: pre[i].flatten().topk(K, sorted=False).indices,
+            "SAELens": (lambda i: _saelens_selection(s.k)(pre[i])) if peer else None,
         },
         judge,
-        shape.B * shape.F // 32 * 4 * 6 + K * 128 * 6 + K * 8,
+        bytes_moved=s.B * s.F // 32 * 4 * 6 + K * 128 * 6 + K * 8,
     )
 
 
-def _encoder_inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, W, b_enc, b_dec = _start(shape, "fp32", device)
-    return x, W.T, b_enc, b_dec
+@functools.cache
+def _saelens_selection(k: float) -> Callable[[Tensor], Tensor]:
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+
+    return BatchTopK(k)
 
 
-def per_token_selection(shape: Shape, dtype: str, device: str) -> Op:
+def per_token_selection(inputs: Inputs) -> Op:
     """The k largest of each token, as sparsify selects."""
-    pre, k = _pre(shape, device), int(shape.k)
-    expected = reference.topk_mask(pre, k).flatten().nonzero().flatten()
-
-    def eager(pre=pre):
-        return torch.relu(pre).topk(k, dim=-1, sorted=False)
-
-    compiled = torch.compile(eager)
+    s, pre, k = inputs.shape, inputs.pre, int(inputs.shape.k)
+    expected = reference.topk_mask(pre[0], k).flatten().nonzero().flatten()
 
     def judge(found):
         if isinstance(found, CSR):
-            places = _flat(found, shape.F).long()
-        else:
-            row = torch.arange(shape.B, device=device)[:, None] * shape.F
-            places = (found.indices + row).flatten()[found.values.flatten() > 0].sort().values
-        assert torch.equal(places, expected), "selection: not the reference's set"
+            return require_places(places(found, s.F), expected)
+        row = torch.arange(s.B, device=inputs.device)[:, None] * s.F
+        chosen = (found.indices + row).flatten()[found.values.flatten() > 0]
+        return require_places(chosen.sort().values, expected)
 
     return Op(
-        "selection per token",
-        shape,
-        dtype,
         {
-            "fastsae": lambda: topk(pre, k),
-            "torch, eager": eager,
-            "torch, compiled": lambda: compiled(pre),
+            "fastsae": lambda i: kernels.topk(pre[i], k),
+            **in_torch(lambda pre: torch.relu(pre).topk(k, dim=-1, sorted=False), pre),
         },
         judge,
-        4 * shape.B * shape.F,
+        bytes_moved=4 * s.B * s.F + s.B * k * (128 * 5 + 8),
     )
 
 
-def decode(shape: Shape, dtype: str, device: str) -> Op:
+def transpose(inputs: Inputs) -> Op:
+    """The selected entries by latent, in the order of tokens."""
+    csr, F = inputs.csr, inputs.shape.F
+    expected = csr[0].indices.sort(stable=True).indices
+
+    def judge(found):
+        assert torch.equal(found.long(), expected), "transpose: another order"
+
+    return Op(
+        {
+            "fastsae": lambda i: kernels.csr_to_csc(csr[i], F).positions,
+            "torch, sort": lambda i: csr[i].indices.sort(stable=True).indices,
+        },
+        judge,
+        bytes_moved=inputs.shape.K * 4 * 10,
+    )
+
+
+def decode(inputs: Inputs) -> Op:
     """``x̂`` of a selection: sparse, or dense where the selection is a dense matrix."""
-    _, W, _, b_dec = _start(shape, dtype, device)
-    pre = _pre(shape, device)
-    csr = batch_topk(pre, shape.K).csr
-    z = csr.dense(shape.F).to(W.dtype)
+    s, W, b_dec, csr = inputs.shape, inputs.W, inputs.b_dec, inputs.csr
     bias = b_dec.to(W.dtype)
-    expected = reference.decode(z.float(), W.float(), b_dec)
+    expected = reference.decode(inputs.z[0].float(), W.float(), b_dec)
 
-    def eager(z=z):
-        return z @ W + bias
-
-    def bag():
-        return (
-            torch.nn.functional.embedding_bag(
-                csr.indices,
-                W,
-                csr.offsets[:-1],
-                per_sample_weights=csr.values.to(W.dtype),
-                mode="sum",
-            )
-            + bias
+    def bag(i):
+        weights = csr[i].values.to(W.dtype)
+        return bias + torch.nn.functional.embedding_bag(
+            csr[i].indices, W, csr[i].offsets[:-1], per_sample_weights=weights, mode="sum"
         )
 
-    compiled = torch.compile(eager)
     return Op(
-        "decode",
-        shape,
-        dtype,
         {
-            "fastsae": lambda: sparse_decode(csr, W, b_dec),
-            "torch, eager": eager,
-            "torch, compiled": lambda: compiled(z),
+            "fastsae": lambda i: kernels.sparse_decode(csr[i], W, b_dec),
+            **in_torch(lambda z: z @ W + bias, inputs.z),
             "torch, embedding_bag (sparsify's on a CPU)": bag,
         },
-        lambda x_hat: require_close("decode", x_hat, expected, RELATIVE[dtype]),
-        shape.K * (shape.D * W.element_size() + 8) + 4 * shape.B * shape.D,
-        2 * shape.K * shape.D,
+        lambda found: inputs.require_close("decode", found, expected),
+        bytes_moved=s.K * (s.D * W.element_size() + 8) + 4 * s.B * s.D,
+        flops=2 * s.K * s.D,
+        rate="gather",
     )
 
 
-def update(shape: Shape, dtype: str, device: str) -> Op:
+def update(inputs: Inputs) -> Op:
     """From the residual's gradient to updated weights: both gradients, projection, Adam, renormalisation."""
-    x, W, _, b_dec = _start(shape, dtype, device)
-    W = normalize_rows(W.float())
-    pre = _pre(shape, device)
-    csr = batch_topk(pre, shape.K).csr
-    csc = csr_to_csc(csr, shape.F)
-    z = csr.dense(shape.F).to(x.dtype)
-    dY = ((z.float() @ W + b_dec - x.float()) * (2 / x.numel())).to(x.dtype)
+    s, x, b_dec, csr, z = inputs.shape, inputs.x, inputs.b_dec, inputs.csr, inputs.z
+    W, low, device = reference.normalize_rows(inputs.W.float()), inputs.dtype, inputs.device
+    csc = [kernels.csr_to_csc(each, s.F) for each in csr]
+    error = [z.float() @ W + b_dec - x.float() for z, x in zip(z, x, strict=True)]
+    dY = [(each * (2 / each.numel())).to(low) for each in error]
     lr, step = torch.tensor(3e-4, device=device), torch.ones((), dtype=torch.int64, device=device)
-    copy_dtype = None if dtype == "fp32" else DTYPES[dtype]
-    rows = [Rows.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
-    vectors = [Vector.start(torch.zeros(shape.F, device=device)), Vector.start(b_dec.clone())]
+    copy_dtype = None if low == torch.float32 else low
+    rows = [kernels.MatrixState.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
+    vectors = [
+        kernels.BiasState.start(torch.zeros(s.F, device=device)),
+        kernels.BiasState.start(b_dec.clone()),
+    ]
 
-    def ours():
-        fused_update_(rows[0], vectors[0], rows[1], vectors[1], csr, csc, x, dY, lr, step)
+    def ours(i):
+        kernels.fused_update_(
+            rows[0], vectors[0], rows[1], vectors[1], csr[i], csc[i], x[i], dY[i], lr, step
+        )
         return rows[0].m, rows[1].m
 
-    def dense_gradients(z, dY, W_dec):
+    def dense_gradients(z, x, dY, W_dec):
         dz = (dY @ W_dec.to(dY.dtype).T) * (z > 0)
         W_enc_gradient = dz.T.float() @ (x.float() - b_dec)
         gradient = (z.T @ dY).float()
@@ -241,12 +278,13 @@ def update(shape: Shape, dtype: str, device: str) -> Op:
 
     def dense(gradients):
         parameters = [W.clone().requires_grad_() for _ in range(2)]
-        adam = torch.optim.Adam(parameters, lr=3e-4, fused=True)
+        on_gpu = device.startswith("cuda")
+        adam = torch.optim.Adam(parameters, lr=3e-4, fused=True, capturable=on_gpu)
 
-        def call():
+        def call(i):
             with torch.no_grad():
                 w = parameters[1].detach()
-                for p, g in zip(parameters, gradients(z, dY, w), strict=True):
+                for p, g in zip(parameters, gradients(z[i], x[i], dY[i], w), strict=True):
                     p.grad = g
                 adam.step()
                 w /= w.norm(dim=1, keepdim=True)
@@ -254,23 +292,83 @@ def update(shape: Shape, dtype: str, device: str) -> Op:
 
         return call
 
-    expected = dense_gradients(z.float(), dY.float(), W)
+    expected = dense_gradients(z[0].float(), x[0], dY[0].float(), W)
 
     def judge(moments):
         for name, found, gradient in zip(("W_enc", "W_dec"), moments, expected, strict=True):
-            require_close(f"first moment of {name}", found, 0.1 * gradient, RELATIVE[dtype])
+            inputs.require_close(f"first moment of {name}", found, 0.1 * gradient)
 
-    per_weight = 24 if copy_dtype is None else 26
     return Op(
-        "update",
-        shape,
-        dtype,
         {
             "fastsae": ours,
             "torch, eager": dense(dense_gradients),
             "torch, compiled": dense(torch.compile(dense_gradients)),
         },
         judge,
-        2 * shape.D * shape.F * per_weight + shape.K * shape.D * 4,
-        8 * shape.K * shape.D,
+        bytes_moved=2 * s.D * s.F * (24 if copy_dtype is None else 26) + s.K * s.D * 4,
+        flops=8 * s.K * s.D,
     )
+
+
+def aux_k(inputs: Inputs) -> Op:
+    """Aux-k's loss and gradients with a twelfth of the latents dead, and D / 2 of those a token."""
+    s, x, W, b_enc, b_dec = inputs.shape, inputs.x, inputs.W, inputs.b_enc, inputs.b_dec
+    since = torch.zeros(s.F, dtype=torch.int64, device=inputs.device)
+    since[::12] = 1
+    dead, n_dead, k_aux = since > 0, int(since.sum()), max(1, s.D // 2)
+    generator = torch.Generator().manual_seed(2)
+    residual = torch.randn(VARIANTS, s.B, s.D, generator=generator).to(inputs.device)
+
+    def ours(i):
+        return kernels.aux_k_gradients(
+            x[i].float(), residual[i], W, b_enc, W, b_dec, since,
+            dead_after=1, max_dead=n_dead, k_aux=k_aux,
+        ).loss  # fmt: skip
+
+    def dense(i):
+        low = torch.autocast(x[i].device.type, torch.bfloat16, enabled=inputs.name == "bf16")
+        W_enc, W_dec = (W.float().requires_grad_() for _ in range(2))
+        with torch.enable_grad(), low:
+            pre = (x[i].float() - b_dec) @ W_enc.T + b_enc
+            loss = reference.aux_k_loss(pre, residual[i], W_dec, dead, k_aux)
+            loss.backward()
+        return loss.detach()
+
+    expected = reference.aux_k_loss(inputs.pre[0], residual[0], W.float(), dead, k_aux)
+    return Op(
+        {"fastsae": ours, "torch, eager": dense},
+        lambda loss: inputs.require_close("aux-k's loss", loss, expected),
+        bytes_moved=4 * n_dead * s.D * W.element_size() + 4 * s.B * (n_dead + 2 * s.D),
+        flops=5 * 2 * s.B * s.D * n_dead,
+    )
+
+
+OPS: dict[str, tuple[Callable[[Inputs], Op], tuple[str, ...]]] = {
+    "encode": (encode, ("fp32", "bf16")),
+    "group maxima": (group_maxima, ("fp32",)),
+    "selection": (selection, ("fp32",)),
+    "selection per token": (per_token_selection, ("fp32",)),
+    "transpose": (transpose, ("fp32",)),
+    "decode": (decode, ("fp32", "bf16")),
+    "update": (update, ("fp32", "bf16")),
+    "aux-k": (aux_k, ("fp32", "bf16")),
+}
+"""Each operation, and the types of operands at which it is timed."""
+
+
+def build(name: str, shape: Shape, dtype: str, device: str) -> Op:
+    """Operation ``name`` of ``OPS`` at one size."""
+    op = OPS[name][0](Inputs(shape, dtype, device))
+    op.group, op.dtype = f"{name} | {shape} {dtype}", dtype
+    return op
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Operation, dtype and provider of everything there is to time."""
+    small = Shape(8, 32, 64, 2)
+    return [
+        (name, dtype, provider)
+        for name, (_, dtypes) in OPS.items()
+        for dtype in dtypes
+        for provider in build(name, small, dtype, "cpu").providers
+    ]

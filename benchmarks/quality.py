@@ -6,7 +6,7 @@
 
 Every trainer gets the same batches of real activations (residual stream of the demo's language model
 on the demo's text), in the same order, for the same number of steps, with the same lr, k, Adam betas
-and count of tokens after which a latent is dead; see ``peers.py``. What they trained is converted
+and count of tokens after which a latent is dead; see ``trainers``. What they trained is converted
 through their own files and measured by ``fastsae.evaluate`` on activations of documents that nobody
 trained on. Seeds are paired: a seed gives one draw of the training activations, used by all, and each
 trainer's initial weights.
@@ -21,26 +21,26 @@ import argparse
 import csv
 import functools
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import peers
 import torch
-from measure import cpu_name
-from peers import Setting
+from measure import Shape, environment
+from results import HISTORY, RESULTS, append, long_rows
 from torch import Tensor
+from trainers import OURS, TRAINERS, Problem
 
-import fastsae
-from fastsae import evaluate
+from fastsae import SAE, evaluate
+from fastsae.cli.presets import demo_config
+from fastsae.data.stream import open_stream
 
-RESULTS = Path(__file__).parent / "results"
+Scores = dict[str, Any]
+"""What a run reached, with its case, trainer and seed."""
+
 SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 0.005
 TRAINING_ROWS, HELD_OUT_ROWS = 1_500_000, 65_536
@@ -60,17 +60,13 @@ class Case:
     lr: float = 3e-4
     dead_share: float = 0.1
 
-    def setting(self, d_in: int, seed: int) -> Setting:
-        tokens = self.batch_size * self.steps
-        return Setting(
-            d_in=d_in,
-            d_sae=self.d_sae,
-            k=self.k,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            dead_after_tokens=round(self.dead_share * tokens),
-            lr=self.lr,
-            seed=seed,
+    def problem(self, pool: Tensor, seed: int) -> Problem:
+        """What every trainer gets: batches of rows of ``pool [n, D]``, drawn by the seed."""
+        shape = Shape(self.batch_size, pool.shape[1], self.d_sae, self.k)
+        batches = draw_batches(pool, self.batch_size, self.steps, seed)
+        dead_after = round(self.dead_share * self.batch_size * self.steps)
+        return Problem(
+            shape, batches, steps=self.steps, lr=self.lr, dead_after=dead_after, seed=seed
         )
 
 
@@ -81,37 +77,18 @@ CASES = {
 }
 """Two sizes at the recipe's lr, and one at ten times that, where latents die."""
 
-Trainer = Callable[[list[Tensor], Setting], fastsae.SAE]
-
-
-def train_fastsae(batches: list[Tensor], setting: Setting) -> fastsae.SAE:
-    config = fastsae.TrainConfig(
-        d_sae=setting.d_sae,
-        k=setting.k,
-        batch_size=setting.batch_size,
-        tokens=setting.tokens,
-        lr=setting.lr,
-        dead_after_tokens=setting.dead_after_tokens,
-        seed=setting.seed,
-        device="cpu",
-    )
-    return fastsae.train(batches, config)
-
-
-OURS = "fastsae"
-TRAINERS: dict[str, Trainer] = {
-    OURS: train_fastsae,
-    "SAELens, defaults": peers.train_saelens,
+VARIANTS: dict[str, Callable[[Problem], SAE]] = {
+    OURS: TRAINERS[OURS].train_sae,
+    "SAELens, defaults": TRAINERS["SAELens"].train_sae,
     "SAELens, scaled input": functools.partial(
-        peers.train_saelens, normalize_activations="expected_average_only_in"
+        TRAINERS["SAELens"].train_sae, normalize_activations="expected_average_only_in"
     ),
-    "dictionary_learning, defaults": functools.partial(
-        peers.train_dictionary_learning, normalize_activations=False
-    ),
+    "dictionary_learning, defaults": TRAINERS["dictionary_learning"].train_sae,
     "dictionary_learning, scaled input": functools.partial(
-        peers.train_dictionary_learning, normalize_activations=True
+        TRAINERS["dictionary_learning"].train_sae, normalize_activations=True
     ),
 }
+"""The trainers, each in the ways that are compared."""
 
 
 # --- one run ---
@@ -120,9 +97,6 @@ TRAINERS: dict[str, Trainer] = {
 @functools.lru_cache(maxsize=1)
 def activations(layer: int, rows: int, held_out: int) -> tuple[Tensor, Tensor]:
     """``rows`` activations to train on and ``held_out`` others, of other documents: both ``[n, D]``."""
-    from fastsae.cli.presets import demo_config
-    from fastsae.data.stream import open_stream
-
     stream = open_stream(
         demo_config(layer=layer, eval_tokens=held_out, batch_size=4096, seed=0, device="cpu")
     )
@@ -134,22 +108,20 @@ def activations(layer: int, rows: int, held_out: int) -> tuple[Tensor, Tensor]:
     return torch.cat(parts)[:rows], stream.held_out()[0]
 
 
-def draw_batches(pool: Tensor, setting: Setting) -> list[Tensor]:
+def draw_batches(pool: Tensor, size: int, steps: int, seed: int) -> list[Tensor]:
     """The batches of a seed: rows of ``pool [n, D]`` without repetition, in random order."""
-    if len(pool) < setting.tokens:
+    if len(pool) < size * steps:
         sys.exit(
-            f"the text gives {len(pool):,} activations, fewer than the {setting.tokens:,} of a run"
+            f"the text gives {len(pool):,} activations, fewer than the {size * steps:,} of a run"
         )
-    generator = torch.Generator().manual_seed(setting.seed)
-    order = torch.randperm(len(pool), generator=generator)[: setting.tokens]
-    return list(pool[order].split(setting.batch_size))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pool), generator=generator)[: size * steps]
+    return list(pool[order].split(size))
 
 
-def measure(
-    train: Trainer, batches: list[Tensor], setting: Setting, held_out: Tensor
-) -> dict[str, Any]:
-    """Train on ``batches`` and evaluate on ``held_out``, selecting over the batch and by threshold."""
-    sae = train([batch.clone() for batch in batches], setting)
+def scores(train: Callable[[Problem], SAE], problem: Problem, held_out: Tensor) -> Scores:
+    """Train on the problem's batches and evaluate on ``held_out``, over the batch and by threshold."""
+    sae = train(replace(problem, batches=[batch.clone() for batch in problem.batches]))
     batch = evaluate(sae, held_out, "batch")["batch"]
     threshold = evaluate(sae, held_out, "threshold")["threshold"]
     return {
@@ -167,30 +139,22 @@ COMPARED = ("explained_variance", "alive_fraction", "threshold_explained_varianc
 CRITERIA = ("explained_variance", "alive_fraction")
 
 
-def compare(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(rows: Iterable[Scores]) -> list[dict[str, Any]]:
     """Paired differences, fastsae less the peer, over the seeds that both have; one dict a case and peer."""
     runs = {(row["case"], row["trainer"], int(row["seed"])): row for row in rows}
     found = []
-    for case in dict.fromkeys(case for case, _, _ in runs):
-        for peer in dict.fromkeys(t for c, t, _ in runs if c == case and t != OURS):
-            seeds = sorted(
-                seed for c, t, seed in runs if (c, t) == (case, peer) and (case, OURS, seed) in runs
-            )
-            if not seeds:
-                continue
-            result: dict[str, Any] = {"case": case, "peer": peer, "seeds": seeds}
-            for metric in COMPARED:
-                differences = [
-                    float(runs[case, OURS, seed][metric]) - float(runs[case, peer, seed][metric])
-                    for seed in seeds
-                ]
-                n = len(differences)
-                error = stdev(differences) / n**0.5 if n > 1 else float("nan")
-                result[metric] = {"difference": mean(differences), "standard_error": error}
-            result["passes"] = all(
-                passes(result[m]["difference"], result[m]["standard_error"]) for m in CRITERIA
-            )
-            found.append(result)
+    for case, peer in dict.fromkeys((case, name) for case, name, _ in runs if name != OURS):
+        seeds = sorted(s for c, t, s in runs if (c, t) == (case, peer) and (case, OURS, s) in runs)
+        if not seeds:
+            continue
+        result: dict[str, Any] = {"case": case, "peer": peer, "seeds": seeds}
+        for metric in COMPARED:
+            pairs = [[float(runs[case, who, s][metric]) for who in (OURS, peer)] for s in seeds]
+            differences, n = [ours - theirs for ours, theirs in pairs], len(seeds)
+            error = stdev(differences) / n**0.5 if n > 1 else float("nan")
+            result[metric] = {"difference": mean(differences), "standard_error": error}
+        result["passes"] = all(passes(**result[metric]) for metric in CRITERIA)
+        found.append(result)
     return found
 
 
@@ -199,7 +163,19 @@ def passes(difference: float, standard_error: float) -> bool:
     return difference >= -MARGIN or difference + standard_error >= 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def means(rows: Iterable[Scores]) -> dict[tuple[str, str], Scores]:
+    """By case and trainer: each score's mean over the seeds, and how many ``seeds`` there are."""
+    runs: dict[tuple[str, str], list[Scores]] = {}
+    for row in rows:
+        runs.setdefault((row["case"], row["trainer"]), []).append(row)
+    return {
+        key: {name: mean(float(run[name]) for run in mine) for name in (*COMPARED, "threshold_l0")}
+        | {"seeds": len(mine)}
+        for key, mine in runs.items()
+    }
+
+
+def table(rows: list[Scores]) -> str:
     """Markdown: the mean of each trainer, and fastsae's paired difference to it."""
     comparisons = {(c["case"], c["peer"]): c for c in compare(rows)}
     lines = [
@@ -207,34 +183,25 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| by threshold: EV | L0 | not below |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    by_trainer: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        by_trainer.setdefault((row["case"], row["trainer"]), []).append(row)
-    for (case, trainer), runs in by_trainer.items():
-        comparison = comparisons.get((case, trainer))
-        means = {
-            name: mean(float(run[name]) for run in runs) for name in (*COMPARED, "threshold_l0")
-        }
+    for (case, trainer), found in means(rows).items():
+        to_ours = comparisons.get((case, trainer))
+        paired = [to_ours[name] for name in CRITERIA] if to_ours else []
+        differences = [f"{p['difference']:+.4f} ± {p['standard_error']:.4f}" for p in paired]
+        differences += [""] * (len(CRITERIA) - len(differences))
         lines.append(
             f"| {case} | {trainer} "
-            f"| {means['explained_variance']:.4f} | {_difference(comparison, 'explained_variance')} "
-            f"| {means['alive_fraction']:.4f} | {_difference(comparison, 'alive_fraction')} "
-            f"| {means['threshold_explained_variance']:.4f} | {means['threshold_l0']:.2f} "
-            f"| {'' if comparison is None else 'yes' if comparison['passes'] else '**no**'} |"
+            f"| {found['explained_variance']:.4f} | {differences[0]} "
+            f"| {found['alive_fraction']:.4f} | {differences[1]} "
+            f"| {found['threshold_explained_variance']:.4f} | {found['threshold_l0']:.2f} "
+            f"| {'' if to_ours is None else 'yes' if to_ours['passes'] else '**no**'} |"
         )
     return "\n".join(lines)
-
-
-def _difference(comparison: dict[str, Any] | None, metric: str) -> str:
-    if comparison is None:
-        return ""
-    return f"{comparison[metric]['difference']:+.4f} ± {comparison[metric]['standard_error']:.4f}"
 
 
 # --- files ---
 
 
-def read_runs(out: Path) -> list[dict[str, Any]]:
+def read_runs(out: Path) -> list[Scores]:
     path = out / "quality_runs.csv"
     if not path.exists():
         return []
@@ -242,7 +209,7 @@ def read_runs(out: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def write_runs(out: Path, rows: list[dict[str, Any]]) -> None:
+def write_runs(out: Path, rows: list[Scores]) -> None:
     """The runs in the order of cases, trainers and seeds, and the comparison with all that it rests on."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "quality_runs.csv").open("w", newline="") as file:
@@ -254,38 +221,27 @@ def write_runs(out: Path, rows: list[dict[str, Any]]) -> None:
         "margin": MARGIN,
         "cases": {name: asdict(case) for name, case in CASES.items()},
         "activations": {"training": TRAINING_ROWS, "held_out": HELD_OUT_ROWS},
-        "environment": environment(),
+        "environment": environment("cpu"),
     }
     (out / "quality.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def merge(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+def merge(rows: list[Scores], new: Scores) -> list[Scores]:
     """``rows`` with ``new`` in place of an older run of the same case, trainer and seed; in order."""
-
-    def key(row: dict[str, Any]) -> tuple[int, int, int]:
-        return (
-            list(CASES).index(row["case"]),
-            list(TRAINERS).index(row["trainer"]),
-            int(row["seed"]),
-        )
-
+    cases, trainers = list(CASES), list(VARIANTS)
+    key = lambda r: (cases.index(r["case"]), trainers.index(r["trainer"]), int(r["seed"]))
     return sorted([*(row for row in rows if key(row) != key(new)), new], key=key)
 
 
-def environment() -> dict[str, Any]:
-    packages = ("torch", "numpy", "transformers", "sae-lens", "dictionary-learning", "glassllm")
-    versions = {"fastsae": fastsae.__version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
+def history_rows(rows: list[Scores]) -> list[dict[str, Any]]:
+    """Means over the seeds, as rows of ``results``."""
+    return [
+        {
+            "kind": "quality", "group": case, "trainer": trainer, "rounds": found.pop("seeds"),
+            "values": {name.replace("_", " "): (value, "") for name, value in found.items()},
+        }
+        for (case, trainer), found in means(rows).items()
+    ]  # fmt: skip
 
 
 # --- command line ---
@@ -300,7 +256,7 @@ def main() -> None:
         "--table", action="store_true", help="print the table of --out, train nothing"
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
+    parser.add_argument("--trainers", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -310,21 +266,24 @@ def main() -> None:
     if args.table:
         print(table(rows) if rows else f"no results in {args.out}")
         return
+    new = []
     for name in args.cases:
         case = CASES[name]
         pool, held_out = activations(case.layer, TRAINING_ROWS, HELD_OUT_ROWS)
         for seed in args.seeds:
-            setting = case.setting(pool.shape[1], seed)
-            batches = draw_batches(pool, setting)
+            problem = case.problem(pool, seed)
             for trainer in args.trainers:
-                result = measure(TRAINERS[trainer], batches, setting, held_out)
-                rows = merge(rows, {"case": name, "trainer": trainer, "seed": seed, **result})
+                result = scores(VARIANTS[trainer], problem, held_out)
+                new.append({"case": name, "trainer": trainer, "seed": seed, **result})
+                rows = merge(rows, new[-1])
                 write_runs(args.out, rows)
                 print(
                     f"{name} | seed {seed} | {trainer}: EV {result['explained_variance']:.4f}, "
                     f"alive {result['alive_fraction']:.4f}",
                     flush=True,
                 )
+    history = HISTORY if args.out == RESULTS else args.out / HISTORY.name
+    append(history, long_rows(environment("cpu"), history_rows(new)))
     print(table(rows))
 
 

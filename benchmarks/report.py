@@ -1,97 +1,80 @@
-"""From pytest-benchmark's JSON to the README's table and plots.
+"""From results to tables and plots, and what moved between two commits.
 
-    pytest benchmarks --benchmark-json=a.json
-    python benchmarks/report.py a.json b.json      condense into results/, write the README and the plots
-    python benchmarks/report.py                    the README and plots again, from the committed results
+    pytest benchmarks --out FILE.json
+    python benchmarks/report.py FILE.json        publish: into results/, the README and docs/
+    python benchmarks/report.py                  README, docs and plots again, from the committed results
+    python benchmarks/report.py --compare A B    what moved by more than 5 % between two commits
 
 A row measured again replaces the older one; each keeps the hardware, versions and date it was measured
-with. What was refused by a gate is in no JSON, hence in no table.
+with. What was refused by a gate has no time, hence stands in no table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import median, mode
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "performance.json"
-README = ROOT / "README.md"
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import results
+from matplotlib.figure import Figure
+from results import HISTORY, ROOT, Row, Run, rows_of
+
+from fastsae.cli.plan import Rates, step_seconds
+
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OURS = "fastsae"
 STAGES = ("encode", "selection", "decode", "update")
+HEADLINE = ("llamascopium", "SAELens", "dictionary_learning", "sparsify", "torch, eager")
+"""Beside whom the first chart shows our step: the first four that there are times of."""
 
 
-# --- results ---
+# --- tables ---
 
 
-def condense(data: dict[str, Any]) -> dict[str, Any]:
-    """One run of pytest-benchmark: what it was measured on, and one row a benchmark."""
-    about = {**data["machine_info"], "commit": (data.get("commit_info") or {}).get("id", "")[:7]}
-    rows = []
-    for bench in data["benchmarks"]:
-        seconds = [float(f"{s:.4g}") for s in bench["stats"]["data"]]
-        rows.append({"group": bench["group"], "seconds": seconds, **bench["extra_info"]})
-    return {"about": about, "rows": rows}
-
-
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["group"], row["trainer"], str(row.get("axis")), str([row.get(n) for n in "BDFk"]))
-
-
-def merge(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """``runs`` and ``new``, without the rows that ``new`` measured again."""
-    again = {_key(row) for row in new["rows"]}
-    kept = [{**run, "rows": [row for row in run["rows"] if _key(row) not in again]} for run in runs]
-    return [run for run in [*kept, new] if run["rows"]]
-
-
-def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-
-
-def write_results(runs: list[dict[str, Any]], path: Path = RESULTS) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
-
-
-def rows_of(runs: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """All rows of a kind, each with the ``about`` of its run."""
-    return [
-        {**row, "about": run["about"]} for run in runs for row in run["rows"] if row["kind"] == kind
-    ]
-
-
-# --- README ---
-
-
-def section(runs: list[dict[str, Any]]) -> str:
-    """The README's section, from results alone."""
-    if not runs:
+def summary(runs: list[Run]) -> str:
+    """The README's: the chart, and its numbers with what they were measured on."""
+    if not (rows := headline(runs)):
         return "No results are published yet."
-    return "\n\n".join(
-        part
-        for part in (
-            _about(runs),
-            *_step_tables(rows_of(runs, "step")),
-            _end_to_end_table(rows_of(runs, "end to end")),
-            _op_table(rows_of(runs, "op")),
-            _scaling_table(rows_of(runs, "scaling")),
-        )
-        if part
-    )
+    chart = "![Time of a training step beside other trainers](docs/step_time.png)"
+    more = f"{_measured_on(rows[0])} More: [docs/performance.md](docs/performance.md)."
+    return f"{chart}\n\n{more}\n\n{_table(rows, 'trainer', 'a step', 'time / ours')}"
 
 
-def _about(runs: list[dict[str, Any]]) -> str:
-    machines = sorted(
-        {
-            f"{r['about']['hardware']}, {r['about']['threads']} thread{'s' * (r['about']['threads'] > 1)}"
-            for r in runs
-        }
-    )
+def headline(runs: list[Run]) -> list[Row]:
+    """The first published step without dead latents: ours and four others, the fastest first."""
+    steps = [row for row in rows_of(runs, "step") if not row["dead"]]
+    mine = {row["trainer"]: row for row in steps if row["group"] == steps[0]["group"]}
+    others = [name for name in HEADLINE if name in mine][:4]
+    return sorted((mine[name] for name in (OURS, *others)), key=_median) if OURS in mine else []
+
+
+def section(runs: list[Run]) -> str:
+    """All there is: the tables of docs/performance.md."""
+    machines = list(dict.fromkeys(_machine(run["about"]) for run in runs))
+    parts = [_about(runs) if runs else "No results are published yet."]
+    for machine in machines:
+        mine = [run for run in runs if _machine(run["about"]) == machine]
+        parts += [f"## {machine}"] if len(machines) > 1 else []
+        parts += [_step_table(rows) for rows in _groups(rows_of(mine, "step"))]
+        parts += _end_to_end_table(rows_of(mine, "end to end"))
+        parts += _op_table(rows_of(mine, "op"))
+        parts += _scaling_table(rows_of(mine, "scaling"))
+    return "\n\n".join(parts)
+
+
+def _about(runs: list[Run]) -> str:
+    machines = "; ".join(sorted({_machine(run["about"]) for run in runs}))
     dates = sorted({run["about"]["date"] for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
@@ -99,123 +82,125 @@ def _about(runs: list[dict[str, Any]]) -> str:
             versions.setdefault(name, set()).add(version)
     listed = ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in versions.items())
     return (
-        f"Measured on: {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {listed}. "
-        f"Made by `python benchmarks/report.py` from "
-        f"[`benchmarks/results/performance.json`](benchmarks/results/performance.json); rows where fastsae "
-        f"loses are shown like the others."
+        f"Measured on: {machines}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {listed}. Made by "
+        f"`python benchmarks/report.py` from [`benchmarks/results/performance.json`]"
+        f"(../benchmarks/results/performance.json); rows where fastsae loses are shown like the others."
     )
 
 
-def _seconds(value: float) -> str:
+def _step_table(rows: list[Row]) -> str:
+    name, rounds = _group(rows[0]), len(rows[0]["seconds"])
+    gate = "same F and k, few tokens" if rows[0].get("gate_shape") == "narrow" else "this size"
+    title = (
+        f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds; checked at {gate})"
+    )
+    columns = ("trainer", "a step", "time / ours", "peak memory", "memory / ours")
+    return f"{title}\n\n{_table(rows, *columns)}"
+
+
+def _end_to_end_table(rows: list[Row]) -> list[str]:
+    table = _table(sorted(rows, key=_median), "trainer", "tokens/s", "setting")
+    return ["**With the language model in the loop**", table] if rows else []
+
+
+def _op_table(rows: list[Row]) -> list[str]:
+    ordered = [row for group in _groups(rows) for row in group]
+    columns = ("operation", "by", "time", "time / ours", "peak memory", "of the roofline")
+    picture = "![Stages against the roofline](stages.png)"
+    return [*_folded("Operation by operation", _table(ordered, *columns)), picture] if rows else []
+
+
+def _scaling_table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    rows = sorted(rows, key=lambda r: ("FkB".index(r["axis"]), r[r["axis"]]))
+    usual = {name: mode(row[name] for row in rows) for name in "BDFk"}
+    fixed = " ".join(f"{name}={value:g}" for name, value in usual.items())
+    return [
+        *_folded(
+            f"Cost over F, k and B (otherwise {fixed}, {rows[0]['precision']})",
+            "Measured by itself, at another time than the comparisons above: what both have may differ by "
+            "what the machine was doing.",
+            _table(rows, "size", "a step", "tokens/s", "peak memory"),
+        ),
+        "![Tokens per second against F and k](scaling.png)",
+    ]
+
+
+def _folded(title: str, *parts: str) -> list[str]:
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
+
+
+def _table(rows: list[Row], *columns: str) -> str:
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1))]
+    lines += [tuple(COLUMNS[name](row) for name in columns) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _groups(rows: list[Row]) -> Iterator[list[Row]]:
+    """The rows of each group, the fastest first; each knows which of them is ours."""
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = sorted((row for row in rows if row["group"] == group), key=_median)
+        ours = next((row for row in mine if row["trainer"] == OURS), None)
+        yield [row | {"ours": ours} for row in mine]
+
+
+def _group(row: Row) -> str:
+    return row["group"].replace(" | ", ", ", 1)
+
+
+def _median(row: Row) -> float:
+    return median(row["seconds"])
+
+
+def _time(row: Row) -> str:
+    value = _median(row)
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if value * scale >= 1:
             return f"{value * scale:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _ratio(row: Row) -> str:
+    """As it was measured, in pairs; else that of the medians."""
+    ratio = row.get("ratio") or (row.get("ours") and _median(row) / _median(row["ours"]))
+    return f"{ratio:.2f}x" if ratio else ""
 
 
-def _step_tables(rows: list[dict[str, Any]]) -> list[str]:
-    found = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        mine = sorted((r for r in rows if r["group"] == group), key=lambda r: median(r["seconds"]))
-        ours = next((r for r in mine if r["trainer"] == OURS), None)
-        body = [
-            [
-                f"**{r['trainer']}**" if r is ours else r["trainer"],
-                _seconds(median(r["seconds"])),
-                f"{r['ratio']:.2f}x" if r.get("ratio") else "",
-                f"{r['peak_mib']:,.0f} MiB",
-                f"{r['peak_mib'] / ours['peak_mib']:.2f}x" if ours else "",
-            ]
-            for r in mine
-        ]
-        name = group.replace(" | ", ", ", 1)
-        rounds = len(mine[0]["seconds"])
-        gate = "same F and k, few tokens" if mine[0].get("gate_shape") == "narrow" else "this size"
-        found.append(
-            f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds; checked at {gate})\n\n"
-            + _table(["trainer", "a step", "time / ours", "peak memory", "memory / ours"], body)
-        )
-    return found
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "trainer": lambda row: f"**{OURS}**" if row["trainer"] == OURS else row["trainer"],
+    "a step": _time,
+    "time": _time,
+    "time / ours": _ratio,
+    "peak memory": lambda row: f"{row['peak_mib']:,.0f} MiB",
+    "memory / ours": lambda row: (
+        f"{row['peak_mib'] / row['ours']['peak_mib']:.2f}x" if row["ours"] else ""
+    ),
+    "tokens/s": lambda row: f"{row.get('B', 1) / _median(row):,.0f}",
+    "setting": lambda row: row["setting"],
+    "operation": _group,
+    "of the roofline": lambda row: (
+        f"{row['roofline_seconds'] / _median(row):.0%}" if row["trainer"] == OURS else ""
+    ),
+    "size": lambda row: f"{row['axis']} = {row[row['axis']]:g}",
+}
+COLUMNS["by"] = COLUMNS["trainer"]
 
 
-def _end_to_end_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    body = [
-        [
-            f"**{r['trainer']}**" if r["trainer"] == OURS else r["trainer"],
-            f"{1 / median(r['seconds']):,.0f}",
-            r["setting"],
-        ]
-        for r in sorted(rows, key=lambda r: median(r["seconds"]))
-    ]
-    return "**With the language model in the loop**\n\n" + _table(
-        ["trainer", "tokens/s", "setting"], body
-    )
+def _machine(about: Row) -> str:
+    return f"{about['hardware']}, {about['threads']} thread{'s' * (about['threads'] > 1)}"
 
 
-def _op_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    body = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        mine = {r["trainer"]: r for r in rows if r["group"] == group}
-        ours = mine.get(OURS)
-        for name, r in sorted(mine.items(), key=lambda item: median(item[1]["seconds"])):
-            time = median(r["seconds"])
-            body.append(
-                [
-                    group.replace(" | ", ", ", 1),
-                    f"**{name}**" if r is ours else name,
-                    _seconds(time),
-                    f"{time / median(ours['seconds']):.2f}x" if ours else "",
-                    f"{r['peak_mib']:,.0f} MiB",
-                    f"{r['roofline_seconds'] / time:.0%}" if r is ours else "",
-                ]
-            )
-    head = ["operation", "by", "time", "time / ours", "peak memory", "of the roofline"]
+def _measured_on(row: Row) -> str:
+    """What a row of steps was measured on: shape; machine; version; date; rounds."""
+    shape, about = row["group"].split(" | ", 1)[1], row["about"]
     return (
-        "<details><summary>Operation by operation</summary>\n\n"
-        + _table(head, body)
-        + "\n\n</details>\n\n![Stages against the roofline](docs/stages.png)"
+        f"{shape}; {_machine(about)}; torch {about['versions']['torch']}; {about['date']}; median of "
+        f"{len(row['seconds'])} paired rounds."
     )
 
 
-def _scaling_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    rows = sorted(rows, key=lambda r: ("FkB".index(r["axis"]), r[r["axis"]]))
-    body = []
-    for r in rows:
-        time = median(r["seconds"])
-        body.append(
-            [
-                f"{r['axis']} = {r[r['axis']]:g}",
-                _seconds(time),
-                f"{r['B'] / time:,.0f}",
-                f"{r['peak_mib']:,.0f} MiB",
-            ]
-        )
-    base = rows[0]
-    fixed = " ".join(f"{n}={_usual(rows, n):g}" for n in "BDFk")
-    return (
-        f"<details><summary>Cost over F, k and B (otherwise {fixed}, {base['precision']})</summary>\n\n"
-        + _table(["size", "a step", "tokens/s", "peak memory"], body)
-        + "\n\n</details>\n\n![Tokens per second against F and k](docs/scaling.png)"
-    )
-
-
-def _usual(rows: list[dict[str, Any]], name: str) -> float:
-    values = [row[name] for row in rows]
-    return max(set(values), key=values.count)
-
-
-def write_readme(text: str, path: Path = README) -> None:
+def write_between_markers(text: str, path: Path) -> None:
     """Replace what stands between the markers. Raises ValueError where there are none."""
     whole = path.read_text(encoding="utf-8")
     if whole.count(BEGIN) != 1 or whole.count(END) != 1:
@@ -225,102 +210,148 @@ def write_readme(text: str, path: Path = README) -> None:
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
+DOCUMENTS: dict[Path, Callable[[list[Run]], str]] = {README: summary, PERFORMANCE: section}
+"""What is made of the results, and where it stands."""
+
+
 # --- plots ---
 
 
-def plot_stages(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_step_time(rows: list[Row], path: Path) -> None:
+    """The first chart: a step of each trainer, with what it was measured on."""
+    times, size = [_median(row) for row in rows], (8, 0.52 * len(rows) + 1.35)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    colours = ["#d1495b" if row["trainer"] == OURS else "#b8bfc6" for row in rows]
+    axes.barh(range(len(rows)), times, color=colours, height=0.68)
+    for place, (row, time) in enumerate(zip(rows, times, strict=True)):
+        text, weight = f"{_time(row)}   {_ratio(row)}", "normal"
+        if row["trainer"] == OURS:
+            text, weight = _time(row), "bold"
+        axes.text(time + 0.01 * max(times), place, text, va="center", fontsize=12, weight=weight)
+    names = ["plain torch" if row["trainer"] == "torch, eager" else row["trainer"] for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=12)
+    axes.set(xticks=[], xlim=(0, 1.2 * max(times)))
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Time of one training step (less is better)", loc="left", fontsize=13)
+    caption = _measured_on(rows[0]).replace("; ", "\n", 1)
+    figure.supxlabel(caption, fontsize=9.5, x=0.01, ha="left", color="#444444")
+    _save(figure, path, dpi=200)
+
+
+def plot_stages(rows: list[Row], path: Path) -> None:
     """Time of each stage, ours and eager torch's, beside the least that the machine's rates allow."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     rows = [r for r in rows if r["stage"] in STAGES and r["group"].endswith("fp32")]
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     width = 0.27
-    bars = {
-        "roofline": lambda r: r["roofline_seconds"],
-        OURS: lambda r: median(r["seconds"]),
-        "torch, eager": lambda r: median(r["seconds"]),
-    }
+    bars = {"roofline": lambda r: r["roofline_seconds"], OURS: _median, "torch, eager": _median}
     for number, (name, value) in enumerate(bars.items()):
-        chosen = {
-            r["stage"]: value(r)
-            for r in rows
-            if r["trainer"] == (OURS if name == "roofline" else name)
-        }
-        places = [STAGES.index(s) + (number - 1) * width for s in chosen]
+        trainer = OURS if name == "roofline" else name
+        chosen = {r["stage"]: value(r) for r in rows if r["trainer"] == trainer}
+        places = [STAGES.index(stage) + (number - 1) * width for stage in chosen]
         axes.bar(places, [1e3 * v for v in chosen.values()], width, label=name)
     axes.set(xticks=range(len(STAGES)), xticklabels=STAGES, yscale="log", ylabel="ms")
     shape = rows[0]["group"].split(" | ")[1]
     axes.set_title(f"{shape}, {rows[0]['about']['hardware']}", fontsize=9)
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
-def plot_scaling(rows: list[dict[str, Any]], ceilings: dict[str, float], path: Path) -> None:
-    """Tokens per second over F, k and B, and what ``fastsae.plan`` predicts from the machine's measured rates."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    from fastsae.cli.plan import Device, step_seconds
-
-    device = None
-    if ceilings:
-        device = Device(
-            "here", 0, ceilings["flops_fp32"], ceilings["bytes"], ceilings["bytes"], "measured"
-        )
+def plot_scaling(rows: list[Row], rates: dict[str, float], path: Path) -> None:
+    """Tokens per second over F, k and B, and what ``fastsae plan`` predicts from the machine's measured rates."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
+    low = 4 if rows[0]["precision"] == "fp32" else 2
     for axes, axis in zip(panels, ("F", "k", "B"), strict=True):
         mine = sorted((r for r in rows if r["axis"] == axis), key=lambda r: r[axis])
         at = [r[axis] for r in mine]
-        axes.plot(at, [r["B"] / median(r["seconds"]) for r in mine], "o-", label="fastsae")
-        if device:
-            low = 4 if rows[0]["precision"] == "fp32" else 2
-            roof = [
-                r["B"] / step_seconds(r["B"], r["D"], r["F"], r["k"], device, low=low) for r in mine
-            ]
-            axes.plot(at, roof, "--", color="gray", label="fastsae.plan")
+        axes.plot(at, [r["B"] / _median(r) for r in mine], "o-", label="fastsae")
+        if rates:
+            here = Rates(**rates)
+            predicted = [step_seconds(*(r[n] for n in "BDFk"), here, low=low) for r in mine]
+            speeds = [r["B"] / s for r, s in zip(mine, predicted, strict=True)]
+            axes.plot(at, speeds, "--", color="gray", label="fastsae plan")
         axes.set(xscale="log", yscale="log", xlabel=axis)
         axes.set_xticks(at, [f"{v:g}" for v in at], fontsize=7)
         axes.minorticks_off()
     panels[0].set_ylabel("tokens/s")
-    low, high = panels[0].get_ylim()
-    shown = [v for e in range(7) for v in (10**e, 2 * 10**e, 5 * 10**e) if low <= v <= high]
+    least, most = panels[0].get_ylim()
+    shown = [v for e in range(7) for v in (10**e, 2 * 10**e, 5 * 10**e) if least <= v <= most]
     panels[0].set_yticks(shown, [f"{v:,}" for v in shown], fontsize=8)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['about']['hardware']}, {rows[0]['precision']}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
-def write_plots(runs: list[dict[str, Any]], folder: Path = PLOTS) -> None:
+def write_plots(runs: list[Run], folder: Path = PLOTS) -> None:
+    """Of the machine that was published first."""
+    runs = [run for run in runs if _machine(run["about"]) == _machine(runs[0]["about"])]
     ops, scaling = rows_of(runs, "op"), rows_of(runs, "scaling")
-    ceilings = {n: median(r[n] for r in ops) for n in ("flops_fp32", "bytes")} if ops else {}
+    if steps := headline(runs):
+        plot_step_time(steps, folder / "step_time.png")
     if ops:
         plot_stages(ops, folder / "stages.png")
     if scaling:
-        plot_scaling(scaling, ceilings, folder / "scaling.png")
+        names = {"flops": "flops_fp32", "bandwidth": "bytes"} if ops else {}
+        rates = {name: median(row[key] for row in ops) for name, key in names.items()}
+        plot_scaling(scaling, rates, folder / "scaling.png")
 
 
-def main() -> None:
+# --- command line ---
+
+
+def compare(before: str, after: str, threshold: float, path: Path = HISTORY) -> int:
+    """Print what moved between two commits; 1 if fastsae became worse, 2 if they cannot be compared."""
+    history = results.read_history(path)
+    known = {line["commit"] for line in history}
+    try:
+        lines, worse = results.changes(
+            history, *(_resolve(name, known) for name in (before, after)), threshold
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return int(worse)
+
+
+def _resolve(name: str, known: set[str]) -> str:
+    """A commit as the history has it: by its 7 digits, or by any name that git understands."""
+    if name in known:
+        return name
+    command = ["git", "rev-parse", "--short=7", "--verify", "--quiet", f"{name}^{{commit}}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return found or name
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("json", nargs="*", type=Path, help="what pytest-benchmark wrote")
+    parser.add_argument("json", nargs="*", type=Path, help="results to publish")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two commits of the history")
+    parser.add_argument("--threshold", type=float, default=0.05, help="what counts as moved [0.05]")
     options = parser.parse_args()
-    runs = read_results()
+    if options.compare:
+        return compare(*options.compare, options.threshold)
+    runs = results.read_results()
     for path in options.json:
-        runs = merge(runs, condense(json.loads(path.read_text(encoding="utf-8"))))
+        run = json.loads(path.read_text(encoding="utf-8"))
+        runs = results.merge(runs, run)
+        results.append(HISTORY, results.long_rows(run["about"], run["rows"]))
     if options.json:
-        write_results(runs)
-    write_readme(section(runs))
+        results.write_results(runs)
+    for path, text in DOCUMENTS.items():
+        write_between_markers(text(runs), path)
     write_plots(runs)
     print(section(runs))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,22 +1,25 @@
-"""A trainer in a process of its own, told by lines of JSON what to do.
+"""A trainer in a process of its own.
 
-Its own process, so that one's settings, caches, threads and memory are not another's, and the peak of
-its resident memory is its own. Used through :class:`Worker`; started as ``python worker.py``.
+So one's settings, caches, threads and memory are not another's, and the peak of its resident memory is
+its own. ``FASTSAE_BENCH_QUIET=0`` shows what it prints.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
 
-if TYPE_CHECKING:
-    from trainers import Problem
+import gates
+import torch
+from measure import PeakMemory, Shape, seconds
+from trainers import TRAINERS, Problem
 
-HERE = Path(__file__).resolve().parent
+from fastsae import TrainConfig
+from fastsae_kernels import reference
 
 
 class WorkerError(RuntimeError):
@@ -27,109 +30,75 @@ class Worker:
     """A process that answers one request at a time; waits idle in between."""
 
     def __init__(self) -> None:
-        paths = [HERE, HERE.parent, HERE.parent / "kernels", os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if os.environ.get("FASTSAE_BENCH_QUIET", "1") == "1" else None,
-            env=environment,
-            text=True,
-        )
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin)
 
-    def ask(self, **request: Any) -> Any:
-        """Raises WorkerError if the trainer fails, or its process ends."""
-        assert self._process.stdin and self._process.stdout
+    def ask(self, what: str, *arguments: Any, **options: Any) -> Any:
+        """Call the method ``what`` of :class:`Server`. Raises WorkerError if it fails, or the process ends."""
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise WorkerError("the trainer's process has ended") from error
-        line = self._process.stdout.readline()
-        if not line:
-            tail = self._process.stderr.read()[-500:] if self._process.stderr else ""
-            raise WorkerError(f"the trainer's process ended: {tail}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer["value"]
+            value, error = self._pool.submit(_answer, what, arguments, options).result()
+        except BrokenProcessPool as ended:
+            raise WorkerError("the trainer's process has ended") from ended
+        if error is not None:
+            raise WorkerError(error)
+        return value
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        self._pool.shutdown()
 
 
-class _Server:
-    def __init__(self) -> None:
-        self.runner = None
+class Server:
+    """What the process does when asked; one trainer at a time."""
 
-    def check(self, name: str, **problem: Any) -> dict[str, float]:
-        from gates import check
+    def check(self, name: str, shape: Shape, **about: Any) -> dict[str, float]:
+        """The gate; what it measured."""
+        return gates.check(name, Problem.synthetic(shape, **about))
 
-        return check(name, problem_of(**problem))
-
-    def build(self, name: str, **problem: Any) -> None:
-        from measure import PeakMemory
-        from trainers import RUNNERS
-
-        self.device = problem["device"]
-        made = problem_of(**problem)
-        self.memory = PeakMemory(self.device)
-        self.memory.__enter__()
-        self.runner = RUNNERS[name](made)
-
-    def end_to_end(self, name: str, tokens: int) -> tuple[float, float]:
-        from loops import run
-
-        return run(name, tokens)
+    def build(self, name: str, shape: Shape, **about: Any) -> None:
+        """A trainer of steps on made-up batches."""
+        problem = Problem.synthetic(shape, **about)
+        self._device, self._memory = problem.device, PeakMemory(problem.device)
+        self._trainer = TRAINERS[name](problem)
 
     def run(self, steps: int) -> float:
-        from measure import seconds
+        """Seconds of ``steps`` more steps."""
+        return seconds(lambda: self._trainer.run(steps), self._device)
 
-        assert self.runner is not None
-        return seconds(lambda: self.runner.run(steps), self.device)
+    def open(self, name: str, config: TrainConfig) -> None:
+        """A trainer of whole runs; nothing is loaded yet."""
+        self._pipeline, self._config = TRAINERS[name].pipeline, config
+        self._memory = PeakMemory("cpu")
 
-    def peak(self) -> int:
-        return self.memory.update()
+    def train(self, tokens: int) -> dict[str, float]:
+        """Seconds of a run of ``tokens`` from text to SAE, by stage."""
+        self._trained = self._pipeline(replace(self._config, tokens=tokens))
+        return self._trained.seconds
 
+    def explained_variance(self) -> float:
+        """Of the SAE that the last run gave, on activations that fastsae holds out."""
+        from trainers.text import held_out
 
-BATCHES = 4
-"""Different batches that a trainer goes round."""
+        x = held_out(self._config)
+        with torch.no_grad():
+            found = torch.cat([self._trained.reconstruct(part) for part in x.split(1024)])
+        return float(reference.explained_variance(x, found))
 
-
-def problem_of(shape: list, device: str, precision: str, dead_share: float) -> Problem:
-    import torch
-    from measure import Shape, activations
-    from trainers import Problem
-
-    s, dead = Shape(*shape), None
-    if dead_share:
-        generator = torch.Generator().manual_seed(2)
-        dead = torch.zeros(s.F, dtype=torch.bool)
-        dead[torch.randperm(s.F, generator=generator)[: round(dead_share * s.F)]] = True
-        dead = dead.to(device)
-    return Problem(s, activations(s, BATCHES, device), device, precision, dead)
-
-
-def main() -> None:
-    # Answers have the real standard output to themselves: trainers print.
-    answers, sys.stdout = sys.stdout, sys.stderr
-    server = _Server()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            value = {"value": getattr(server, request.pop("do"))(**request)}
-        except Exception as error:
-            value = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        print(json.dumps(value), file=answers, flush=True)
+    def peak_mib(self) -> float:
+        """The most memory that was needed since ``build`` or ``open``."""
+        return self._memory.mib
 
 
-if __name__ == "__main__":
-    main()
+_server = Server()
+
+
+def _answer(what: str, arguments: tuple, options: dict) -> tuple[Any, str | None]:
+    try:
+        return getattr(_server, what)(*arguments, **options), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def _begin() -> None:
+    if os.environ.get("FASTSAE_BENCH_QUIET", "1") == "1":
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)

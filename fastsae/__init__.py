@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
+    from .config import Sweep, TrainConfig
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
     from .evaluation.evaluate import Evaluation, evaluate
     from .lm.held_out import HeldOutText
@@ -31,6 +31,7 @@ __all__ = [
     "Loss",
     "SplicedModel",
     "StreamError",
+    "Sweep",
     "TopK",
     "TrainConfig",
     "Trainer",
@@ -45,6 +46,7 @@ _HOME = {
     "BatchTopK": "sae.activation",
     "TopK": "sae.activation",
     "JumpReLU": "sae.activation",
+    "Sweep": "config",
     "TrainConfig": "config",
     "FastsaeError": "errors",
     "ConfigError": "errors",

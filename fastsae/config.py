@@ -1,6 +1,6 @@
 """Settings of a training run: these fields are the command line, its help text and the documentation.
 
-Imports the standard library alone, so that ``python train.py --help`` is instant.
+Imports the standard library alone, so that ``fastsae train --help`` is instant.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Defaults are the recipe: Gemma 4 E2B, layer 17, 16x, k 64, 100M tokens."""
+    """One training run, of one SAE; :class:`Sweep` is several. Defaults are the recipe: Gemma 4 E2B, layer 17, 16x, k 64, 100M tokens."""
 
     # --- language model ---
     model: str = "google/gemma-4-E2B"
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
-    layer: int | tuple[int, ...] = 17
-    """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
+    layer: int = 17
+    """Residual stream after this decoder layer (0 is the first)."""
     quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] = "nf4"
     """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
     dequantized once (faster, more memory); nf4 with bf16 compute, for models that overflow fp16; or as
@@ -63,8 +63,8 @@ class TrainConfig:
     """Leave out records that hold no text, and count them, instead of stopping at the first."""
 
     # --- sparse autoencoder ---
-    k: float | tuple[float, ...] = 64
-    """Mean active latents per token; may be fractional; several train one SAE each."""
+    k: float = 64
+    """Mean active latents per token; may be fractional."""
     d_sae: int | None = None
     """Dictionary size (latents)."""
     expansion: float | None = None
@@ -94,19 +94,19 @@ class TrainConfig:
     moments: Literal["fp32", "8bit"] = "fp32"
     """Adam's moments of the weights: fp32, or 8 bits with a scale per latent (fused step)."""
     objective: Literal["log", "plain"] = "log"
-    """What is minimised: log(error) + 300 aux, whose gradient keeps its size as the error falls, or error + aux."""
-    aux_coefficient: float = 0.0625
-    """Weight of the aux-k loss, which revives dead latents."""
+    """What is minimised: log(error) + w aux, whose gradient keeps its size as the error falls, or error + w aux."""
+    aux_coefficient: float | None = None
+    """The weight w of the aux-k loss, which revives dead latents. [log: 18.75, plain: 0.0625]"""
     aux_normalization: Literal["residual_variance", "total_variance", "none"] = "residual_variance"
     """What the aux-k error is divided by."""
     k_aux: int | None = None
     """Dead latents per token in the aux-k loss. [2 k]"""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it was not active for this many tokens."""
-    seed: int | tuple[int, ...] = 17
-    """Seed of the initial weights (several train one SAE each) and, without --stream-seed, of the stream."""
+    seed: int = 17
+    """Seed of the initial weights and, without --stream-seed, of the stream."""
     stream_seed: int | None = None
-    """Seed of the order of the text and the mixing of activations. [the first --seed]"""
+    """Seed of the order of the text and the mixing of activations. [--seed]"""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -124,7 +124,7 @@ class TrainConfig:
     out: str | None = None
     """Folder of runs. [runs]"""
     name: str | None = None
-    """Name of the run; of several, what each name begins with. [made from model, layer, k and seed]"""
+    """Name of the run. [made from model, layer, k and seed]"""
     checkpoint_every_tokens: int = 8_000_000
     """Write a resumable checkpoint each time this many tokens were seen."""
     keep_checkpoints: int = 3
@@ -149,161 +149,61 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dataset_config is None and self.dataset == TrainConfig.dataset:
             object.__setattr__(self, "dataset_config", "sample-10BT")  # of this data set alone
-        self._require_each("layer", _is_int, "a whole number of at least 0")
-        self._require_each("seed", _is_int, "a whole number of at least 0")
-        self._require_each("k", _is_positive, "a finite number above 0")
-        if self.stream_seed is not None:
-            self._require_int("stream_seed", 0)
-        for field in _AT_LEAST_ONE:
-            if getattr(self, field) is not None:
-                self._require_int(field, 1)
-        self._require_number("lr", above=0)
-        self._require_number("aux_coefficient", at_least=0)
-        for field in ("expansion", "k_initial", "clip_norm"):
-            if getattr(self, field) is not None:
-                self._require_number(field, above=0)
-        for field in ("lr_warmup_tokens", "lr_decay_tokens"):
-            self._require_int(field, 0)
+        if isinstance(self.text_files, str):
+            object.__setattr__(self, "text_files", (self.text_files,))
+        for name, least in _WHOLE_NUMBERS.items():
+            valid = lambda value, least=least: isinstance(value, int) and value >= least
+            self._require(name, valid, f"a whole number of at least {least}")
+        for name, bound in _ABOVE.items():
+            valid = lambda value, bound=bound: _is_finite(value) and value > bound
+            self._require(name, valid, f"a finite number above {bound}")
+        valid = lambda value: _is_finite(value) and value >= 0
+        self._require("aux_coefficient", valid, "a finite number of at least 0")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}"
+                )
         if self.moments == "8bit" and self.step == "autograd":
             raise ConfigError(
                 "moments = '8bit' belongs to the fused step; use --step fused, or --moments fp32"
             )
-        if self.outlier_norm is not None:
-            self._require_number("outlier_norm", above=1)
         if self.d_sae is not None and self.expansion is not None:
             raise ConfigError(
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
                 f"give one of them"
             )
-        if self.d_sae is not None and max(self.ks) > self.d_sae:
+        if self.d_sae is not None and self.k > self.d_sae:
             raise ConfigError(
-                f"k = {max(self.ks):g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
+                f"k = {self.k:g} is more than d_sae = {self.d_sae}: a token cannot activate more latents "
                 f"than there are; lower k or raise d_sae"
             )
-        if self.context_length < 2:
-            raise ConfigError(f"context_length must be at least 2, got {self.context_length}")
-        if isinstance(self.text_files, str):
-            object.__setattr__(self, "text_files", (self.text_files,))
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ConfigError(
-                    f"{field} = {getattr(self, field)!r} is not one of {', '.join(map(repr, choices))}"
-                )
-        if self.device not in ("auto", "cpu", "cuda") and not (
-            self.device.startswith("cuda:") and self.device[5:].isdigit()
-        ):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r} is not auto, cpu, cuda or cuda:N")
         if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name = {self.name!r} must be a plain folder name, without '/'")
-        self._validate_hub_repo()
-
-    def _validate_hub_repo(self) -> None:
-        if self.hub_repo is None:
-            return
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.hub_repo):
+        if self.hub_repo is not None and not re.fullmatch(
+            r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.hub_repo
+        ):
             raise ConfigError(
                 f"hub_repo = {self.hub_repo!r} is not owner/name, nor an owner alone (the repository is "
                 f"then called as the run)"
             )
-        count = len(self.layers) * len(self.ks) * len(self.seeds)
-        if "/" in self.hub_repo and count > 1:
-            owner = self.hub_repo.partition("/")[0]
-            raise ConfigError(
-                f"hub_repo = {self.hub_repo!r} is one repository for {count} SAEs; give the "
-                f"owner alone, --hub-repo {owner}: each SAE gets a repository called as its run"
-            )
 
-    def _require_int(self, field: str, minimum: int) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(
-                f"{field} must be a whole number of at least {minimum}, got {value!r}"
-            )
-
-    def _require_each(self, field: str, is_valid: Callable[[Any], bool], expected: str) -> None:
-        """Check one value or several, different ones; one alone is kept without its tuple."""
-        value = getattr(self, field)
-        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        for one in values:
-            if not is_valid(one):
-                raise ConfigError(f"{field} must be {expected}, got {one!r}")
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(
-                f"{field} = {values!r}: expected at least one {field}, and each of them once"
-            )
-        object.__setattr__(self, field, values[0] if len(values) == 1 else values)
-
-    def _require_number(
-        self, field: str, above: float | None = None, at_least: float | None = None
-    ) -> None:
-        value = getattr(self, field)
-        ok = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if (
-            not ok
-            or (above is not None and value <= above)
-            or (at_least is not None and value < at_least)
-        ):
-            bound = f"above {above}" if above is not None else f"of at least {at_least}"
-            raise ConfigError(f"{field} must be a finite number {bound}, got {value!r}")
-
-    # --- one SAE, or several ---
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The hooked layers, in the order given."""
-        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
-
-    @property
-    def ks(self) -> tuple[float, ...]:
-        """Every ``k``, in the order given."""
-        return self.k if isinstance(self.k, tuple) else (self.k,)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Every ``seed``, in the order given."""
-        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
-
-    @property
-    def mean_active(self) -> float:
-        """``k`` of a single SAE as the number it is."""
-        (k,) = self.ks
-        return k
-
-    @property
-    def initial_seed(self) -> int:
-        """``seed`` of a single SAE as the number it is."""
-        (seed,) = self.seeds
-        return seed
+    def _require(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+        value, optional = getattr(self, name), getattr(TrainConfig, name) is None
+        if (value is None and optional) or (not isinstance(value, bool) and is_valid(value)):
+            return
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
     @property
     def resolved_stream_seed(self) -> int:
-        """``stream_seed``, or the first ``seed``."""
-        return self.seeds[0] if self.stream_seed is None else self.stream_seed
-
-    @property
-    def runs(self) -> tuple[TrainConfig, ...]:
-        """The settings of each SAE alone: every layer with every k with every seed, on one stream."""
-        grid = tuple(itertools.product(self.layers, self.ks, self.seeds))
-        several = len(grid) > 1
-        return tuple(
-            dataclasses.replace(
-                self,
-                layer=layer,
-                k=k,
-                seed=seed,
-                stream_seed=self.resolved_stream_seed,
-                name=f"{self.name}-L{layer}-k{k:g}-seed{seed}"
-                if self.name and several
-                else self.name,
-            )
-            for layer, k, seed in grid
-        )
+        """``stream_seed``, or ``seed``."""
+        return self.seed if self.stream_seed is None else self.stream_seed
 
     @property
     def hub_repository(self) -> str | None:
-        """``owner/name`` of a single SAE's repository on the hub, if there is to be one."""
+        """``owner/name`` of the repository on the hub, if there is to be one."""
         if self.hub_repo is None or "/" in self.hub_repo:
             return self.hub_repo
         return f"{self.hub_repo}/{self.run_name}"
@@ -315,53 +215,62 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """Of a single SAE: ``name``, or one made from the settings; the same settings give the same."""
+        """``name``, or one made from the settings; the same settings give the same."""
         if self.name is not None:
             return self.name
         model = "demo" if self.demo else self.model.rstrip("/").rsplit("/", 1)[-1].lower()
-        (layer,) = self.layers
-        return f"{model}-scope-v1-L{layer}-batchtopk-k{self.mean_active:g}-seed{self.initial_seed}"
+        return f"{model}-scope-v1-L{self.layer}-batchtopk-k{self.k:g}-seed{self.seed}"
+
+    @property
+    def aux_weight(self) -> float:
+        """What aux-k weighs in the objective: ``aux_coefficient``, or the objective's own."""
+        return AUX_WEIGHTS[self.objective] if self.aux_coefficient is None else self.aux_coefficient
 
     def resolve_d_sae(self, d_in: int) -> int:
         """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""
         d_sae = self.d_sae or round((self.expansion or 16) * d_in)
-        if self.mean_active > d_sae:
+        if self.k > d_sae:
             raise ConfigError(
-                f"k = {self.mean_active:g} is more than the dictionary's {d_sae} latents "
+                f"k = {self.k:g} is more than the dictionary's {d_sae} latents "
                 f"({self.expansion or 16:g} x {d_in}); lower k or raise d_sae"
             )
         return d_sae
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Every setting by its name, ``aux_coefficient`` as it is used."""
+        return dataclasses.asdict(self) | {"aux_coefficient": self.aux_weight}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
+        """What :meth:`to_dict` gave, also after a way through JSON."""
+        return cls(**{**settings, "text_files": tuple(settings["text_files"])})
 
 
-_AT_LEAST_ONE = (
-    "context_length", "harvest_batch", "d_sae", "tokens", "batch_size", "k_aux", "dead_after_tokens",
-    "k_anneal_tokens", "pool_tokens", "eval_tokens", "checkpoint_every_tokens", "keep_checkpoints",
-    "log_every_tokens",
-)  # fmt: skip
+AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
+"""What aux-k weighs in each objective where no ``aux_coefficient`` is given.
+
+While a dead latent's second moment still holds the gradients of its life, those of aux-k must not be
+small beside them, or they do not move it; the logarithm's gradients of the error are large. More weight
+revives more latents, and costs explained variance where many die.
+"""
+
+_WHOLE_NUMBERS = {
+    "layer": 0, "seed": 0, "stream_seed": 0, "lr_warmup_tokens": 0, "lr_decay_tokens": 0,
+    "harvest_batch": 1, "d_sae": 1, "tokens": 1, "batch_size": 1, "k_aux": 1, "dead_after_tokens": 1,
+    "k_anneal_tokens": 1, "pool_tokens": 1, "eval_tokens": 1, "checkpoint_every_tokens": 1,
+    "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2,
+}  # fmt: skip
+"""The smallest value of each."""
+_ABOVE = {"k": 0, "lr": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0, "outlier_norm": 1}
 _CHOICES = {
-    "quantization": ("nf4", "nf4-dequantized", "nf4-bf16", "none"),
-    "activation_dtype": ("bf16", "fp32"),
-    "normalize": ("scalar", "none", "layer_norm"),
-    "moments": ("fp32", "8bit"),
-    "objective": ("log", "plain"),
-    "aux_normalization": ("residual_variance", "total_variance", "none"),
-    "precision": ("auto", "fp32", "tf32", "bf16"),
-    "step": ("fused", "autograd"),
-    "resume": ("auto", "never"),
-    "wandb": ("auto", "online", "offline", "disabled"),
+    name: get_args(hint)
+    for name, hint in get_type_hints(TrainConfig).items()
+    if get_origin(hint) is Literal
 }
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 MAY_CHANGE_ON_RESUME = frozenset({
@@ -370,3 +279,58 @@ MAY_CHANGE_ON_RESUME = frozenset({
 })  # fmt: skip
 """Fields that do not touch what a step computes, or whose effect is looked at in another way, as the
 commit of a revision is; any other difference makes a resumed run inconsistent."""
+
+
+class Sweep:
+    """Several SAEs on one pass of the stream: every layer with every k with every seed.
+
+    Args:
+        base: all that the SAEs have in common; its ``name`` is what their names begin with.
+        layers, ks, seeds: the values of ``layer``, ``k`` and ``seed``; that of ``base`` if absent.
+
+    Attributes:
+        runs: the settings of each SAE. It is the one that is trained on them alone.
+
+    Raises:
+        ConfigError: no value or the same one twice, an impossible one, or one repository for several SAEs.
+    """
+
+    def __init__(
+        self,
+        base: TrainConfig,
+        layers: Iterable[int] | None = None,
+        ks: Iterable[float] | None = None,
+        seeds: Iterable[int] | None = None,
+    ) -> None:
+        self.base = base
+        self.layers = _values("layer", base.layer, layers)
+        self.ks = _values("k", base.k, ks)
+        self.seeds = _values("seed", base.seed, seeds)
+        stream_seed = self.seeds[0] if base.stream_seed is None else base.stream_seed
+        base = dataclasses.replace(base, stream_seed=stream_seed)
+        grid = list(itertools.product(self.layers, self.ks, self.seeds))
+        runs = [dataclasses.replace(base, layer=la, k=k, seed=seed) for la, k, seed in grid]
+        if base.name is not None and len(runs) > 1:
+            runs = [
+                dataclasses.replace(run, name=f"{base.name}-L{run.layer}-k{run.k:g}-seed{run.seed}")
+                for run in runs
+            ]
+        self.runs = tuple(runs)
+        owner, _, repository = (base.hub_repo or "").partition("/")
+        if repository and len(runs) > 1:
+            raise ConfigError(
+                f"hub_repo = {base.hub_repo!r} is one repository for {len(runs)} SAEs; give the "
+                f"owner alone, --hub-repo {owner}: each SAE gets a repository called as its run"
+            )
+
+
+T = TypeVar("T")
+
+
+def _values(name: str, default: T, given: Iterable[T] | None) -> tuple[T, ...]:
+    values = (default,) if given is None else tuple(given)
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(
+            f"{name} = {values!r}: expected at least one {name}, and each of them once"
+        )
+    return values

@@ -1,8 +1,9 @@
-"""Which device a run uses, and how much of its memory."""
+"""Which device a run uses, in which precision, and how much of its memory."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -27,6 +28,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
             )
         resolved = torch.device("cuda", resolved.index or 0)
     return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> Any:
+    """``auto`` as the precision it stands for: bf16 on CUDA, fp32 on a CPU."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -19,3 +19,11 @@ class CheckpointError(FastsaeError, RuntimeError):
 
 class FormatError(FastsaeError, ValueError):
     """A saved SAE cannot be read, or cannot be written in the format asked for."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run; everything was saved. The text says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal = signal_number

@@ -1,6 +1,7 @@
 """What all tests share: where kernels run, and poisoned memory for the kernel tests."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this source, built once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).parents[1]
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, root]
+    subprocess.run(build, check=True, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

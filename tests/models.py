@@ -63,14 +63,14 @@ def _save(model, name: str) -> str:
 
 
 @functools.cache
-def llama() -> str:
-    """Directory of a random Llama: 4 layers, width 64, untied LM head."""
+def llama(layers: int = LLAMA_LAYERS) -> str:
+    """Directory of a random Llama: 4 layers unless told otherwise, width 64, untied LM head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=LLAMA_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -79,7 +79,8 @@ def llama() -> str:
         bos_token_id=2,
         eos_token_id=1,
     )
-    return _save(LlamaForCausalLM(config), "llama")
+    name = "llama" if layers == LLAMA_LAYERS else f"llama-{layers}-layers"
+    return _save(LlamaForCausalLM(config), name)
 
 
 def _gemma_text_config(

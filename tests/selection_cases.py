@@ -40,14 +40,14 @@ def cases(B: int = 4, F: int = 75) -> dict[str, torch.Tensor]:
     return made
 
 
-def assert_batch_topk(pre: torch.Tensor, budget: int) -> None:
+def assert_batch_topk(pre: torch.Tensor, num_selected: int) -> None:
     """Set, order, offsets, threshold and flag of the selection, and its CSC form, against the oracle."""
-    selection = batch_topk(pre, budget)
+    selection = batch_topk(pre, num_selected)
     csc = csr_to_csc(selection.csr, pre.shape[1])
     pre = pre.detach().cpu()
-    mask = reference.batch_topk_mask(pre, min(max(budget, 0), pre.numel()))
+    mask = reference.batch_topk_mask(pre, min(max(num_selected, 0), pre.numel()))
     expected, expected_csc = reference.to_csr(pre, mask), reference.to_csc(mask)
-    nnz, capacity = len(expected.values), min(max(budget, 0), pre.numel())
+    nnz, capacity = len(expected.values), min(max(num_selected, 0), pre.numel())
     values, indices, offsets = (t.cpu() for t in selection.csr)
 
     assert indices.dtype == offsets.dtype == torch.int32 and values.dtype == pre.dtype

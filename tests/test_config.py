@@ -1,6 +1,7 @@
 """The settings and the command line that is made of them."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastsae
-from fastsae.cli import command as cli
-from fastsae.config import MAY_CHANGE_ON_RESUME, TrainConfig
+from fastsae.cli import train as cli
+from fastsae.config import MAY_CHANGE_ON_RESUME, Sweep, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,15 +20,18 @@ def test_defaults_are_the_recipe() -> None:
     assert (c.model, c.layer, c.quantization) == ("google/gemma-4-E2B", 17, "nf4")
     assert (c.dataset, c.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert (c.resolve_d_sae(1536), c.k, c.batch_size, c.tokens) == (24576, 64, 1024, 100_000_000)
-    assert (c.lr, c.aux_coefficient, c.seed, c.checkpoint_every_tokens) == (
-        3e-4,
-        0.0625,
-        17,
-        8_000_000,
-    )
+    assert (c.lr, c.aux_weight, c.seed, c.checkpoint_every_tokens) == (3e-4, 18.75, 17, 8_000_000)
     assert c.run_name == "gemma-4-e2b-scope-v1-L17-batchtopk-k64-seed17"
     assert dataclasses.replace(c, tokens=16_000_000).steps == 15_625
     assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
+
+
+def test_the_weight_of_aux_k_is_the_flags_or_the_objectives() -> None:
+    assert TrainConfig(objective="plain").aux_weight == 0.0625
+    for objective in ("log", "plain"):
+        given = TrainConfig(objective=objective, aux_coefficient=0.03125)
+        assert given.aux_weight == given.to_dict()["aux_coefficient"] == 0.03125
+    assert TrainConfig().to_dict() == TrainConfig(aux_coefficient=18.75).to_dict()
 
 
 def test_not_too_many_flags() -> None:
@@ -35,15 +39,21 @@ def test_not_too_many_flags() -> None:
     assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
 
 
-def test_one_value_may_come_as_a_tuple() -> None:
-    c = TrainConfig(layer=(3,), k=(8,), seed=(1,))
-    assert (c.layer, c.k, c.seed) == (3, 8, 1)
+def test_settings_survive_a_way_through_json() -> None:
+    c = TrainConfig(layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=10)
+    found = TrainConfig.from_dict(json.loads(json.dumps(c.to_dict())))
+    assert found == dataclasses.replace(c, aux_coefficient=18.75)
+
+
+def test_a_sweep_of_nothing_is_the_one_sae() -> None:
+    c = Sweep(TrainConfig(layer=3, k=8, seed=1))
     assert (c.layers, c.ks, c.seeds) == ((3,), (8,), (1,))
+    assert c.runs == (TrainConfig(layer=3, k=8, seed=1, stream_seed=1),)
 
 
 def test_several_values_are_a_grid_on_one_stream() -> None:
-    c = TrainConfig(layer=[9, 4], k=(8, 2.5), seed=(1, 2))
-    assert (c.layer, c.layers) == ((9, 4), (9, 4))
+    c = Sweep(TrainConfig(), layers=[9, 4], ks=(8, 2.5), seeds=(1, 2))
+    assert c.layers == (9, 4)
     assert [(r.layer, r.k, r.seed) for r in c.runs] == [
         (9, 8, 1), (9, 8, 2), (9, 2.5, 1), (9, 2.5, 2), (4, 8, 1), (4, 8, 2), (4, 2.5, 1), (4, 2.5, 2),
     ]  # fmt: skip
@@ -51,26 +61,26 @@ def test_several_values_are_a_grid_on_one_stream() -> None:
     assert c.runs[3].run_name == "gemma-4-e2b-scope-v1-L9-batchtopk-k2.5-seed2"
     # Each one is the run that its own settings describe, stream seed and all.
     alone = TrainConfig(layer=4, k=2.5, seed=2, stream_seed=1)
-    assert alone.runs == (alone,) == (c.runs[7],)
-    named = dataclasses.replace(c, name="mine")
+    assert Sweep(alone).runs == (alone,) == (c.runs[7],)
+    named = Sweep(TrainConfig(name="mine"), c.layers, c.ks, c.seeds)
     assert named.runs[0].run_name == "mine-L9-k8-seed1"
     assert len({r.run_name for r in named.runs}) == 8
-    assert TrainConfig(name="mine").runs[0].run_name == "mine"
+    assert Sweep(TrainConfig(name="mine")).runs[0].run_name == "mine"
     for wrong, message in (((3, 3), "each of them once"), ((), "one layer"), ((3, -1), "got -1")):
         with pytest.raises(fastsae.ConfigError, match=message):
-            TrainConfig(layer=wrong)
+            Sweep(TrainConfig(), layers=wrong)
     with pytest.raises(fastsae.ConfigError, match="k must be a finite number above 0, got 0"):
-        TrainConfig(k=(4, 0))
+        Sweep(TrainConfig(), ks=(4, 0))
     with pytest.raises(fastsae.ConfigError, match="k = 99 is more than d_sae = 50"):
-        TrainConfig(k=(4, 99), d_sae=50)
+        Sweep(TrainConfig(k=4, d_sae=50), ks=(4, 99))
 
 
 def test_repositories_on_the_hub() -> None:
-    assert TrainConfig(hub_repo="me/mine").runs[0].hub_repository == "me/mine"
-    several = TrainConfig(hub_repo="me", k=(4, 8)).runs
+    assert TrainConfig(hub_repo="me/mine").hub_repository == "me/mine"
+    several = Sweep(TrainConfig(hub_repo="me"), ks=(4, 8)).runs
     assert several[1].hub_repository == "me/gemma-4-e2b-scope-v1-L17-batchtopk-k8-seed17"
     with pytest.raises(fastsae.ConfigError, match="one repository for 2 SAEs.*--hub-repo me:"):
-        TrainConfig(hub_repo="me/mine", k=(4, 8))
+        Sweep(TrainConfig(hub_repo="me/mine"), ks=(4, 8))
     for wrong in ("https://huggingface.co/me/mine", "a/b/c", "", "me/"):
         with pytest.raises(fastsae.ConfigError, match="is not owner/name"):
             TrainConfig(hub_repo=wrong)
@@ -101,11 +111,15 @@ def test_the_stream_has_its_own_seed_if_wanted() -> None:
         ("tokens", -1, "got -1"),
         ("layer", -1, "layer must be a whole number of at least 0, got -1"),
         ("seed", -1, "seed must be"),
-        ("context_length", 1, "context_length must be at least 2"),
+        ("context_length", 1, "context_length must be a whole number of at least 2, got 1"),
         ("device", "gpu", "'gpu' is not auto, cpu, cuda or cuda:N"),
         ("normalize", "rms", "'rms' is not one of"),
         ("quantization", "int8", "'int8' is not one of"),
         ("name", "a/b", "plain folder name"),
+        ("layer", (3, 5), "layer must be a whole number of at least 0, got (3, 5)"),
+        ("k", (4, 8), "got (4, 8)"),
+        ("seed", None, "seed must be"),
+        ("outlier_norm", 1, "outlier_norm must be a finite number above 1, got 1"),
         ("dead_after_tokens", 0, "dead_after_tokens must be"),
     ],
 )
@@ -130,7 +144,7 @@ class TestCommandLine:
     def test_flags_become_fields(self) -> None:
         c = cli.parse(
             ["--layer", "3", "--k", "32.5", "--text-files", "a.txt", "b.txt", "--d-sae", "99"]
-        )
+        ).base
         assert (c.layer, c.k, c.text_files, c.d_sae) == (3, 32.5, ("a.txt", "b.txt"), 99)
         assert c.lr == 3e-4
 
@@ -153,8 +167,10 @@ class TestCommandLine:
                 "a/b",
             ]
         )
-        assert (c.layer, c.k, c.seed) == ((8, 15), (16, 32.5), (1, 2, 3))
-        assert (c.stream_seed, c.init_from, len(c.runs)) == (9, "a/b", 12)
+        assert (c.layers, c.ks, c.seeds) == ((8, 15), (16, 32.5), (1, 2, 3))
+        assert (c.base.stream_seed, c.base.init_from, len(c.runs)) == (9, "a/b", 12)
+        with pytest.raises(fastsae.ConfigError, match="expected at least one layer"):
+            cli.parse(["--layer"])
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

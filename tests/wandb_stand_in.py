@@ -19,6 +19,8 @@ class Service:
     address: str = ""
     names: dict[str, str] = field(default_factory=dict)
     history: dict[str, list[dict]] = field(default_factory=dict)
+    resumes: bool = True
+    """Tell clients what it has of a run, so that they go on behind it."""
     down: bool = False
     """Break every connection from now on."""
 
@@ -63,9 +65,14 @@ class _Handler(BaseHTTPRequestHandler):
             reply = getattr(self, asked["operationName"], lambda variables: {})
             answer = {"data": reply(asked["variables"])}
         elif stream:
-            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            history = self.service.history.setdefault(stream[1], [])
-            history += map(json.loads, lines.get("content", []))
+            sent = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
+            lines = [
+                *self.service.history.get(stream[1], ()),
+                *map(json.loads, sent.get("content", [])),
+            ]
+            # As in the real one, a step that is sent again takes the place of the one before.
+            steps = {line["_step"]: line for line in lines}
+            self.service.history[stream[1]] = [steps[step] for step in sorted(steps)]
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -75,6 +82,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
+
+    def RunResumeStatus(self, variables: dict) -> dict:
+        name = variables["name"]
+        history = self.service.history.get(name, [])
+        model = {"id": "p", "name": variables["project"], "entity": {"id": "me", "name": "me"}}
+        bucket = {
+            "id": name,
+            "name": name,
+            "displayName": self.service.names.get(name),
+            "summaryMetrics": "{}",
+            "logLineCount": 0,
+            "historyLineCount": len(history),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(line) for line in history[-1:]]),
+            "eventsTail": "[]",
+            "config": "{}",
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+        known = self.service.resumes and name in self.service.names
+        return {"model": model | {"bucket": bucket if known else None}}
 
     def UpsertBucket(self, variables: dict) -> dict:
         name = variables["name"]

@@ -1,4 +1,4 @@
-"""The command line: one command, and options declared once."""
+"""The command line: ``fastsae train | evaluate | contrast | compare | plan``, a file for each command."""
 
 from .command import main
 

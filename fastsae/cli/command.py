@@ -1,55 +1,83 @@
-"""The command line: flags to a TrainConfig, errors to one line and exit code 2."""
+"""The command: which one is asked for, and errors as one line and an exit code.
+
+Every module named in ``COMMANDS`` has ``main(arguments, prog)``. Only the one asked for is imported,
+and a command imports torch when it runs, not before: ``--help`` is instant, and needs no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
-import tyro
+from ..errors import ConfigError, FastsaeError, Interrupted
+from ..version import __version__
 
-from ..config import TrainConfig
-from ..errors import FastsaeError
+COMMANDS = {
+    "train": "train SAEs on the residual stream of a language model",
+    "evaluate": "evaluate an SAE on text it was not trained on",
+    "contrast": "find the latents that tell two sets of texts apart",
+    "compare": "compare runs, finished or running",
+    "plan": "count the memory of a run, and predict its time from a machine's rates",
+}
 
 
-def parse(arguments: Sequence[str], description: str | None = None) -> TrainConfig:
-    """The settings that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command that ``arguments``, by default the program's own, name first.
+
+    Args:
+        prog: how the command is called in its help. [fastsae COMMAND]
+
+    Returns:
+        The exit code: 0, 2 after an error of the user, 130 when interrupted from the keyboard, or 128
+        and the signal's number when a signal ended a run that was saved.
 
     Raises:
-        ConfigError: a value is impossible.
-        SystemExit: ``--help``, or a flag that does not exist (2).
+        SystemExit: after ``--help`` (0).
     """
-    default = None  # what one setting is by default depends on others that are given
-    if "--demo" in arguments:
-        from .presets import demo_config
-
-        default = demo_config()
-        if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
-            default = replace(default, d_sae=None)
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(TrainConfig, args=list(arguments), description=description, **options)
-
-
-def main(description: str | None = None, arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for ours in ("fastsae", "fastsae_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, description)
-        from ..training.trainer import Interrupted, Trainer
-
-        try:
-            Trainer(config).fit()
-        except Interrupted as interruption:
-            print(interruption, file=sys.stderr)  # noqa: T201
-            return 128 + interruption.signal
+        _run(given, prog)
     except FastsaeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return _end(f"error: {error}", 2)
+    except Interrupted as interruption:
+        return _end(str(interruption), 128 + interruption.signal)
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was changed", file=sys.stderr)  # noqa: T201
-        return 130
+        return _end("interrupted", 130)
     return 0
+
+
+def _run(arguments: list[str], prog: str | None) -> None:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())  # noqa: T201
+    elif name == "--version":
+        print(f"fastsae {__version__}")  # noqa: T201
+    elif name in COMMANDS:
+        module = importlib.import_module(f".{name}", __package__)
+        module.main(rest, prog or f"fastsae {name}")
+    else:
+        raise ConfigError(
+            f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
+        )
+
+
+def _help() -> str:
+    return "\n".join([
+        "usage: fastsae COMMAND ...",
+        "",
+        "Exact, fast training of BatchTopK sparse autoencoders.",
+        "",
+        *(f"  {name:10}{what}" for name, what in COMMANDS.items()),
+        "",
+        "fastsae COMMAND --help lists its flags; fastsae --version says the version.",
+    ])  # fmt: skip
+
+
+def _end(said: str, code: int) -> int:
+    print(said, file=sys.stderr)  # noqa: T201
+    return code

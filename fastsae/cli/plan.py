@@ -1,52 +1,85 @@
-"""What fits on which GPU, how long a step takes there, and what a run costs, before anything is rented.
+"""What a run takes: its memory, counted, and its time and price, predicted from rates you measured.
 
-    python -m fastsae.plan                          the recipe, on every GPU of the table
-    python -m fastsae.plan --d-sae 131072 --k 128   another shape
-    python -m fastsae.plan --gib 22                 the largest dictionary for that much memory
+    fastsae plan                                    memory of the recipe
+    fastsae plan --d-sae 131072 --k 128 --gib 80    another shape, and what fits on a GPU of 80 GiB
+    fastsae plan --tflops 790 --bandwidth 4.3       time, from what the GPU multiplies and copies
 
-Memory is counted: the same tensors that a run allocates. **Times are predictions** of a roofline, each
-stage limited by what the device can multiply, copy or gather; ``Device.source`` says which of these
-rates were measured. Nothing here was confirmed by a run on the device it is about.
-
-Needs the standard library alone.
+Memory is that of the tensors a run allocates. Times are predictions of a roofline, the least that each
+stage of a step can take at the rates given; no rate is assumed. The rates above were measured on an H200.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from .options import parse
 
 GIB = 2**30
+_RECIPE = TrainConfig()
 
 
 @dataclass(frozen=True)
-class Device:
-    """Rates that bound a step, and the memory a program can have."""
+class PlanOptions:
+    """The shape of a run, and the machine it is to run on."""
 
-    name: str
-    memory_gib: float
-    flops: float  # per second, dense matrix products in the training precision
-    bandwidth: float  # bytes per second, a copy's reads and writes together
-    gather: float  # bytes per second, rows of a few KB at random places
-    source: str
+    d_in: int = 1536
+    """Width of the language model."""
+    d_sae: int = _RECIPE.resolve_d_sae(1536)
+    """Dictionary size (latents)."""
+    k: float = _RECIPE.k
+    """Mean active latents per token."""
+    batch_size: int = _RECIPE.batch_size
+    """Tokens per step."""
+    tokens: int = _RECIPE.tokens
+    """Tokens of the run."""
+    pool_tokens: int = _RECIPE.pool_tokens
+    """Activations mixed with each other before they are trained on."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Matrix products of the SAE."""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """Adam's moments."""
+    dead_share: float = 0.0
+    """Share of the latents that are dead, for the memory of the aux-k loss."""
+    gib: float | None = None
+    """The GPU's memory in GiB, to find the largest dictionary for."""
+    model_gib: float = 6.2
+    """What of it the language model takes; counted for Gemma 4 E2B in NF4 while it loads."""
+    tflops: float | None = None
+    """Measured rate of dense matrix products in --precision, in 10^12 operations per second."""
+    bandwidth: float | None = None
+    """Measured rate of a copy, reads and writes together, in 10^12 bytes per second."""
+    harvest_tokens_per_second: float | None = None
+    """Measured rate of the language model, as tokens_per_second_harvest in a run's metrics.jsonl."""
+    usd_per_hour: float | None = None
+    """Price of the machine."""
 
-
-DEVICES = (
-    Device("H200", 139, 790e12, 4.3e12, 5.5e12, "products and copy measured, gather assumed"),
-    Device("H100 80 GB", 78, 700e12, 3.0e12, 5.0e12, "assumed"),
-    Device("A100 80 GB", 79, 270e12, 1.8e12, 3.5e12, "assumed"),
-    Device("A100 40 GB", 39, 270e12, 1.4e12, 3.5e12, "assumed"),
-    Device("RTX 4090", 23.5, 155e12, 0.93e12, 3.0e12, "assumed"),
-)
-
-MODEL_GIB = 6.2
-"""Counted: Gemma 4 E2B in NF4 while it loads; once cut after layer 17 it takes 3.4."""
-MODEL_GFLOP = 1.25
-"""Assumed: per token, Gemma 4 E2B through layer 17."""
-MODEL_EFFICIENCY = 0.4
-"""Assumed: share of the device's product rate that the language model's forward pass reaches."""
-RESERVED_GIB = 1.5
-"""Assumed: the CUDA context, libraries, and the language model's own activations."""
+    def __post_init__(self) -> None:
+        shared = {f.name for f in dataclasses.fields(self)} & vars(_RECIPE).keys()
+        TrainConfig(**{name: getattr(self, name) for name in shared})  # checks them
+        rates = ("tflops", "bandwidth", "harvest_tokens_per_second", "usd_per_hour")
+        for name in ("d_in", "gib", *rates):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a positive finite number, got {value:g}")
+        if not 0 <= self.model_gib < math.inf:
+            raise ConfigError(f"model_gib must be at least 0, got {self.model_gib:g}")
+        if not 0 <= self.dead_share <= 1:
+            raise ConfigError(f"dead_share is a share of the latents, got {self.dead_share:g}")
+        if (self.tflops is None) != (self.bandwidth is None):
+            raise ConfigError(
+                "a step is predicted from two rates; give both --tflops and --bandwidth"
+            )
+        if self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
+            raise ConfigError(
+                "a run's time and price follow from a step's; give --tflops and --bandwidth too"
+            )
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -88,135 +121,118 @@ def run_bytes(
     *,
     pool_tokens: int,
     dead_share: float = 0.0,
+    copy: bool = True,
     quantized: bool = False,
 ) -> int:
     """Bytes of a whole run beside the language model: state, step, and two pools of 16-bit activations."""
-    pool = 2 * pool_tokens * D * 2
-    dead = round(dead_share * F)
-    return state_bytes(D, F, quantized=quantized) + step_bytes(B, D, F, k, dead=dead) + pool
+    pools = 2 * pool_tokens * D * 2
+    step = step_bytes(B, D, F, k, dead=round(dead_share * F))
+    return state_bytes(D, F, copy=copy, quantized=quantized) + step + pools
 
 
 def largest_F(gib: float, B: int, D: int, k: float, **options) -> int:
     """The largest multiple of 1024 latents whose run takes at most ``gib`` GiB; 0 if none does."""
-    low, high = 0, 1
-    while run_bytes(B, D, high * 1024, k, **options) <= gib * GIB:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if run_bytes(B, D, middle * 1024, k, **options) <= gib * GIB:
-            low = middle
-        else:
-            high = middle
-    return low * 1024
+    need = lambda thousands: run_bytes(B, D, thousands * 1024, k, **options)
+    return bisect_right(range(1, 2**30), gib * GIB, key=need) * 1024
 
 
 # --- time ---------------------------------------------------------------------------------------
 
 
-def stage_seconds(
-    B: int, D: int, F: int, k: float, device: Device, *, low: int = 2, quantized: bool = False
-) -> dict[str, float]:
-    """Least seconds of each stage of a step without dead latents, by what bounds it.
+@dataclass(frozen=True)
+class Rates:
+    """What a device does per second."""
+
+    flops: float
+    """Operations of dense matrix products in the training precision."""
+    bandwidth: float
+    """Bytes of a copy, reads and writes together."""
+
+
+def stage_bytes(
+    B: int, D: int, F: int, k: float, *, low: int = 2, quantized: bool = False
+) -> dict[str, int]:
+    """Fewest bytes that each stage of a step without dead latents reads and writes.
 
     ``low`` is the size of an operand in bytes: 2 in bf16, 4 in fp32 (which has no copy to write).
     """
     K = int(k * B)
     per_weight = (12 if quantized else 24) + (2 if low == 2 else 0)
     return {
-        "encode": max(
-            2 * B * D * F / device.flops, (low * (B * D + D * F) + 4 * B * F) / device.bandwidth
-        ),
-        "selection": (4 * B * F // 32 * 6 + K * 128 * 6 + K * 8) / device.bandwidth
-        + 4 * B * F / device.bandwidth,
-        "decode": K * D * low / device.gather + 12 * B * D / device.bandwidth,
-        "update": 2 * D * F * per_weight / device.bandwidth + 2 * K * D * low / device.gather,
+        "encode": low * (B * D + D * F) + 4 * B * F,
+        "selection": 4 * B * F + 4 * B * F // 32 * 6 + K * 128 * 6 + K * 8,
+        "decode": K * D * low + 12 * B * D,
+        "update": 2 * D * F * per_weight + 2 * K * D * low,
     }
 
 
-def step_seconds(B: int, D: int, F: int, k: float, device: Device, **options) -> float:
+def stage_seconds(B: int, D: int, F: int, k: float, rates: Rates, **options) -> dict[str, float]:
+    """Least seconds of each stage: those of its bytes, and of the encoder's product if they are more."""
+    moved = stage_bytes(B, D, F, k, **options)
+    seconds = {stage: count / rates.bandwidth for stage, count in moved.items()}
+    return seconds | {"encode": max(2 * B * D * F / rates.flops, seconds["encode"])}
+
+
+def step_seconds(B: int, D: int, F: int, k: float, rates: Rates, **options) -> float:
     """The stages' least seconds, one after the other."""
-    return sum(stage_seconds(B, D, F, k, device, **options).values())
-
-
-def model_seconds(tokens: int, device: Device, gflop: float = MODEL_GFLOP) -> float:
-    """Seconds of the language model's forward passes over ``tokens``."""
-    return tokens * gflop * 1e9 / (MODEL_EFFICIENCY * device.flops)
+    return sum(stage_seconds(B, D, F, k, rates, **options).values())
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
-def table(options: argparse.Namespace) -> str:
-    B, D, F, k = options.batch_size, options.d_in, options.d_sae, options.k
+def main(arguments: Sequence[str], prog: str) -> None:
+    """The command. Raises ConfigError."""
+    print("\n".join(describe(parse(PlanOptions, arguments, prog, __doc__))))  # noqa: T201
+
+
+def describe(o: PlanOptions) -> list[str]:
+    """What the command prints."""
+    shape = (o.batch_size, o.d_in, o.d_sae, o.k)
+    copy, quantized = o.precision == "bf16", o.moments == "8bit"
     extra = {
-        "pool_tokens": options.pool_tokens,
-        "dead_share": options.dead_share,
-        "quantized": options.adam_8bit,
+        "pool_tokens": o.pool_tokens,
+        "dead_share": o.dead_share,
+        "copy": copy,
+        "quantized": quantized,
     }
-    need = run_bytes(B, D, F, k, **extra) / GIB
-    beside = options.model_gib + RESERVED_GIB
+    state = state_bytes(o.d_in, o.d_sae, copy=copy, quantized=quantized) / GIB
+    step = step_bytes(*shape, dead=round(o.dead_share * o.d_sae)) / GIB
+    need = run_bytes(*shape, **extra) / GIB
     lines = [
-        f"B={B} tokens, D={D}, F={F:,} latents, k={k:g}, bf16, {'8-bit' if options.adam_8bit else 'fp32'} moments",
-        f"memory: training state {state_bytes(D, F, quantized=options.adam_8bit) / GIB:.2f} GiB, with step and pools "
-        f"{need:.2f} GiB; beside it {beside:.1f} GiB for the language model and CUDA (counted, assumed)",
+        f"{o.d_sae:,} latents of width {o.d_in}, k {o.k:g}, {o.batch_size:,} tokens a step, "
+        f"{o.precision}, {o.moments} moments",
         "",
-        f"times are PREDICTED by a roofline, none is measured; {options.tokens / 1e6:,.0f}M tokens:",
-        f"{'GPU':12} {'fits':5} {'largest F':>10} {'step':>9} {'SAE alone':>13} {'with model':>13} {'run':>8}"
-        f" {'cost':>8}  rates",
+        "memory (counted)         GiB",
+        f"  training state    {state:8.2f}",
+        f"  within a step     {step:8.2f}   at most",
+        f"  two pools         {need - state - step:8.2f}",
+        f"  together          {need:8.2f}   beside the language model and CUDA itself",
     ]
-    for device in DEVICES:
-        step = step_seconds(B, D, F, k, device, quantized=options.adam_8bit)
-        both = step + model_seconds(B, device, options.model_gflop)
-        hours = options.tokens / B * both / 3600
-        cost = f"{hours * options.price:.2f}" if options.price else "-"
-        largest = largest_F(device.memory_gib - beside, B, D, k, **extra)
-        fits = "yes" if need + beside <= device.memory_gib else "no"
+    if o.gib is not None:
+        free = o.gib - o.model_gib
+        largest = largest_F(free, o.batch_size, o.d_in, o.k, **extra)
         lines.append(
-            f"{device.name:12} {fits:5} {largest:>10,} {1e3 * step:>6.2f} ms {B / step / 1e6:>7.2f} Mtok/s"
-            f" {B / both / 1e6:>7.2f} Mtok/s {hours:>6.2f} h {cost:>8}  {device.source}"
+            f"  {'fits' if need <= free else 'does not fit'} in {o.gib:g} GiB less {o.model_gib:g} for the "
+            f"language model; the largest dictionary there is {largest:,} ({largest / o.d_in:.0f} x width)"
         )
-    if options.gib:
-        free = options.gib - beside
-        largest = largest_F(free, B, D, k, **extra)
-        lines += ["", f"{options.gib:g} GiB: largest F {largest:,} ({largest / D:.0f}x)"]
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastsae.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--d-in", type=int, default=1536, help="model width D [1536]")
-    parser.add_argument("--d-sae", type=int, default=24576, help="latents F [24576]")
-    parser.add_argument("--k", type=float, default=64, help="mean active latents per token [64]")
-    parser.add_argument("--batch-size", type=int, default=1024, help="tokens per step B [1024]")
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the run [100M]")
-    parser.add_argument(
-        "--pool-tokens", type=int, default=262_144, help="activations mixed [262144]"
-    )
-    parser.add_argument("--dead-share", type=float, default=0.0, help="share of dead latents [0]")
-    parser.add_argument("--adam-8bit", action="store_true", help="8-bit moments")
-    parser.add_argument(
-        "--model-gib", type=float, default=MODEL_GIB, help=f"language model's memory [{MODEL_GIB}]"
-    )
-    parser.add_argument(
-        "--model-gflop",
-        type=float,
-        default=MODEL_GFLOP,
-        help=f"language model's GFLOP per token [{MODEL_GFLOP}]",
-    )
-    parser.add_argument("--price", type=float, default=0.0, help="price of an hour, any currency")
-    parser.add_argument("--gib", type=float, help="memory to find the largest dictionary for")
-    options = parser.parse_args(arguments)
-    for name in ("d_in", "d_sae", "k", "batch_size", "tokens"):
-        if getattr(options, name) <= 0:
-            parser.error(
-                f"--{name.replace('_', '-')} must be positive, got {getattr(options, name):g}"
-            )
-    print(table(options))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    if o.tflops is None or o.bandwidth is None:
+        return [*lines, "", "give --tflops and --bandwidth of your GPU to have its time predicted"]
+    rates = Rates(1e12 * o.tflops, 1e12 * o.bandwidth)
+    stages = stage_seconds(*shape, rates, low=2 if copy else 4, quantized=quantized)
+    seconds = sum(stages.values())
+    lines += [
+        "",
+        f"predicted at {o.tflops:g} TFLOP/s and {o.bandwidth:g} TB/s",
+        *(f"  {stage:28}{1e3 * value:9.3f} ms" for stage, value in stages.items()),
+        f"  {'step':28}{1e3 * seconds:9.3f} ms   {o.batch_size / seconds:,.0f} tokens per second",
+    ]
+    what = "run, the SAE alone"
+    if o.harvest_tokens_per_second is not None:
+        seconds += o.batch_size / o.harvest_tokens_per_second
+        what = "run, with the language model"
+    hours = -(-o.tokens // o.batch_size) * seconds / 3600
+    lines.append(f"  {what:28}{hours:9.2f} h    {o.tokens:,} tokens")
+    if o.usd_per_hour is not None:
+        lines.append(f"  {'price':28}{hours * o.usd_per_hour:9.2f} USD")
+    return lines

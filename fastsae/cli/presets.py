@@ -30,3 +30,8 @@ _SETTINGS: dict[str, Any] = {
 def demo_config(**overrides: Any) -> TrainConfig:
     """The demo's settings; ``overrides`` are fields of ``TrainConfig`` that were given explicitly."""
     return TrainConfig(**{**_SETTINGS, **overrides})
+
+
+def preset_of(model: str) -> TrainConfig:
+    """The preset that trains on ``model``: the demo for its model, the recipe for any other."""
+    return demo_config() if model == _SETTINGS["model"] else TrainConfig()

@@ -16,7 +16,6 @@ those activations are harvested again.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,10 +28,6 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .harvest import KEPT, NONFINITE, OUTLIER, ChunkSource, to_device
-
-log = logging.getLogger(__name__)
-
-_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -192,7 +187,8 @@ class ActivationBuffer:
         if self._beside is not None:
             self._beside.synchronize()
         kept = []
-        self._look_at(torch.cat([verdict for _, verdict, _ in generation.pending] or [_NOTHING]))
+        if generation.pending:
+            self._source.require_mostly_finite(torch.cat([v for _, v, _ in generation.pending]))
         for slots, verdict, special in generation.pending:
             keep = verdict == KEPT
             nonfinite = int((verdict == NONFINITE).sum())
@@ -207,16 +203,6 @@ class ActivationBuffer:
         generation.slots = torch.cat([generation.slots, *kept])
         generation.pending = []
         self.harvest_seconds += time.perf_counter() - start
-
-    def _look_at(self, verdict: Tensor) -> None:
-        """Tell once that activations are not finite; raise StreamError if that is more than half of them."""
-        share = float((verdict == NONFINITE).double().mean()) if len(verdict) else 0.0
-        if share > 0.5:
-            raise self._source.explain(verdict)
-        if share and not self.counts.nonfinite:
-            log.warning(
-                "%s. Such rows are dropped, and counted as nonfinite", self._source.explain(verdict)
-            )
 
     def _release(self, slots: Tensor) -> None:
         self._free[self._free_count : self._free_count + len(slots)] = slots

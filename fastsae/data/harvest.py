@@ -6,9 +6,11 @@ A source of chunks is what the buffer draws from. There are two: text that a lan
 
 from __future__ import annotations
 
+import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from ..files import differences
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import CutModel, is_outlier
 from .tokens import TokenPacker
+
+log = logging.getLogger(__name__)
 
 KEPT, NONFINITE, OUTLIER = 0, 1, 2
 
@@ -40,49 +44,80 @@ class Harvest(NamedTuple):
         return self.layers if bool(keep.all()) else tuple(layer[keep] for layer in self.layers)
 
 
-class ChunkSource(Protocol):
+class ChunkSource(ABC):
     """Where a buffer's chunks come from. A chunk is whatever ``harvest`` turns into activations.
 
-    ``chunk_tokens`` is the most activations a chunk may give; ``seconds`` the time spent so far by
-    stages other than ``harvest``.
+    Attributes: ``chunk_tokens``: the most activations a chunk may give; ``d_model``; ``num_streams``: how
+    many layers are hooked; ``device`` of the activations.
     """
 
     chunk_tokens: int
     d_model: int
     num_streams: int
     device: torch.device
+    _told = False
 
     @property
-    def seconds(self) -> dict[str, float]: ...
+    @abstractmethod
+    def metadata(self) -> tuple[dict[str, Any], ...]:
+        """Where each layer's activations come from, under the names SAELens has for it."""
 
     @property
-    def metadata(self) -> tuple[dict[str, Any], ...]: ...
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far by stages other than ``harvest``."""
+        return {}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of what the activations are made from, since the start of the run."""
+        return {}
+
+    @abstractmethod
     def draw(self) -> Any | None:
         """The next chunk, or None at the end."""
-        ...
 
+    @abstractmethod
     def harvest(self, chunk: Any) -> Harvest:
         """The chunk's activations: the same bits whenever it is asked for them."""
-        ...
 
+    @abstractmethod
     def explain(self, verdict: Tensor) -> StreamError:
         """What to say of activations that are not finite, given the verdict of them and the others."""
-        ...
 
-    def held_out(self) -> tuple[Tensor, ...]: ...
+    def require_mostly_finite(self, verdict: Tensor) -> None:
+        """Tell once that activations are not finite; raise StreamError if that is more than half of them."""
+        share = float((verdict == NONFINITE).double().mean()) if len(verdict) else 0.0
+        if share > 0.5:
+            raise self.explain(verdict)
+        if share and not self._told:
+            self._told = True
+            log.warning(
+                "%s. Such rows are dropped, and counted as nonfinite", self.explain(verdict)
+            )
 
+    @abstractmethod
+    def held_out(self) -> tuple[Tensor, ...]:
+        """``[held_out_tokens, D]`` float32 for each layer, fewer if some are dropped."""
+
+    def held_out_text(self) -> HeldOutText | None:
+        """The text of these activations, where it is known."""
+        return None
+
+    @abstractmethod
     def pack(self, chunks: Sequence[Any]) -> dict[str, Tensor]:
         """Chunks as tensors to save."""
-        ...
 
-    def unpack(self, tensors: dict[str, Tensor]) -> list[Any]: ...
+    @abstractmethod
+    def unpack(self, tensors: dict[str, Tensor]) -> list[Any]:
+        """The chunks that were packed."""
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
         """``tensors`` and ``meta`` (for JSON) that the chunks after this point depend on."""
-        ...
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None: ...
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +172,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class TextChunks:
+class TextChunks(ChunkSource):
     """Text in chunks of ``harvest_batch`` rows, read by a language model.
 
     The first rows of the text, enough for ``held_out_tokens`` activations, are kept for evaluation.
@@ -170,7 +205,6 @@ class TextChunks:
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
-        """Where each layer's activations come from, under the names SAELens has for it."""
         model = self.model
         common = {
             "model_name": model.name,
@@ -196,7 +230,6 @@ class TextChunks:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of the text's documents, see ``TokenPacker.counts``."""
         return self.packer.counts
 
     def draw(self) -> Chunk | None:
@@ -227,12 +260,9 @@ class TextChunks:
         )
 
     def held_out(self) -> tuple[Tensor, ...]:
-        """``[held_out_tokens, D]`` float32 for each layer, fewer if some are dropped."""
         assert self._held_out_rows is not None
         harvests = [self.harvest(part) for part in self._held_out_rows.split(self._harvest_batch)]
-        verdict = torch.cat([harvest.verdict for harvest in harvests])
-        if bool((verdict == NONFINITE).all()):
-            raise self.explain(verdict)
+        self.require_mostly_finite(torch.cat([harvest.verdict for harvest in harvests]))
         layers = zip(*(harvest.kept() for harvest in harvests), strict=True)
         return tuple(torch.cat(layer)[: self._held_out_tokens].float() for layer in layers)
 
@@ -258,18 +288,16 @@ class TextChunks:
         parts = (tensors["tokens"].split(rows), tensors["lengths"].split(rows))
         return [Chunk(tokens, lengths) for tokens, lengths in zip(*parts, strict=True)]
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         state = self.packer.state_dict()
         tensors = {f"packer.{name}": tensor for name, tensor in state["tensors"].items()}
         if self._held_out_rows is not None:
             rows = self._held_out_rows
             tensors |= {"held_out.tokens": rows.tokens, "held_out.lengths": rows.lengths}
-        return {
-            "tensors": tensors,
-            "meta": {"packer": state["meta"], "weights": self.model.weights},
-        }
+        meta = {"packer": state["meta"], "weights": self.model.weights}
+        return {"tensors": tensors, "meta": meta}
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises CheckpointError if text or model is another one."""
         tensors, weights = state["tensors"], self.model.weights
         if changed := differences(state["meta"].get("weights", weights), weights):

@@ -21,9 +21,11 @@ from .tokens import TokenPacker
 log = logging.getLogger(__name__)
 
 
-def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
-    """The language model and the text of ``config``, without a buffer."""
-    load_config(config.model, config.layers, config.context_length, config.revision)
+def open_text_chunks(
+    config: TrainConfig, layers: Sequence[int], device: torch.device
+) -> TextChunks:
+    """The language model, hooked after ``layers``, and the text of ``config``, without a buffer."""
+    load_config(config.model, layers, config.context_length, config.revision)
     text = open_text(
         config.text_files,
         config.dataset,
@@ -36,7 +38,7 @@ def open_text_chunks(config: TrainConfig, device: torch.device) -> TextChunks:
     )
     model = CutModel.load(
         config.model,
-        config.layers,
+        layers,
         quantization=config.quantization,
         device=device,
         separate_documents=config.separate_documents,

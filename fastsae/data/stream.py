@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +14,12 @@ from ..device import resolve_device
 from ..lm.held_out import HeldOutText
 from .buffer import ActivationBuffer
 from .cache import open_cache
-from .harvest import ChunkSource, TextChunks
+from .harvest import ChunkSource
 from .opening import open_text_chunks
+from .source import ActivationSource
 
 
-class Stream:
+class Stream(ActivationSource):
     """Activations of a language model on a text: what ``Trainer`` draws from.
 
     Attributes: ``source`` of the activations; ``buffer`` that mixes them.
@@ -39,7 +41,7 @@ class Stream:
 
     def held_out_text(self) -> HeldOutText | None:
         """The text of the held-out rows; None where the activations come from a cache."""
-        return self.source.held_out_text() if isinstance(self.source, TextChunks) else None
+        return self.source.held_out_text()
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
@@ -48,37 +50,37 @@ class Stream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Activations kept, and dropped by reason, since the start of the run; and what became of the
-        documents of the text."""
-        text = self.source.counts if isinstance(self.source, TextChunks) else {}
-        return {**asdict(self.buffer.counts), **text}
+        return {**asdict(self.buffer.counts), **self.source.counts}
 
     @property
     def seconds(self) -> dict[str, float]:
         """Time this thread spent on each stage since this process opened the stream."""
         return {**self.source.seconds, "harvest": self.buffer.harvest_seconds}
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """All that the next batches depend on: ``tensors`` for safetensors, ``meta`` for JSON."""
+    def state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises CheckpointError if text or model do not fit."""
         self.buffer.load_state_dict(state)
 
 
-def open_stream(config: TrainConfig) -> Stream:
+def open_stream(config: TrainConfig, layers: Sequence[int] | None = None) -> Stream:
     """Open model and text, or the cache, and take the held-out rows.
+
+    Args:
+        layers: the hooked layers, of one forward pass; ``config.layer`` alone if absent.
 
     Raises ConfigError and StreamError for everything a user can get wrong about device, model, text
     and cache; what is quick to check is checked first. Nothing is written but a cache.
     """
     device = resolve_device(config.device)
+    layers = (config.layer,) if layers is None else layers
     source: ChunkSource
     if config.cache_dir is not None:
-        source = open_cache(config, device)
+        source = open_cache(config, layers, device)
     else:
-        source = open_text_chunks(config, device)
+        source = open_text_chunks(config, layers, device)
     buffer = ActivationBuffer(
         source,
         batch_size=config.batch_size,

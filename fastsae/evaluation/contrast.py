@@ -1,31 +1,23 @@
 """Which latents tell two sets of texts apart?
 
-    python -m fastsae.contrast SAE --positive a.jsonl --negative b.jsonl
-    python -m fastsae.contrast SAE --positive a.txt --negative b.txt --model DIR --fdr 0.01 --out DIR
-
 A document is one observation: each latent's mean activation over its tokens. Latents are compared by
-the rank-sum test, and those reported keep the false discovery rate below ``--fdr``. Equal documents of
+the rank-sum test, and those reported keep the false discovery rate below a given one. Equal documents of
 a set are one observation, and near copies stay together where something is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-from ..cli.evaluate import Source
-from ..cli.guarded import guarded
 from ..errors import ConfigError
+from ..lm.encoding import Document
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import SplicedModel
 from ..sae.module import SAE
@@ -42,28 +34,6 @@ NEAR = 0.7
 """Documents that share so many of their runs of ``SHINGLE`` tokens are near copies."""
 _RANKS = 2**24  # ranks held at a time: 128 MB
 _SHINGLES_AT_ONCE, _ROWS_AT_ONCE = 2**14, 256
-
-
-@dataclass(frozen=True)
-class ContrastConfig(Source):
-    """Compare two sets of texts latent by latent."""
-
-    positive: tuple[str, ...] = ()
-    """.txt, .jsonl or .parquet files of the first set, a document a record."""
-    negative: tuple[str, ...] = ()
-    """The same for the second set."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    fdr: float = 0.05
-    """False discovery rate among the latents reported."""
-    documents: int = 2000
-    """Documents of each set, at most; memory is two numbers per document and latent."""
-    probe_latents: int = 8
-    """Latents in the sparse probe."""
-    seed: int = 0
-    """Of the folds and of the shuffled labels."""
-    out: str | None = None
-    """Folder for contrast.json and contrast.html. [the SAE's own, if it is a folder]"""
 
 
 @dataclass
@@ -106,15 +76,22 @@ class Pooled:
 def pool(
     sae: SAE,
     model: SplicedModel,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     context_length: int,
     rows: int = 32,
     outlier_norm: float | None = None,
+    skip_bad_lines: bool = False,
 ) -> Pooled:
     """Run documents through the model and the SAE; one row for each different document with a measured
     token. Raises ConfigError if the SAE reads other activations than the model gives."""
     bos = sae.metadata.get("prepend_bos") is not False
-    text = HeldOutText.tokenize(texts, model.tokenizer, context_length, prepend_bos=bos)
+    text = HeldOutText.tokenize(
+        texts,
+        model.tokenizer,
+        context_length,
+        prepend_bos=bos,
+        skip_bad_lines=skip_bad_lines,
+    )
     require_same_activations(sae, text, model)
     text, ids, repeated = _distinct(text)
     count = len(ids)
@@ -222,18 +199,9 @@ def contrast(
 
     Raises ConfigError: too few documents, or settings that make no sense.
     """
-    if not 0 < fdr < 1:
-        raise ConfigError(f"fdr must be between 0 and 1, got {fdr!r}")
-    if probe_latents < 1:
-        raise ConfigError(f"probe_latents must be at least 1, got {probe_latents!r}")
     positive, negative = positive.distinct(), negative.distinct()
-    for name, side in (("positive", positive), ("negative", negative)):
-        if len(side.mean) < FEWEST:
-            repeated = f" that differ ({side.repeated} repeat them)" if side.repeated else ""
-            raise ConfigError(
-                f"the {name} set has {len(side.mean)} documents with text{repeated}; give at least {FEWEST}: "
-                f"a .jsonl file with one document a line, for example"
-            )
+    repeats = positive.repeated, negative.repeated
+    check(fdr, probe_latents, len(positive.mean), len(negative.mean), repeats)
     x = torch.cat([positive.mean, negative.mean])
     active = torch.cat([positive.active, negative.active])
     dense = torch.cat([positive.dense, negative.dense])
@@ -278,6 +246,29 @@ def contrast(
         "probes": _probes(x, dense, y, group, shuffled[0], probe_latents, generator),
         "latents": latents,
     }
+
+
+def check(
+    fdr: float,
+    probe_latents: int,
+    positive: int,
+    negative: int,
+    repeated: tuple[int, int] = (0, 0),
+) -> None:
+    """Raise ConfigError unless so many documents can be compared with these settings; ``repeated`` more of
+    each set are equal to one that counts."""
+    if not 0 < fdr < 1:
+        raise ConfigError(f"fdr must be between 0 and 1, got {fdr!r}")
+    if probe_latents < 1:
+        raise ConfigError(f"probe_latents must be at least 1, got {probe_latents!r}")
+    counts = zip(("positive", "negative"), (positive, negative), repeated, strict=True)
+    for name, count, more in counts:
+        if count < FEWEST:
+            differing = f" that differ ({more} repeat them)" if more else ""
+            raise ConfigError(
+                f"the {name} set has {count} documents with text{differing}; give at least {FEWEST}: a .jsonl "
+                f"file with one document a line, for example"
+            )
 
 
 def _test(x: Tensor, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -403,67 +394,3 @@ def _said_of_repeats(repeated: dict[str, int], documents: int) -> list[str]:
             f"held out together, but the test counts each, and so finds more than there is."
         )
     return said
-
-
-def run(config: ContrastConfig) -> None:
-    """Compare, print the table, and write what there is to write."""
-    from ..data.text_files import open_files
-    from ..reporting.dashboard.write import Collector, write_report_page
-    from .evaluate import evaluate
-
-    for name in ("positive", "negative"):
-        if not getattr(config, name):
-            raise ConfigError(f"no {name} texts: give files with --{name}")
-    texts = {
-        name: list(
-            islice(
-                open_files(getattr(config, name), text_column=config.text_column, seed=config.seed),
-                config.documents,
-            )
-        )
-        for name in ("positive", "negative")
-    }
-    sae, model = config.open()
-    context = config.context(sae)
-    outliers = config.outliers(sae)
-    positive, negative = (
-        pool(sae, model, t, context, config.batch_rows, outliers) for t in texts.values()
-    )
-    result = contrast(positive, negative, config.fdr, config.probe_latents, config.seed)
-    print(describe(result))  # noqa: T201
-    directory = Path(config.out or config.sae)
-    if config.out is None and not directory.is_dir():
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "contrast.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    both = [document for side in texts.values() for document in side]
-    text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
-    collector = Collector(sae.d_sae, sae.W_dec.device)
-    evaluation = evaluate(
-        sae,
-        text,
-        model=model,
-        losses=False,
-        rows=config.batch_rows,
-        outlier_norm=outliers,
-        observers=[collector],
-    )
-    shown = {"contrast": {"latents": result["latents"], "summary": summary(result)}}
-    page = write_report_page(
-        directory, sae, evaluation, collector, model, text,
-        title="Contrast of two sets of texts", page="contrast.html", extra=shown,
-    )  # fmt: skip
-    print(f"wrote {path}, {page}")  # noqa: T201
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    return guarded(
-        lambda given: run(tyro.cli(ContrastConfig, args=list(given), description=__doc__)),
-        arguments,
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

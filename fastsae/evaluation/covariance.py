@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Moments:
+class RunningCovariance:
     """Count, mean and scatter matrix of the tokens of even and of odd documents; float64.
 
     Memory is two ``[D, D]`` matrices, however many tokens there are.
@@ -73,7 +73,7 @@ class Moments:
 
 
 def pca_explained_variance(x: Tensor, components: int) -> float | None:
-    """:meth:`Moments.pca_explained_variance` of activations ``x [N, D]``, every row its own document."""
-    moments = Moments(x.shape[1], x.device)
-    moments.add(x, torch.arange(len(x)))
-    return moments.pca_explained_variance(components)
+    """:meth:`RunningCovariance.pca_explained_variance` of activations ``x [N, D]``, each row a document."""
+    covariance = RunningCovariance(x.shape[1], x.device)
+    covariance.add(x, torch.arange(len(x)))
+    return covariance.pca_explained_variance(components)

@@ -17,7 +17,7 @@ from ..lm.held_out import Batch, HeldOutText
 from ..lm.hooked import SplicedModel, is_outlier
 from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..sae.module import SAE
-from .covariance import Moments
+from .covariance import RunningCovariance
 from .estimates import Estimate
 from .losses import SplicedLosses
 from .provenance import require_same_activations
@@ -154,16 +154,16 @@ def _evaluate_activations(
         )
     device = sae.W_dec.device
     documents = torch.arange(len(x))
-    moments = Moments(sae.d_in, device)
+    covariance = RunningCovariance(sae.d_in, device)
     for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
-        moments.add(batch.to(device), ids)
-    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, moments.mean) for mode in modes}
+        covariance.add(batch.to(device), ids)
+    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, covariance.mean) for mode in modes}
     for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
         batch = batch.to(device)
         for mode in modes:
             sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
     scores = {mode: sums[mode].scores() for mode in modes}
-    return _evaluation(sae, scores, moments, len(x), "rows", 0, 0, "activations")
+    return _evaluation(sae, scores, covariance, len(x), "rows", 0, 0, "activations")
 
 
 def _evaluate_text(
@@ -176,7 +176,7 @@ def _evaluate_text(
     outlier_norm: float | None,
     observers: Sequence[Observer],
 ) -> Evaluation:
-    moments = Moments(sae.d_in, sae.W_dec.device)
+    covariance = RunningCovariance(sae.d_in, sae.W_dec.device)
     nonfinite = outliers = 0
     for batch in text.batches(rows, model.device):
         residual = model.residual(batch.tokens)
@@ -184,14 +184,14 @@ def _evaluate_text(
         finite_tokens = int(_finite(batch, residual).sum())
         nonfinite += int(batch.text.sum()) - finite_tokens
         outliers += finite_tokens - len(x)
-        moments.add(x.to(sae.W_dec.device), batch.documents_of(measured))
-    if not moments.count:
+        covariance.add(x.to(sae.W_dec.device), batch.documents_of(measured))
+    if not covariance.count:
         raise StreamError(
             f"no activation of layer {model.layer} of {model.name} is finite: the model overflows; "
             f"use another precision, or an SAE of an earlier layer"
         )
-    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, moments.mean) for mode in modes}
-    spliced = SplicedLosses(model, moments.mean) if losses else None
+    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, covariance.mean) for mode in modes}
+    spliced = SplicedLosses(model, covariance.mean) if losses else None
     for batch in text.batches(rows, model.device):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
         measured, x = _measured(batch, residual, outlier_norm)
@@ -215,7 +215,7 @@ def _evaluate_text(
             spliced.complete(mode, scores[mode])
     documents = len(set(text.documents))
     result = _evaluation(
-        sae, scores, moments, documents, text.documents_are, nonfinite, outliers, text.name
+        sae, scores, covariance, documents, text.documents_are, nonfinite, outliers, text.name
     )
     result.losses = {} if spliced is None else spliced.losses()
     return result
@@ -250,7 +250,7 @@ def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor
 def _evaluation(
     sae: SAE,
     scores: dict[str, Scores],
-    moments: Moments,
+    covariance: RunningCovariance,
     documents: int,
     documents_are: str,
     nonfinite: int,
@@ -266,13 +266,13 @@ def _evaluation(
     components = min(components, sae.d_in)
     return Evaluation(
         scores=scores,
-        tokens=moments.count,
+        tokens=covariance.count,
         documents=documents,
         documents_are=documents_are,
         nonfinite=nonfinite,
         outliers=outliers,
         pca_components=components,
-        pca_explained_variance=moments.pca_explained_variance(components),
+        pca_explained_variance=covariance.pca_explained_variance(components),
         text=text,
     )
 

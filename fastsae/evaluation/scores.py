@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..metrics import density_edges, density_histogram
 from .estimates import DocumentSums, Estimate
 
 DENSE = 0.1
 """A latent that is active on more than this share of tokens counts as dense."""
-DENSITY_BINS = 40
-DENSITY_DECADES = 8  # the histogram reaches from 1e-8 to 1
+_EDGES = density_edges(8)  # an evaluation may be of far more tokens than one line of metrics
 
 
 @dataclass
@@ -76,12 +77,9 @@ class Scores:
         """The smallest L0 that at least this share of the tokens does not exceed."""
         return int((self.l0_counts.cumsum(0) < share * self.tokens - 1e-9).sum())
 
-    def density_histogram(self) -> dict[str, list[float]]:
+    def density_histogram(self) -> dict[str, Sequence[float]]:
         """``edges`` in log10 of the density, and the ``counts`` of alive latents between them."""
-        edges = torch.linspace(-DENSITY_DECADES, 0, DENSITY_BINS + 1, dtype=torch.float64)
-        logs = self.density[self.fired > 0].log10().clamp(-DENSITY_DECADES, 0)
-        counts = torch.histogram(logs.cpu(), edges).hist
-        return {"edges": edges.tolist(), "counts": counts.tolist()}
+        return {"edges": list(_EDGES), "counts": density_histogram(self.fired, self.tokens, _EDGES)}
 
     def to_json(self) -> dict[str, Any]:
         estimates = {

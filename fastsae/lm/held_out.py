@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,10 +73,12 @@ class HeldOutText:
         tokens: int | None = None,
         name: str = "the text",
         prepend_bos: bool = True,
+        skip_bad_lines: bool = False,
     ) -> HeldOutText:
         """Cut every document into rows of at most ``context_length``, each beginning with BOS, if the
         tokenizer has one and ``prepend_bos`` is set.
 
+        Documents that cannot be encoded raise StreamError, or with ``skip_bad_lines`` are left out.
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
@@ -84,8 +87,8 @@ class HeldOutText:
         width = context_length - len(prefix)
         rows: list[Tensor] = []
         documents: list[int] = []
-        left = float("inf") if tokens is None else tokens
-        encode = Encoder(tokenizer, name)
+        left = sys.maxsize if tokens is None else tokens
+        encode = Encoder(tokenizer, name, skip=skip_bad_lines)
         for number, text in enumerate(texts):
             (ids,) = encode([text])
             ids = ids[: min(left, len(ids))]

@@ -70,7 +70,7 @@ def access_error(kind: str, name: str, error: Exception) -> StreamError:
     unknown = raised(errors.RepositoryNotFoundError, errors.HFValidationError) or says(
         "not a valid model identifier", "doesn't exist on the hub"
     )
-    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+    status = set(map(_status, chain))
     if gated or (not unknown and status & {401, 403}):
         path = name if kind == "model" else f"datasets/{name}"
         token = (
@@ -98,8 +98,9 @@ def access_error(kind: str, name: str, error: Exception) -> StreamError:
     return StreamError(f"the {kind} {name!r} cannot be opened: {error}")
 
 
-_NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpx", "requests", "urllib3"}
-_TRY_LATER = {408, 425, 429, 500, 502, 503, 504}
+_NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
+_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+"""HTTP statuses of a server that may answer otherwise in a while."""
 
 
 def is_transient(error: Exception) -> bool:
@@ -107,13 +108,26 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, FastsaeError):
         return False
     for e in _chain(error):
-        status = getattr(getattr(e, "response", None), "status_code", getattr(e, "status", None))
-        if isinstance(status, int):
-            return status in _TRY_LATER
+        if (status := _status(e)) is not None:
+            return status in _PASSING
         kinds = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLError)
         if isinstance(e, kinds) or type(e).__module__.partition(".")[0] in _NETWORK_PACKAGES:
             return True
     return False
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether a server said no in a way that will be the same next time: no login, no permission."""
+    status = _status(error)
+    return status is not None and 400 <= status < 500 and status not in _PASSING
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that ``error`` carries, if any."""
+    status = getattr(
+        getattr(error, "response", None), "status_code", getattr(error, "status", None)
+    )
+    return status if isinstance(status, int) else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,23 +1,18 @@
-"""Compare runs, finished or running: ``python -m fastsae.compare RUN... [--plot FILE]``.
-
-Prints a table and draws a picture from the ``metrics.jsonl`` of each run, and from ``summary.json``
-where it has ended. Changes nothing, so it may be asked at any time.
-"""
+"""The table and the picture of several runs, finished or running, from what they have written so far."""
 
 from __future__ import annotations
 
-import json
-import sys
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, FastsaeError
-from ..training import checkpoint
+from ..errors import ConfigError
+from ..files import is_held, read_json
+from ..metrics import DENSITY_EDGES
 from .tracking import METRICS_FILE, read_metrics
 
-PICTURE = "comparison.png"
 _COLUMNS = {
     "state": ("state", ""),
     "tokens_seen": ("tokens", ",.0f"),
@@ -26,14 +21,14 @@ _COLUMNS = {
     "l0": ("l0", ".1f"),
     "alive_fraction": ("alive", ".1%"),
     "dead": ("dead", ",.0f"),
-    "loss": ("loss", ".4g"),
+    "objective": ("objective", ".4g"),
     "tokens_per_second": ("tok/s", ",.0f"),
     "tokens_per_second_step": ("tok/s, step", ",.0f"),
 }
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunSummary:
     """One run as it is now."""
 
     name: str
@@ -77,12 +72,12 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def read_run(directory: Path) -> Entry:
+def read_run(directory: Path) -> RunSummary:
     """One run as it is now. Raises ConfigError if a file of it is not what a run writes."""
     summary_file = directory / "summary.json"
     try:
         metrics = read_metrics(directory)
-        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        summary = read_json(summary_file) if summary_file.exists() else {}
         seen = [m["tokens_seen"] for m in metrics]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -93,17 +88,17 @@ def read_run(directory: Path) -> Entry:
     if seen and summary.get("tokens_seen", 0) < seen[-1]:
         summary = {}
     at_rest = "finished" if summary else "stopped"
-    state = "running" if checkpoint.is_locked(directory) else at_rest
-    return Entry(directory.name, state, metrics, summary)
+    state = "running" if is_held(directory) else at_rest
+    return RunSummary(directory.name, state, metrics, summary)
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(runs: Sequence[RunSummary]) -> str:
     """One line a run; a dash where there is no number yet."""
     lines = [["run", *(head for head, _ in _COLUMNS.values())]]
-    for entry in entries:
-        cells = ((entry.row.get(name), form) for name, (_, form) in _COLUMNS.items())
+    for run in runs:
+        cells = ((run.row.get(name), form) for name, (_, form) in _COLUMNS.items())
         lines.append(
-            [entry.name, *("-" if value is None else format(value, form) for value, form in cells)]
+            [run.name, *("-" if value is None else format(value, form) for value, form in cells)]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -115,89 +110,100 @@ def table(entries: Sequence[Entry]) -> str:
     )
 
 
-def plot(path: Path, entries: Sequence[Entry]) -> None:
-    """Draw explained variance against L0, and explained variance, alive latents and speed over tokens."""
+def plot(path: Path, runs: Sequence[RunSummary]) -> None:
+    """Draw what tells runs apart, or how one went, to a PNG; what was not recorded is left out.
+
+    Over tokens: explained variance, the objective, latents active since the line before, and speed. Then
+    the densities of the last line and, of several runs, explained variance against L0; of one, which
+    has no L0 of its own while it trains, the threshold.
+    """
+    # The object interface: pyplot would keep global state in whoever imports us.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    over_tokens = {
-        "explained_variance": (axes[0, 1], "Explained variance (training batches)"),
-        "alive_fraction": (axes[1, 0], "Alive latents (active in the last 1M tokens)"),
-        "tokens_per_second": (axes[1, 1], "Tokens per second, everything"),
-    }
-    for i, entry in enumerate(entries):
-        if not entry.metrics:
-            continue
-        color, marker = f"C{i % 10}", "osD^v"[i // 10 % 5]
-        on_held_out = entry.row["held_out"] is not None
-        score = entry.summary if on_held_out else entry.metrics[-1]
-        axes[0, 0].plot(
-            score["l0"], score["explained_variance"], marker, color=color, label=entry.name,
-            fillstyle="full" if on_held_out else "none",
-        )  # fmt: skip
-        tokens = [m["tokens_seen"] for m in entry.metrics]
-        for name, (axis, _) in over_tokens.items():
-            axis.plot(tokens, [m[name] for m in entry.metrics], color=color, linewidth=1.4)
-    axes[0, 0].set_title(
-        "Explained variance against L0 (filled: held out; hollow: last training batch)",
-        fontsize=10,
-        loc="left",
+    axes = list(figure.subplots(2, 3).flat)
+    window = max(
+        (run.metrics[-1].get("density_tokens", 0) for run in runs if run.metrics), default=0
     )
-    axes[0, 0].set_xlabel("L0 (active latents per token)", fontsize=9)
-    for axis, title in over_tokens.values():
+    recent = f"the last {window:,} training tokens"
+    curves = {
+        "explained_variance": "Explained variance (training batches)",
+        "objective": "Objective (training batches)",
+        "active": f"Latents active in {recent}",
+        "tokens_per_second": "Tokens per second, everything",
+    }
+    if len(runs) == 1:
+        curves["threshold"] = "Threshold (raw units)"
+    else:
+        _plot_scores(axes.pop(0), runs)
+    for axis, (name, title) in zip(axes, curves.items(), strict=False):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("tokens", fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[1, 1].set_ylim(bottom=0)
-    for axis in axes.flat:
+        for i, run in enumerate(runs):
+            tokens = [m["tokens_seen"] for m in run.metrics]
+            axis.plot(
+                tokens, [_value(m, name) for m in run.metrics], color=f"C{i % 10}", linewidth=1.4
+            )
+        if name in ("active", "tokens_per_second"):
+            axis.set_ylim(bottom=0)
+    density = axes[len(curves)]
+    density.set_title(f"Feature density in {recent}", fontsize=10, loc="left")
+    density.set_xlabel("log10 of the share of tokens a latent is active on", fontsize=9)
+    density.set_ylabel("latents", fontsize=9)
+    for i, run in enumerate(runs):
+        if run.metrics and "density_histogram" in run.metrics[-1]:
+            counts = run.metrics[-1]["density_histogram"]
+            density.stairs(
+                counts, DENSITY_EDGES, color=f"C{i % 10}", linewidth=1.4, fill=len(runs) == 1
+            )
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.tick_params(labelsize=8)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    if len(runs) == 1:
+        _annotate(figure, *runs)
+    else:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def compare(runs: list[str], plot_file: str = PICTURE) -> None:
-    """Print a table of runs and draw them.
-
-    Args:
-        runs: folders of runs, or folders that hold several.
-        plot_file: the picture.
-    """
-    folders = find_runs(runs)
-    entries = [read_run(folder) for folder in folders]
-    if len({folder.name for folder in folders}) < len(
-        folders
-    ):  # runs of one name in several places
-        entries = [replace(e, name=str(f)) for e, f in zip(entries, folders, strict=True)]
-    print(table(entries))  # noqa: T201
-    try:
-        plot(Path(plot_file), entries)
-    except OSError as error:
-        raise ConfigError(f"cannot write {plot_file}: {error}; choose another --plot") from error
-    print(f"drawn in {plot_file}")  # noqa: T201
+def _value(m: dict[str, Any], name: str) -> float:
+    value = sum(m["density_histogram"]) if name == "active" else m.get(name)
+    return math.nan if value is None else value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m fastsae.compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
-    parser.add_argument("--plot", default=PICTURE, metavar="FILE", help=f"picture [{PICTURE}]")
-    given = parser.parse_args(arguments)
-    try:
-        compare(given.runs, given.plot)
-    except FastsaeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    return 0
+def _plot_scores(axis: Any, runs: Sequence[RunSummary]) -> None:
+    axis.set_title("Explained variance against L0 (filled: held out)", fontsize=10, loc="left")
+    axis.set_xlabel("L0 (active latents per token)", fontsize=9)
+    for i, run in enumerate(runs):
+        if not run.metrics:
+            continue
+        held_out = run.row["held_out"] is not None
+        score = run.summary if held_out else run.metrics[-1]
+        axis.plot(
+            _value(score, "l0"), _value(score, "explained_variance"), "osD^v"[i // 10 % 5],
+            color=f"C{i % 10}", label=run.name, fillstyle="full" if held_out else "none",
+        )  # fmt: skip
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _annotate(figure: Any, run: RunSummary) -> None:
+    """Add to the picture of one run what its summary knows: its size, and the baseline."""
+    title, summary = run.name, run.summary
+    if "d_sae" in summary:
+        title += f": {summary['d_sae']:,} latents on {summary['d_in']:,} dimensions"
+        figure.axes[2].axhline(summary["d_sae"], color="0.6", linestyle="--", linewidth=1.2)
+    pca = summary.get("pca_explained_variance")
+    if pca is not None:
+        axis = figure.axes[0]
+        axis.axhline(pca, color="C1", linestyle="--", linewidth=1.2)
+        axis.annotate(
+            f"PCA with as many components (held out): {pca:.3f}", (0.98, pca),
+            xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+            ha="right", va="bottom", fontsize=8, color="C1",
+        )  # fmt: skip
+    figure.suptitle(title, fontsize=11)

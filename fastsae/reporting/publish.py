@@ -7,13 +7,17 @@ import os
 import shlex
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from ..files import write_text
+from ..lm.hub_access import is_refused
 from ..sae.formats.files import first_line
-from .background import Background
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +25,15 @@ ATTEMPTS = 5
 RETRY_SECONDS = 2.0
 """Before the second attempt; twice as long before each further one."""
 
+PATIENCE_SECONDS, HURRIED_SECONDS = 3600.0, 5.0
+"""How long after the last push was handed in the end of a run, or of one that was interrupted, waits."""
+
 STAGED = "hub"
 """The folder of a run that holds what its repository is to hold."""
 
-_PASSING = (408, 409, 412, 425, 429)  # refusals that pass; other 4xx will be the same next time
-
 
 class Publisher:
-    """Keeps the repository of one run up to date.
+    """Keeps the repository of one run up to date; a context manager, whose end waits for the last push.
 
     The repository holds the SAE at its root (``cfg.json``, ``sae_weights.safetensors``,
     ``sae_weights.pt``), the model card, the metrics so far and, once finished, the summary and the
@@ -36,25 +41,44 @@ class Publisher:
 
     All of that is put into ``directory/hub`` first. A push is one commit of that folder, so whatever
     goes wrong, the repository holds one whole state, and the next push, or the command that is logged,
-    brings it up to date. A push that comes while an older one waits takes its place.
+    brings it up to date. A push that comes while an older one waits takes its place. Threads are daemons,
+    which those of ``HfApi.run_as_future`` are not: a connection that hangs must not keep a finished
+    program from ending.
 
     Args:
         directory: the run's folder.
         repository: ``owner/name``; created if absent.
         private: create it as a private one.
-        background: makes the calls.
     """
 
-    def __init__(
-        self, directory: Path, repository: str, private: bool, background: Background
-    ) -> None:
+    def __init__(self, directory: Path, repository: str, private: bool) -> None:
         self.directory, self.repository, self.private = directory, repository, private
-        self._background = background
+        self._failed = 0  # pushes since the last one that arrived
         self._newest = 0
         self._superseded = threading.Event()
+        self._turn = threading.Lock()  # one call at a time
+        self._threads: list[threading.Thread] = []
         for leftover in directory.glob(".hub-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        background.submit(self._try_access)
+        self._in_background(self._try_access)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        deadline = self._handed_in + (PATIENCE_SECONDS if kind is None else HURRIED_SECONDS)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            log.warning(
+                "the push to %s is not finished: give the same command again, or complete it with\n  %s",
+                self.repository, self.command,
+            )  # fmt: skip
+        elif self._failed > 1:  # the first was told
+            log.warning(
+                "the last %d pushes to %s failed; complete them with\n  %s",
+                self._failed, self.repository, self.command,
+            )  # fmt: skip
 
     def publish(self, source: Path, card: str, message: str) -> None:
         """Push the SAE in ``source`` with its model card, soon; returns when it is safe to delete.
@@ -65,9 +89,8 @@ class Publisher:
             card: content of ``README.md``.
             message: of the commit.
         """
-        self._newest += 1
-        self._superseded.set()
-        aside = self.directory / f".hub-{self._newest}"
+        number = self._newest + 1
+        aside = self.directory / f".hub-{number}"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -77,12 +100,13 @@ class Publisher:
             if source == self.directory:
                 for file in (source / "summary.json", *source.glob("*.png")):
                     shutil.copyfile(file, aside / file.name)
-            (aside / "README.md").write_text(card, encoding="utf-8")
+            write_text(aside / "README.md", card)
         except OSError as error:  # the disk is full, say; the run itself is saved
             log.warning("could not prepare a push to %s: %s", self.repository, error)
             return
-        number = self._newest
-        self._background.submit(lambda: self._push(number, aside, message))
+        self._newest = number
+        self._superseded.set()
+        self._in_background(self._push, number, aside, message)
 
     @property
     def command(self) -> str:
@@ -92,29 +116,47 @@ class Publisher:
 
     # --- in the background ---
 
+    def _in_background(self, call: Callable[..., None], *arguments: Any) -> None:
+        def make() -> None:
+            with self._turn:
+                try:
+                    call(*arguments)
+                except Exception as error:  # whatever the network, the service or the disk does
+                    self._tell_failure(error)
+
+        self._handed_in = time.monotonic()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=make, name="fastsae hub", daemon=True))
+        self._threads[-1].start()
+
     def _push(self, number: int, aside: Path, message: str) -> None:
         if number != self._newest:
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
             return
-        staged = self._stage(aside)
         self._superseded.clear()
+        staged = self._stage(aside)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._upload(staged, message)
-            except Exception as error:  # whatever the network or the service does
+            except Exception as error:
                 if number != self._newest:
                     return  # the newer push, which is waiting, holds all that this one does
-                if attempt == ATTEMPTS or _is_refused(error):
-                    log.warning(
-                        "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed "
-                        "with all this one holds, or push it yourself with\n  %s",
-                        self.repository, type(error).__name__, first_line(error), self.command,
-                    )  # fmt: skip
-                    return
+                if attempt == ATTEMPTS or is_refused(error):
+                    raise
                 self._superseded.wait(RETRY_SECONDS * 2 ** (attempt - 1))
             else:
                 log.info("pushed to %s: %s", self.repository, message)
+                self._failed = 0
                 return
+
+    def _tell_failure(self, error: Exception) -> None:
+        self._failed += 1
+        if self._failed == 1:
+            log.warning(
+                "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed "
+                "with all this one holds, or push it yourself with\n  %s",
+                self.repository, type(error).__name__, first_line(error), self.command,
+            )  # fmt: skip
 
     def _stage(self, aside: Path) -> Path:
         """Complete ``aside`` and put it in the place of what was staged before."""
@@ -158,9 +200,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def _is_refused(error: Exception) -> bool:
-    """Whether the hub said no in a way that will be the same next time: no login, no permission."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    return 400 <= status < 500 and status not in _PASSING

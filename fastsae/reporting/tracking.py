@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from .background import Background
+from ..files import plain, to_json, write_text
 from .weights_and_biases import WandbRun, wandb_mode
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-DENSITY_EDGES = tuple(-5 + 0.25 * i for i in range(21))
-"""Edges of ``density_histogram``: log10 of the share of tokens that a latent was active on."""
 
 
 class Tracker:
@@ -31,42 +26,30 @@ class Tracker:
         directory: the run's folder.
         tokens_seen: where the run stands; metrics written after that point, by a run that was killed
             before its next checkpoint, are dropped, for they will come again.
-        background: talks to Weights & Biases.
         wandb_id: the Weights & Biases run to go on with.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        config: TrainConfig,
-        tokens_seen: int,
-        background: Background,
-        wandb_id: str | None = None,
+        self, directory: Path, config: TrainConfig, tokens_seen: int, wandb_id: str | None = None
     ) -> None:
-        self._wandb: WandbRun | None = None
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         kept = [m for m in read_metrics(directory) if m["tokens_seen"] <= tokens_seen]
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, "".join(to_json(m) + "\n" for m in kept))
         self._file = path.open("a", encoding="utf-8")
+        self._summary: dict[str, Any] = {}
         mode = wandb_mode(config)
-        if mode != "disabled":
-            self._wandb = WandbRun(directory, config, wandb_id, mode, background)
+        self._wandb = (
+            None if mode == "disabled" else WandbRun(directory, config, wandb_id, mode, kept)
+        )
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.close(exit_code=0 if error is None else 1)
+            self._wandb.close(self._summary, failed=kind is not None)
 
     @property
     def wandb_id(self) -> str | None:
@@ -74,16 +57,16 @@ class Tracker:
         return None if self._wandb is None else self._wandb.id
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Keep one set of metrics, which holds ``tokens_seen``."""
-        self._file.write(json.dumps(metrics) + "\n")
+        """Keep one set of metrics, which holds ``tokens_seen``; a number that is not finite is null."""
+        metrics = plain(metrics)
+        self._file.write(to_json(metrics) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics)
 
     def summarize(self, summary: dict[str, Any]) -> None:
-        """Hand the run's final numbers to Weights & Biases."""
-        if self._wandb is not None:
-            self._wandb.summarize(summary)
+        """Hand the run's final numbers to Weights & Biases, at the end."""
+        self._summary = plain(summary)
 
 
 class Display:
@@ -115,7 +98,7 @@ class Display:
                 "ev": "explained_variance",
                 "l0": "l0",
                 "alive": "alive_fraction",
-                "loss": "loss",
+                "objective": "objective",
             }
             self._bar.set_postfix(
                 {
@@ -143,7 +126,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     metrics = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            metrics.append(json.loads(line))
+            metrics.append(json.loads(line, parse_constant=lambda _: None))
         except json.JSONDecodeError:
             break
     return metrics
@@ -158,6 +141,6 @@ def _line(m: dict[str, Any], tokens: int) -> str:
     seen = m["tokens_seen"]
     return (
         f"{seen:>11,} / {tokens:,} tokens ({seen / tokens:6.1%})"
-        f" | loss {m['loss']:.4g} | ev {m['explained_variance']:.4f} | l0 {m['l0']:.1f}"
+        f" | objective {m['objective']:.4g} | ev {m['explained_variance']:.4f} | l0 {m['l0']:.1f}"
         f" | alive {m['alive_fraction']:.1%} | {m['tokens_per_second']:,.0f} tok/s"
     )

@@ -1,38 +1,53 @@
-"""Metrics to Weights & Biases, from a thread of their own."""
+"""Metrics to Weights & Biases, whose client queues what is logged and sends it in its own process."""
 
 from __future__ import annotations
 
+import configparser
 import logging
 import netrc
 import os
 import secrets
+import shlex
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import TrainConfig
-from .background import Background
+from ..metrics import DENSITY_EDGES
+from .publish import HURRIED_SECONDS
 
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
 """How long the service may take to answer when a run begins."""
 
+PATIENCE_SECONDS = 60.0
+"""How long the end of a run waits for what is still to be sent."""
+
 
 class WandbRun:
     """One run on Weights & Biases.
 
-    Everything but the constructor's choice of the id happens in the background, connecting included.
-    When the service does not answer at the start, the run is written under ``directory`` for
-    ``wandb sync``; when it fails later, what failed is counted and left out.
+    Nothing here waits for the network but :meth:`close`, for a bounded time: connecting happens in a
+    thread, and what is logged meanwhile waits for it. When the service does not answer at the start,
+    the run is written under ``directory`` for ``wandb sync``. Calls that fail are counted; the first
+    error is told at once, the number at the end.
 
     Args:
         directory: where wandb keeps its files.
         run_id: the run to go on with; a new one is made if absent.
-        mode: ``"online"`` or ``"offline"``.
-        background: makes the calls.
+        mode: of ``wandb.init``.
+        kept: what was logged before the run was resumed. It is logged again unless the service has it:
+            parts of a run that were written to the disk replace each other when they are synced.
     """
+
+    _hung = False  # whether the service kept the last run waiting in vain: it keeps no other
 
     def __init__(
         self,
@@ -40,36 +55,85 @@ class WandbRun:
         config: TrainConfig,
         run_id: str | None,
         mode: str,
-        background: Background,
+        kept: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.id = run_id or secrets.token_hex(4)
+        self._sync = f"wandb sync {shlex.quote(str(directory / 'wandb'))}/{{}}-*-{self.id}"
         self._run: Any = None
-        self._background = background
-        self._background.submit(lambda: self._start(directory, config, mode))
+        self._failed = 0
+        self._kept, self._waiting = kept, list[dict[str, Any]]()
+        self._connecting = self._in_background(self._connect, directory, config, mode)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        self._background.submit(lambda: self._log(metrics))
+        """Send one line of metrics, soon."""
+        self._waiting.append(metrics)
+        self._send()
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        self._background.submit(lambda: self._run and self._run.summary.update(summary))
+    def close(self, summary: dict[str, Any], *, failed: bool) -> None:
+        """End the run on the service, after what was logged and with its final numbers."""
+        patience = HURRIED_SECONDS if failed or WandbRun._hung else PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
+        self._connecting.join(patience)
+        self._send()
+        ending = self._in_background(self._end, summary, int(failed))
+        ending.join(max(0.0, deadline - time.monotonic()))
+        WandbRun._hung = self._connecting.is_alive() or ending.is_alive()
+        if WandbRun._hung or self._failed:
+            log.warning(
+                "Weights & Biases: %s%d calls failed. Everything is in metrics.jsonl; what was not sent "
+                "lies in wandb/ beside it, and is sent by\n  %s",
+                f"not finished within {patience:g} s; " if WandbRun._hung else "",
+                self._failed, self._sync.format("*run"),
+            )  # fmt: skip
 
-    def close(self, exit_code: int) -> None:
-        """End the run on the service, after what was logged."""
-        self._background.submit(lambda: self._run and self._run.finish(exit_code=exit_code))
+    def _send(self) -> None:
+        if self._run is None:  # not yet, or never
+            return
+        if not self._run.resumed:
+            self._waiting, self._kept = [*self._kept, *self._waiting], ()
+        for metrics in self._waiting:
+            self._try(self._log, metrics)
+        self._waiting.clear()
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        import wandb
+
+        sent = dict(metrics)
+        density = sent.pop("density_histogram", None)
+        if density is not None:
+            histogram = (np.array(density), np.array(DENSITY_EDGES))
+            sent["log10_density"] = wandb.Histogram(np_histogram=histogram)
+        self._run.log(sent)
+
+    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # whatever the client does, the run goes on
+            self._failed += 1
+            if self._failed == 1:
+                log.warning("Weights & Biases: %s: %s", type(error).__name__, error)
 
     # --- in the background ---
 
-    def _start(self, directory: Path, config: TrainConfig, mode: str) -> None:
+    def _in_background(self, call: Callable[..., None], *arguments: Any) -> threading.Thread:
+        # A daemon: a connection that hangs must not keep a finished program from ending.
+        thread = threading.Thread(
+            target=self._try, args=(call, *arguments), name="fastsae wandb", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def _connect(self, directory: Path, config: TrainConfig, mode: str) -> None:
         import wandb
 
         if mode == "online" and (error := _unreachable()) is not None:
             log.warning(
                 "Weights & Biases does not answer (%s); this run is written to the disk: send it with\n"
-                "  wandb sync %s/wandb/offline-run-*-%s",
-                error, directory, self.id,
+                "  %s",
+                error, self._sync.format("offline-run"),
             )  # fmt: skip
             mode = "offline"
-        self._run = wandb.init(
+        run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
             name=config.run_name,
@@ -83,55 +147,63 @@ class WandbRun:
         )
         # A resumed run repeats what was logged after its checkpoint: the axis is the tokens seen, not
         # wandb's own count, which refuses to go back.
-        self._run.define_metric("*", step_metric="tokens_seen")
+        run.define_metric("*", step_metric="tokens_seen")
+        self._run = run
 
-    def _log(self, metrics: dict[str, Any]) -> None:
-        if self._run is None:
-            return
-        import numpy as np
-        import wandb
+    def _end(self, summary: dict[str, Any], exit_code: int) -> None:
+        if self._run is not None:
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=exit_code)
 
-        from .tracking import DENSITY_EDGES
 
-        sent = dict(metrics)
-        density = sent.pop("density_histogram", None)
-        if density is not None:
-            sent["log10_density"] = wandb.Histogram(
-                np_histogram=(np.array(density), np.array(DENSITY_EDGES))
-            )
-        self._run.log(sent)
+# --- whether, and where ---
 
 
 def wandb_mode(config: TrainConfig) -> str:
-    """``config.wandb`` with ``auto`` decided: ``WANDB_MODE`` if set, online with a key, else disabled.
+    """``config.wandb`` with ``auto`` decided: what wandb is set to, else online with a key, or disabled.
 
     Looked up without importing wandb, which takes seconds.
     """
     if config.wandb != "auto":
         return config.wandb
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_key() else "disabled"
+    settings = _settings()
+    if mode := os.environ.get("WANDB_MODE") or settings.get("mode"):
+        return {"dryrun": "offline", "run": "online"}.get(mode, mode)  # wandb's older names
+    return "online" if _has_key(settings) else "disabled"
 
 
-def _address() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+def _settings() -> dict[str, str]:
+    """What ``wandb login``, ``wandb offline``, ``wandb disabled`` and the like have written."""
+    parser = configparser.ConfigParser(interpolation=None)
+    user = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    here = Path(".wandb" if Path(".wandb").exists() else "wandb")
+    try:
+        parser.read([user / "settings", here / "settings"])
+    except (configparser.Error, OSError, UnicodeDecodeError):
+        return {}
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def _address(settings: dict[str, str]) -> str:
+    return os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
+
+
+def _has_key(settings: dict[str, str]) -> bool:
+    if os.environ.get("WANDB_API_KEY") or settings.get("api_key"):
+        return True
+    host = _address(settings).partition("://")[2].partition("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _unreachable() -> str | None:
     """Why the service cannot be reached; None if it answers, whatever it says."""
     try:
-        urllib.request.urlopen(_address(), timeout=ANSWER_SECONDS).close()
+        urllib.request.urlopen(_address(_settings()), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
         return None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return None
-
-
-def _has_key() -> bool:
-    host = _address().partition("://")[2].partition("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsae_kernels import CSR, reference
-from fastsae_kernels.reference import AuxNormalization, TokenStatistics
+from fastsae_kernels.reference import AuxNormalization, Objective, TokenStatistics
 
+from ..config import AUX_WEIGHTS
 from ..errors import ConfigError
 from .activation import BatchTopK, Inference, JumpReLU, TopK
 
@@ -20,7 +21,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 class Loss(NamedTuple):
     """What :meth:`SAE.loss` returns. ``loss``, ``error`` and ``aux`` are scalars after input scaling."""
 
-    loss: Tensor  # error + aux_coefficient * aux
+    loss: Tensor  # the objective of error and aux: what is to be minimised
     error: Tensor  # mean over tokens of ‖x - x̂‖²
     aux: Tensor
     latents: Tensor  # [B, F], in raw units, as encode returns them
@@ -205,16 +206,18 @@ class SAE(nn.Module):
         dead: Tensor | None = None,
         *,
         budget: int | None = None,
-        aux_coefficient: float = 0.0625,
+        objective: Objective = "log",
+        aux_coefficient: float | None = None,
         k_aux: int | None = None,
         aux_normalization: AuxNormalization = "residual_variance",
     ) -> Loss:
-        """Reconstruction error plus aux-k on activations ``x [..., D]``, differentiable by autograd.
+        """The objective of training on activations ``x [..., D]``, differentiable by autograd.
 
         Args:
             dead: bool ``[F]``, the latents that aux-k may revive; none if absent.
             budget: entries that BatchTopK selects in training mode; ``int(k * B)`` if absent.
-            aux_coefficient: weight of the aux-k loss.
+            objective: ``log(error) + aux_coefficient * aux``, or without the logarithm (``"plain"``).
+            aux_coefficient: weight of the aux-k loss; the objective's own if absent (``AUX_WEIGHTS``).
             k_aux: dead latents per token in it; :attr:`default_k_aux` if absent.
             aux_normalization: what its error is divided by.
 
@@ -224,9 +227,10 @@ class SAE(nn.Module):
         pre = self._pre_activations(scaled)
         z = self._select(pre, None, budget)
         x_hat = reference.decode(self._operand(z), self._operand(self.W_dec), self.b_dec)
-        loss = error = reference.squared_error(scaled, x_hat)
+        error = reference.squared_error(scaled, x_hat)
         aux = torch.zeros_like(error)
-        if dead is not None and aux_coefficient > 0:
+        weight = AUX_WEIGHTS[objective] if aux_coefficient is None else aux_coefficient
+        if dead is not None and weight > 0:
             aux = reference.aux_k_loss(
                 # b_dec as given: aux-k moves the dead latents, and nothing that the others share.
                 self._pre_activations(scaled, self.b_dec.detach()),
@@ -237,7 +241,7 @@ class SAE(nn.Module):
                 aux_normalization,
                 scaled,
             )
-            loss = error + aux_coefficient * aux
+        loss = reference.objective(error, aux, weight, objective)
         return Loss(loss, error, aux, self._to_raw_latents(z), self.to_raw_input(x_hat, statistics))
 
     # --- input scaling ---

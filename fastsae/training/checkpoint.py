@@ -8,15 +8,8 @@ settings, and the checksums of the two tensor files).
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
 import re
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +17,8 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from ..files import save_tensors
+from ..errors import CheckpointError
+from ..files import checksum, flush, read_json, save_tensors, write_json
 from ..sae import io
 from ..sae.module import SAE
 
@@ -67,14 +60,13 @@ def save(
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE_FILE
         }
         save_tensors(state, aside / "state.safetensors")
-        checksums = {name: _checksum(aside / name) for name in _TENSOR_FILES}
-        content = json.dumps({**meta, "checksums": checksums}, indent=1)
-        (aside / "state.json").write_text(content, encoding="utf-8")
+        checksums = {name: checksum(aside / name) for name in _TENSOR_FILES}
+        write_json(aside / "state.json", {**meta, "checksums": checksums})
         for file in aside.iterdir():
-            _flush(file)
-        _flush(aside)
+            flush(file)
+        flush(aside)
         aside.rename(target)
-        _flush(directory)
+        flush(directory)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(_cannot_write(directory, error)) from error
@@ -128,7 +120,7 @@ def load(path: Path) -> Checkpoint:
     meta = load_meta(path)
     try:
         for name, expected in meta["checksums"].items():
-            if _checksum(path / name) != expected:
+            if checksum(path / name) != expected:
                 raise ValueError(f"{name} does not have the content that was written")
         weights = load_file(path / "sae_weights.safetensors")
         tensors = load_file(path / "state.safetensors")
@@ -145,78 +137,12 @@ def load_meta(path: Path) -> dict[str, Any]:
         CheckpointError: they are missing or damaged.
     """
     try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        meta = read_json(path / "state.json")
         if not isinstance(meta, dict) or "checksums" not in meta:
             raise ValueError("state.json does not have the content that was written")
     except (OSError, ValueError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     return meta
-
-
-def require_writable(directory: Path) -> None:
-    """Raise ConfigError if nothing can be created under ``directory``; creates nothing that stays."""
-    ancestor = directory.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    probe = ancestor / f".fastsae-{os.getpid()}"
-    try:
-        if not ancestor.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{ancestor} is a file")
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {directory}: {error.strerror or error}. Choose another folder with --out"
-        ) from error
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the run folder for this process.
-
-    Raises:
-        CheckpointError: another process trains into it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise CheckpointError(_cannot_write(directory, error)) from error
-    try:
-        for waited in (0, 0.1, 0.1, 0.3):  # is_locked holds it for a moment
-            time.sleep(waited)
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-        else:
-            raise CheckpointError(
-                f"another process is training into {directory}. Wait for it, or give this run its own --name"
-            )
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_locked(directory: Path) -> bool:
-    """Whether a process trains into ``directory`` now; False where that cannot be found out."""
-    try:
-        import fcntl
-
-        descriptor = os.open(directory / ".lock", os.O_RDWR)
-    except (ImportError, OSError):
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -239,16 +165,3 @@ def _cannot_write(directory: Path, error: Exception) -> str:
 def _remove_leftovers(directory: Path) -> None:
     for leftover in directory.glob(".step_*"):
         shutil.rmtree(leftover)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Warm start: a new run that begins with the latents of a finished SAE.
+"""Where the SAE of a run comes from: its first activations, or the latents of a finished SAE (warm start).
 
 What :func:`fastsae.load` gives takes raw activations, with any scaling folded into its biases. A run
 scales its inputs by a constant of its own, so the SAE is unfolded by that constant first; either way
@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..errors import ConfigError
+from fastsae_kernels import reference
+
+from ..config import Sweep, TrainConfig
+from ..device import resolve_device, resolve_precision
+from ..errors import ConfigError, StreamError
 from ..sae.activation import BatchTopK
 from ..sae.io import load
 from ..sae.module import SAE
@@ -25,13 +28,79 @@ UNIT_NORM_TOLERANCE = 1e-5
 """Decoder rows whose norm is this close to 1 are taken as they are: they differ by rounding alone."""
 
 
-def load_origin(config: TrainConfig) -> SAE:
-    """The SAE that ``config.init_from`` names, in fp32 on the CPU.
+def initialize_sae(
+    config: TrainConfig,
+    rows: Tensor,
+    origin: SAE | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> SAE:
+    """The SAE that a run begins with: scaled by its first activations, with latents of its own seed or
+    those of ``origin``.
+
+    Args:
+        rows: ``[N, D]``, the first activations.
+        origin: what ``config.init_from`` names, see :func:`load_origin`; not changed.
+        metadata: provenance of the activations, which travels with the SAE.
+
+    Raises:
+        ConfigError: k exceeds the dictionary, or ``origin`` has another width.
+        StreamError: the rows are not finite, or nothing but zeros.
+    """
+    d_in = rows.shape[1]
+    d_sae = config.resolve_d_sae(d_in) if origin is None else origin.d_sae
+    sae = new_sae(config, d_in, d_sae, metadata)
+    _estimate_scaling(sae, rows)
+    if origin is not None:
+        assert config.init_from is not None
+        _continue_from(origin, sae, config.init_from)
+    return sae
+
+
+def new_sae(
+    config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any] | None = None
+) -> SAE:
+    """The SAE of a run before it has seen any activation."""
+    device = resolve_device(config.device)
+    sae = SAE(
+        d_in,
+        d_sae,
+        config.k,
+        normalize=config.normalize,
+        metadata=metadata,
+        device=device,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    sae.precision = resolve_precision(config.precision, device)
+    return sae
+
+
+@torch.no_grad()
+def _estimate_scaling(sae: SAE, rows: Tensor) -> None:
+    """Set the scaling constant and ``b_dec`` (the geometric median) of a new SAE from ``rows [N, D]``."""
+    rows = rows.to(sae.W_dec.device, sae.W_dec.dtype)
+    if not rows.isfinite().all():
+        raise StreamError(
+            "the first activations contain values that are not finite; drop those rows from the batches"
+        )
+    if sae.normalize == "scalar":
+        constant = reference.scale_constant(rows)
+        if not constant.isfinite():
+            raise StreamError("the first activations are all zero: there is nothing to scale by")
+        sae.scale.copy_(constant)
+    sae.b_dec.copy_(reference.geometric_median(sae.scale_input(rows)[0]))
+
+
+# --- warm start ---
+
+
+def load_origin(sweep: Sweep) -> SAE:
+    """The SAE that ``init_from`` names, in fp32 on the CPU.
 
     Raises:
         FormatError: there is none, or fastsae cannot read it.
         ConfigError: its input scaling or its number of latents is not the run's.
     """
+    config = sweep.base
     assert config.init_from is not None
     origin = load(config.init_from).float()
     if (origin.normalize == "layer_norm") != (config.normalize == "layer_norm"):
@@ -51,7 +120,7 @@ def load_origin(config: TrainConfig) -> SAE:
             f"{config.expansion:g} asks for {round(config.expansion * origin.d_in)}; leave --expansion "
             f"out to keep its latents"
         )
-    for k in config.ks:
+    for k in sweep.ks:
         if k > origin.d_sae:
             raise ConfigError(
                 f"k = {k:g} is more than the {origin.d_sae} latents of the SAE in {config.init_from}; "
@@ -61,7 +130,7 @@ def load_origin(config: TrainConfig) -> SAE:
 
 
 @torch.no_grad()
-def continue_from(origin: SAE, sae: SAE, source: str) -> None:
+def _continue_from(origin: SAE, sae: SAE, source: str) -> None:
     """Give ``sae``, whose input scaling is set, the latents of ``origin``; in place.
 
     Decoder rows that are not unit vectors are normalised and their norms moved into the encoder, so

@@ -24,6 +24,6 @@ def lr_at(config: TrainConfig, tokens_seen: int, batch: int) -> float:
 def k_at(config: TrainConfig, tokens_seen: int) -> float:
     """Mean active latents per token of that step: from ``k_initial`` linearly to ``k``."""
     if config.k_initial is None or tokens_seen >= config.k_anneal_tokens:
-        return config.mean_active
+        return config.k
     share = tokens_seen / config.k_anneal_tokens
-    return config.k_initial + (config.mean_active - config.k_initial) * share
+    return config.k_initial + (config.k - config.k_initial) * share

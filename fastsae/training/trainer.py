@@ -8,70 +8,34 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..device import resolve_device
-from ..errors import CheckpointError, ConfigError, StreamError
-from ..reporting.background import Background
+from ..config import Sweep, TrainConfig
+from ..data.source import ActivationSource, Batches, IterableSource
+from ..data.stream import open_stream
+from ..device import resolve_device, resolve_precision
+from ..errors import CheckpointError, ConfigError, Interrupted, StreamError
+from ..reporting.report import report_runs
+from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import Display
 from ..sae.module import SAE
 from . import checkpoint
-from .initialize import load_origin
-from .run import Run, Shared, resolve_precision
+from .initialize import initialize_sae, load_origin
+from .run import Run, StreamTotals
 
 log = logging.getLogger(__name__)
-
-INITIALIZATION_BATCHES = 8
-"""Batches that the scaling constant and ``b_dec`` are estimated from; they are trained on too."""
-
-WANDB_SECONDS, HUB_SECONDS = 60.0, 3600.0
-"""How long the end of a run waits for what is still to be sent."""
-SYNC = "Everything is in metrics.jsonl; what was not sent lies in wandb/ beside it: `wandb sync` sends it"
-
-Batches = tuple[Tensor, ...]
-"""``[B, D]`` activations in raw units for each hooked layer; a row is the same token in all of them."""
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """Where activations come from.
-
-    A stream may also have ``metadata`` (provenance that travels with the SAE, for each layer),
-    ``seconds`` (time spent so far, by stage), ``counts`` (rows dropped so far, by reason) and
-    ``held_out()`` (activations kept apart for the final evaluation, for each layer); the trainer uses
-    what is there.
-    """
-
-    def next_batch(self) -> Batches | None:
-        """``[B, D]`` activations in raw units for each layer, or None when there are no more."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """``{"tensors": ..., "meta": ...}``: all that the batches after this point depend on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Interrupted(Exception):
-    """A signal ended the run; everything was saved. The text says how to go on."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal = signal_number
 
 
 def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
     """Train an SAE on any iterable of activations.
 
     One pass, one batch a step, in this thread, and never a batch more than is trained on. Nothing is
-    written unless ``config.out`` is set; then the run is saved there, and a run that was stopped goes
-    on (batches already trained on are drawn and passed over). An iterable that ends early ends the
-    training normally. The settings of the language model and the text are not looked at.
+    written unless ``config.out`` is set; then the run is saved and reported there, and a run that was
+    stopped goes on (batches already trained on are drawn and passed over). An iterable that ends early
+    ends the training normally. The settings of the language model and the text are not looked at.
 
     Args:
         batches: ``[B, D]`` tensors of any float dtype, on any device.
@@ -86,99 +50,108 @@ def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
         StreamError: the iterable is empty, or a batch is not ``[B, D]`` with the same finite D.
         CheckpointError: ``out`` holds a run with other settings.
     """
-    if len(config.runs) > 1:
+    if isinstance(config, Sweep):
         raise ConfigError(
             f"train gives one SAE and the settings ask for {len(config.runs)}; for all of them in one "
             f"pass use fastsae.Trainer(config, batches).fit(), which gives a list"
         )
-    (sae,) = Trainer(config, batches).fit()
+    (sae,) = train_and_report(config, batches)
     return sae
 
 
-class Trainer:
-    """Trains an SAE for every layer, k and seed of ``config``, on one pass of the stream.
+def train_and_report(
+    config: TrainConfig | Sweep,
+    source: ActivationSource | Iterable[Tensor | Batches] | None = None,
+) -> list[SAE]:
+    """Train as :class:`Trainer` does; then evaluate, report and publish what was written, if anything."""
+    with ExitStack() as scope:
+        trainer = Trainer(config, source)
+        saes, folders = trainer.fit(scope), trainer.folders
+        # The evaluation needs the memory of the model that was cut, of the buffer and the optimizers.
+        del trainer, source
+        report_runs(folders)
+        return saes
 
-    Each has its own step, folder, metrics and checkpoints (a :class:`Run`), and is bit for bit the SAE
+
+class Trainer:
+    """Trains an SAE, or every SAE of a sweep, on one pass of the stream.
+
+    Each has its own update, folder, metrics and checkpoints (a :class:`Run`), and is bit for bit the SAE
     that is trained alone on the same stream; another one costs its step.
 
     Args:
-        config: the runs. With ``out=None`` nothing is written, unless the stream is the language
-            model's, whose runs go to ``runs/``.
-        stream: where activations come from: a :class:`Stream`, or an iterable of ``[B, D]`` tensors
-            (with several layers, of a tuple of them). By default the language model and text of
-            ``config``.
+        config: one SAE, or a sweep. With ``out=None`` nothing is written, unless the stream is the
+            language model's, whose runs go to ``runs/``.
+        source: where activations come from: an :class:`ActivationSource`, or an iterable of ``[B, D]``
+            tensors (with several layers, of a tuple of them). By default the language model and text
+            of ``config``.
 
     Raises:
         FastsaeError: anything the user can mend, before anything is written.
     """
 
     def __init__(
-        self, config: TrainConfig, stream: Stream | Iterable[Tensor | Batches] | None = None
+        self,
+        config: TrainConfig | Sweep,
+        source: ActivationSource | Iterable[Tensor | Batches] | None = None,
     ) -> None:
-        if stream is None and config.out is None:
-            config = replace(config, out="runs")
-        self.config = config
-        self.device = resolve_device(config.device)
-        self.runs = [Run(each, config.layers.index(each.layer)) for each in config.runs]
-        for run in self.runs:
-            if run.directory is not None:
-                checkpoint.require_writable(run.directory)
-                self._refuse_existing(run)
+        sweep = config if isinstance(config, Sweep) else Sweep(config)
+        if source is None and sweep.base.out is None:
+            base = replace(sweep.base, out="runs")
+            sweep = Sweep(base, sweep.layers, sweep.ks, sweep.seeds)
+        self.config = sweep.runs[0]
+        """What the runs have in common, and the first one's layer, k and seed."""
+        self.device = resolve_device(self.config.device)
+        self.runs = [Run(each, sweep.layers.index(each.layer)) for each in sweep.runs]
+        for folder in self.folders:
+            folder.require_usable()
         fresh = not all(run.saved_steps() for run in self.runs)
-        self._origin = load_origin(config) if config.init_from is not None and fresh else None
-        if stream is None:
-            from ..data.stream import open_stream
+        self._origin = load_origin(sweep) if self.config.init_from is not None and fresh else None
+        if source is None:
+            source = open_stream(self.config, sweep.layers)
+        elif not isinstance(source, ActivationSource):
+            source = IterableSource(source, len(sweep.layers))
+        self.source = source
+        self._metadata = source.metadata or ({},) * len(sweep.layers)
+        self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
 
-            stream = open_stream(config)
-        # A single batch where batches are the user's: nothing is drawn ahead of training.
-        self._lookahead = INITIALIZATION_BATCHES
-        if not isinstance(stream, Stream):
-            stream, self._lookahead = _Iterable(stream, len(config.layers)), 1
-        self.stream: Stream = stream
-        self._metadata: tuple[dict[str, Any], ...] = getattr(
-            stream, "metadata", ({},) * len(config.layers)
-        )
-        self._pending: list[Batches] = []
+    @property
+    def folders(self) -> list[RunFolder]:
+        """Those of the runs, if anything is written."""
+        return [run.folder for run in self.runs if run.folder is not None]
 
     # --- the loop ---
 
-    def fit(self) -> list[SAE]:
-        """Train to the end, or resume and train to the end; the finished SAEs, as ``config.runs``.
+    def fit(self, scope: ExitStack | None = None) -> list[SAE]:
+        """Train to the end, or resume and train to the end; the finished SAEs, in the order of the sweep.
+
+        Each is saved with a ``summary.json``; ``report_runs(trainer.folders)`` evaluates them.
+
+        Args:
+            scope: keeps the runs' folders locked and open until it ends; the end of the training, if
+                absent.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived and everything was saved.
             FastsaeError: the text ended early, the disk is full, ...
         """
-        self._set_precision()
         self._started = time.perf_counter()
-        with ExitStack() as stack:
-            # A run that exists is held before anything is done with it; a new one gets its folder when
-            # the first activations have shown that there is something to train on.
-            folders = [run.directory for run in self.runs if run.directory is not None]
-            existing = [folder for folder in folders if folder.exists()]
-            for folder in existing:
-                stack.enter_context(checkpoint.locked(folder))
-            training = self._begin()
-            for folder in folders:
-                if folder not in existing:
-                    stack.enter_context(checkpoint.locked(folder))
-            wandb = stack.enter_context(Background("Weights & Biases", WANDB_SECONDS, SYNC))
-            hub = stack.enter_context(Background("the hub", HUB_SECONDS))
-            for run in self.runs:
-                run.open(stack, wandb, hub)
-            display = stack.enter_context(self._display())
-            stopped_by = stack.enter_context(_signals(enabled=bool(folders)))
+        self._set_precision()
+        with ExitStack() as own:
+            training = self._open_runs(own if scope is None else scope)
+            display = own.enter_context(self._display())
+            stopped_by = own.enter_context(_signals(enabled=bool(self.folders)))
 
             while self.tokens_seen < self.config.tokens:
                 batches = self._next_batches()
                 if batches is None:
-                    self._text_ended(training)
+                    self._source_ended(training)
                     break
                 for run in training:
                     run.train_on(batches[run.layer_index])
                 if self._crossed(self.config.log_every_tokens, len(batches[0])):
-                    shared = self._shared()
-                    display.show({run.name: run.log(shared) for run in training})
+                    totals = self._totals()
+                    display.show({run.name: run.log(totals) for run in training})
                 display.advance(self.tokens_seen)
                 if stopped_by:
                     self._save(training)
@@ -200,7 +173,7 @@ class Trainer:
         return tuple(batch.to(self.device, non_blocking=True) for batch in batches)
 
     def _draw(self) -> Batches | None:
-        batches = self.stream.next_batch()
+        batches = self.source.next_batch()
         if batches is None:
             return None
         for batch in batches:
@@ -211,10 +184,8 @@ class Trainer:
                 )
         for run in self.runs:
             width = batches[run.layer_index].shape[1]
-            if run.started and width != run.step.sae.d_in:
-                raise StreamError(
-                    f"a batch has width {width}, those before had {run.step.sae.d_in}"
-                )
+            if run.d_in not in (None, width):
+                raise StreamError(f"a batch has width {width}, those before had {run.d_in}")
         return batches
 
     def _crossed(self, interval: int, batch: int) -> bool:
@@ -226,44 +197,33 @@ class Trainer:
         precision = resolve_precision(self.config.precision, self.device)
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
-    def _shared(self) -> Shared:
-        seconds = {"elapsed": time.perf_counter() - self._started}
-        return Shared(
-            seconds | getattr(self.stream, "seconds", {}), getattr(self.stream, "counts", {})
-        )
+    def _totals(self) -> StreamTotals:
+        elapsed = time.perf_counter() - self._started
+        return StreamTotals({"elapsed": elapsed} | self.source.seconds, self.source.counts)
 
     def _display(self) -> Display:
         # A progress bar is for runs; without a folder the program around us has the terminal.
         total = self.config.steps * self.config.batch_size
-        return Display(self.config.tokens, total, self.tokens_seen, bar=self.config.out is not None)
+        return Display(self.config.tokens, total, self.tokens_seen, bar=bool(self.folders))
 
     # --- where it begins ---
 
-    def _begin(self) -> list[Run]:
-        """Restore or start every run; returns those that have not seen all their tokens."""
-        training = [run for run in self.runs if not self._is_finished(run)]
-        step = self._common_step(training)
-        restored = {
-            run: self._restore(run, step if run in training else run.saved_steps()[-1])
-            for run in self.runs
-            if run not in training or step is not None
-        }
-        for run in training:
-            if run.directory is not None:
-                checkpoint.discard_after(run.checkpoints, step or 0)
-        if training and step is None:
-            self._start(training)
-        else:
-            self._restore_stream(restored[(training or self.runs)[0]])
-            log.info("resumed at %s tokens", f"{self.tokens_seen:,}")
+    def _open_runs(self, scope: ExitStack) -> list[Run]:
+        """Lock and open the folder of every run until ``scope`` ends, and begin or resume it; returns the
+        runs that have not seen all their tokens."""
+        # A run that exists is held before anything is done with it; a new one gets its folder when
+        # the first activations have shown that there is something to train on.
+        existing = [folder for folder in self.folders if folder.path.exists()]
+        for folder in existing:
+            scope.enter_context(folder.locked())
+        training = [run for run in self.runs if not run.is_finished()]
+        self._begin_or_resume(training, self._common_step(training))
+        for run in self.runs:
+            if run.folder is not None:
+                if run.folder not in existing:
+                    scope.enter_context(run.folder.locked())
+                run.folder.open(scope, run.tokens_seen)
         return training
-
-    def _is_finished(self, run: Run) -> bool:
-        steps = run.saved_steps()
-        if not steps:
-            return False
-        meta = checkpoint.load_meta(run.checkpoints / f"step_{steps[-1]}")
-        return meta["tokens_seen"] >= self.config.tokens
 
     def _common_step(self, training: list[Run]) -> int | None:
         """The newest step that all of ``training`` have a checkpoint of.
@@ -278,36 +238,42 @@ class Trainer:
         names = {run.name for run in training}
         for run in training:
             for later in [found for found in run.saved_steps() if found > (step or 0)]:
-                path = run.checkpoints / f"step_{later}"
-                meta = checkpoint.load_meta(path)
+                path, meta = run.saved(later)
                 run.refuse_changes(path, meta["config"])
                 if names <= set(meta["group"]):
                     continue
                 where = "at the beginning" if step is None else f"at step {step}"
                 raise CheckpointError(
-                    f"{run.directory} has been trained to step {later} without the others, which stand "
+                    f"{path.parents[1]} has been trained to step {later} without the others, which stand "
                     f"{where}. Finish it by itself first: the same command with its own --layer, --k and "
                     f"--seed, and --stream-seed {self.config.resolved_stream_seed}. A finished run may be "
                     f"among the others. Or choose another --name"
                 )
         return step
 
-    def _restore(self, run: Run, step: int | None) -> checkpoint.Checkpoint:
-        return run.restore(run.checkpoints / f"step_{step}", self._metadata[run.layer_index])
+    def _begin_or_resume(self, training: list[Run], step: int | None) -> None:
+        """Restore ``training`` from ``step``, or give them new SAEs; and the others from their end."""
+        restored: dict[Run, checkpoint.Checkpoint] = {}
+        for run in self.runs:
+            if run not in training:
+                restored[run] = run.restore(run.saved_steps()[-1], self._metadata[run.layer_index])
+            elif step is not None:
+                restored[run] = run.restore(step, self._metadata[run.layer_index])
+        for run in training:
+            if run.folder is not None:
+                checkpoint.discard_after(run.folder.checkpoints, step or 0)
+        if training and step is None:
+            self._begin(training)
+        else:
+            self._resume_source(restored[(training or self.runs)[0]])
+            log.info("resumed at %s tokens", f"{self.tokens_seen:,}")
+        error = "log(error)" if self.config.objective == "log" else "error"
+        log.info("what is minimised: %s + %g aux", error, self.config.aux_weight)
 
-    def _restore_stream(self, saved: checkpoint.Checkpoint) -> None:
-        prefix = "stream."
-        tensors = {
-            n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)
-        }
-        self.stream.load_state_dict({"tensors": tensors, "meta": saved.meta["stream"]})
-        for _ in range(saved.meta["stream_skip"]):
-            self.stream.next_batch()
-
-    def _start(self, training: list[Run]) -> None:
-        """Draw the first batches, initialise the SAEs on them, and keep them to train on."""
-        self._stream_start = self.stream.state_dict()
-        for _ in range(self._lookahead):
+    def _begin(self, training: list[Run]) -> None:
+        """Draw the first batches, initialise SAEs on them, and keep them to train on."""
+        self._source_start = self.source.state_dict()
+        for _ in range(self.source.initialization_batches):
             batches = self._draw()
             if batches is None:
                 break
@@ -317,97 +283,65 @@ class Trainer:
         self._drawn_ahead = len(self._pending)
         rows = [torch.cat(layer) for layer in zip(*self._pending, strict=True)]
         for run in training:
-            index = run.layer_index
-            run.start(rows[index], self._metadata[index], self._origin)
+            i = run.layer_index
+            run.begin(initialize_sae(run.config, rows[i], self._origin, self._metadata[i]))
 
-    def _refuse_existing(self, run: Run) -> None:
-        assert run.directory is not None
-        if self.config.resume == "never" and run.directory.exists():
-            raise ConfigError(
-                f"{run.directory} exists and --resume is never. Choose another --name or --out, delete "
-                f"that folder, or let --resume auto go on with it"
-            )
+    def _resume_source(self, saved: checkpoint.Checkpoint) -> None:
+        prefix = "stream."
+        tensors = {
+            n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)
+        }
+        self.source.load_state_dict({"tensors": tensors, "meta": saved.meta["stream"]})
+        for _ in range(saved.meta["stream_skip"]):
+            self.source.next_batch()
 
-    # --- where it ends ---
+    # --- what is saved, and where it ends ---
 
     def _save(self, training: list[Run]) -> None:
-        # Until the first batches are trained on, the stream is ahead of the training.
+        # Until the first batches are trained on, the source is ahead of the training.
         ahead = len(self._pending)
-        stream = self._stream_start if ahead else self.stream.state_dict()
+        position = self._source_start if ahead else self.source.state_dict()
         skip = self._drawn_ahead - ahead if ahead else 0
-        shared, group = self._shared(), [run.name for run in training]
+        totals, group = self._totals(), [run.name for run in training]
         for run in training:
-            run.save(stream, skip, shared, group)
-        for run in self.runs:  # of a finished one too: it may have been killed before this
-            if run.directory is not None:
-                checkpoint.prune(run.checkpoints, self.config.keep_checkpoints)
+            run.save(position, skip, totals, group)
+        for folder in self.folders:  # of a finished one too: it may have been killed before this
+            checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
 
-    def _text_ended(self, training: list[Run]) -> None:
+    def _source_ended(self, training: list[Run]) -> None:
         seen, asked = self.tokens_seen, self.config.tokens
-        if isinstance(self.stream, _Iterable):
+        if self.source.may_end_early:
             log.info("the batches ended after %s tokens of %s", f"{seen:,}", f"{asked:,}")
             return
         self._save(training)
         raise StreamError(
             f"the text ended after {seen:,} activations of the {asked:,} asked for. Everything is saved "
-            f"in {self._folders()}: give the same command with --tokens {seen} to finish there, or "
+            f"in {self._where()}: give the same command with --tokens {seen} to finish there, or "
             f"train on more text"
         )
 
     def _finish(self, training: list[Run]) -> list[SAE]:
-        held_out = getattr(self.stream, "held_out", None)
-        rows = held_out() if held_out else (None,) * len(self.config.layers)
-        text = getattr(self.stream, "held_out_text", lambda: None)()
-        now = self._shared()
-        idle = replace(
-            now, seconds={}
-        )  # a run that was finished before took no time of this process
+        text = self.source.held_out_text()
+        rows = self.source.held_out() if text is None and self.folders else None
+        totals = self._totals()
+        # A run that was finished before took no time of this process.
+        idle = replace(totals, seconds={})
         return [
-            run.finish(now if run in training else idle, rows[run.layer_index], text)
+            run.finish(
+                totals if run in training else idle,
+                text if rows is None else rows[run.layer_index],
+            )
             for run in self.runs
         ]
 
     def _how_to_resume(self) -> str:
         return (
             f"stopped at {self.tokens_seen:,} of {self.config.tokens:,} tokens; everything is saved in "
-            f"{self._folders()}. Give the same command again to go on"
+            f"{self._where()}. Give the same command again to go on"
         )
 
-    def _folders(self) -> str:
-        return ", ".join(str(run.directory) for run in self.runs)
-
-
-class _Iterable:
-    """An iterable of the user's as a stream: its state is how many batches were drawn."""
-
-    def __init__(self, batches: Iterable[Tensor | Batches], layers: int) -> None:
-        self._iterator = iter(batches)
-        self._layers = layers
-        self._drawn = 0
-
-    def next_batch(self) -> Batches | None:
-        drawn = next(self._iterator, None)
-        if drawn is None:
-            return None
-        self._drawn += 1
-        batches = drawn if isinstance(drawn, tuple) else (drawn,)
-        if len(batches) != self._layers or len({len(batch) for batch in batches}) > 1:
-            raise StreamError(
-                f"a batch has shapes {[tuple(batch.shape) for batch in batches]}, expected one [B, D] "
-                f"tensor for each of {self._layers} layers, all with the same B; give a tuple of them"
-            )
-        return batches
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tensors": {}, "meta": {"drawn": self._drawn}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        while self._drawn < state["meta"]["drawn"]:
-            if self.next_batch() is None:
-                raise StreamError(
-                    f"the run to resume had drawn {state['meta']['drawn']} batches, but the iterable "
-                    f"ended after {self._drawn}; give the iterable from its beginning"
-                )
+    def _where(self) -> str:
+        return ", ".join(str(folder.path) for folder in self.folders)
 
 
 @contextmanager

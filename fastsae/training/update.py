@@ -1,7 +1,7 @@
 """One training step of one SAE: loss, gradients, projection, Adam, renormalisation, counters.
 
-Two ways to the same numbers. :class:`AutogradStep` is the loss differentiated by autograd, followed by
-projection, ``torch.optim.Adam`` and renormalisation. :class:`FusedStep` runs on the kernels and never
+Two ways to the same numbers. :class:`AutogradUpdate` is the loss differentiated by autograd, followed by
+projection, ``torch.optim.Adam`` and renormalisation. :class:`FusedUpdate` runs on the kernels and never
 forms a dense gradient; it is the default. Both keep the same state under the same names, so a run
 saved by one goes on with the other.
 """
@@ -15,14 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels import reference
-from fastsae_kernels.adam_state import Rows, Vector
-from fastsae_kernels.aux_k import aux_k_gradients
-from fastsae_kernels.batch_topk import csr_to_csc
-from fastsae_kernels.decoder_norm import normalize_rows_, project_gradient_
-from fastsae_kernels.encode_topk import encode_batch_topk
-from fastsae_kernels.fused_update import clip_factor, fused_update_, gradient_norm
-from fastsae_kernels.sparse_decoder import sparse_decode_loss
+from fastsae_kernels import (
+    BiasState,
+    MatrixState,
+    aux_k_gradients,
+    clip_factor,
+    csr_to_csc,
+    encode_batch_topk,
+    fused_update_,
+    gradient_norm,
+    normalize_rows_,
+    project_gradient_,
+    reference,
+    sparse_decode_loss,
+)
 
 from ..config import TrainConfig
 from ..sae.activation import BatchTopK
@@ -35,17 +41,17 @@ ALIVE_WINDOW_TOKENS = 1_000_000
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-class StepResult(NamedTuple):
+class UpdateResult(NamedTuple):
     """What one step saw, before its update; tensors on the device, for whoever wants to wait for them."""
 
-    loss: Tensor  # error + aux_coefficient * aux
+    objective: Tensor  # what is minimised: reference.objective of the next two
     error: Tensor  # mean over tokens of ‖x - x̂‖², after input scaling
     aux: Tensor
     residual: Tensor  # [B, D], x - x̂ in raw units
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
-class TrainStep(ABC):
+class Update(ABC):
     """What both ways share: counters, metrics, and all the state that a step changes.
 
     The order of a step is: aux-k sees the latents that were dead at the end of the previous step; each
@@ -70,15 +76,15 @@ class TrainStep(ABC):
         self.lr = torch.tensor(config.lr, dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
 
-    def __call__(self, x: Tensor) -> StepResult:
+    def __call__(self, x: Tensor) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
-        result = self._update(x, int(k_at(self.config, self.tokens_seen) * len(x)))
+        result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         return result
 
     @abstractmethod
-    def _update(self, x: Tensor, budget: int) -> StepResult:
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
         """Everything that happens on the device; ``budget`` entries of the batch are selected."""
 
     def _count(self, tokens: int, counts: Tensor) -> None:
@@ -92,23 +98,24 @@ class TrainStep(ABC):
         return self.tokens_since_active >= self.config.dead_after_tokens
 
     @torch.no_grad()
-    def metrics(self, x: Tensor, result: StepResult) -> dict[str, float]:
+    def metrics(self, x: Tensor, result: UpdateResult) -> dict[str, float]:
         """What happened in the step that returned ``result`` for ``x``; waits for the device.
 
-        ``loss`` and ``aux`` are after input scaling; everything else is in the units of the raw
-        activations, ``mse`` the mean over tokens and dimensions.
+        ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
+        the raw activations, ``mse`` the mean over tokens and dimensions.
         """
         x, residual = x.float(), result.residual.float()
-        error = residual.square()
+        squared = residual.square()
         threshold = self.sae.threshold
         assert threshold is not None
         # A latent that was never active has counted every token; it is not alive however young the run.
         window = min(ALIVE_WINDOW_TOKENS, self.tokens_seen)
         values = {
-            "loss": result.loss,
-            "mse": error.mean(),
+            "objective": result.objective,
+            "error": result.error,
             "aux": result.aux,
-            "explained_variance": 1 - error.sum() / (x - x.mean(0)).square().sum(),
+            "mse": squared.mean(),
+            "explained_variance": 1 - squared.sum() / (x - x.mean(0)).square().sum(),
             "l0": result.counts.sum() / len(x),
             "alive_fraction": (self.tokens_since_active < window).double().mean(),
             "dead": self.dead.sum(),
@@ -141,7 +148,7 @@ class TrainStep(ABC):
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
         """
-        for name, tensor in TrainStep.state_dict(self).items():
+        for name, tensor in Update.state_dict(self).items():
             if tensor.shape != state[name].shape:
                 raise RuntimeError(
                     f"{name}: saved {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -150,7 +157,7 @@ class TrainStep(ABC):
         self.tokens_seen = int(state["tokens_seen"])
 
 
-class AutogradStep(TrainStep):
+class AutogradUpdate(Update):
     """The plain way: ``SAE.loss``, autograd, projection, ``torch.optim.Adam``, renormalisation."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
@@ -165,22 +172,19 @@ class AutogradStep(TrainStep):
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
 
-    def _update(self, x: Tensor, budget: int) -> StepResult:
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
         sae, config = self.sae, self.config
         loss = sae.loss(
             x,
-            self.dead if config.aux_coefficient > 0 else None,
+            self.dead,
             budget=budget,
-            aux_coefficient=config.aux_coefficient,
+            objective=config.objective,
+            aux_coefficient=config.aux_weight,
             k_aux=self.k_aux,
             aux_normalization=config.aux_normalization,
         )
-        objective = loss.loss
-        if config.objective == "log":
-            weight = reference.error_weight(loss.error.detach())
-            objective = loss.error * weight + reference.AUX_GAIN * config.aux_coefficient * loss.aux
         self._optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        loss.loss.backward()
         with torch.no_grad():
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             assert sae.W_dec.grad is not None
@@ -198,7 +202,7 @@ class AutogradStep(TrainStep):
             residual = x.to(loss.reconstruction.dtype) - loss.reconstruction
             counts = (loss.latents > 0).sum(0)
             self._count(len(x), counts)
-        return StepResult(
+        return UpdateResult(
             loss.loss.detach(), loss.error.detach(), loss.aux.detach(), residual.detach(), counts
         )
 
@@ -207,7 +211,7 @@ class AutogradStep(TrainStep):
         return {name: {"m": s["exp_avg"], "v": s["exp_avg_sq"]} for name, s in states.items()}
 
 
-class FusedStep(TrainStep):
+class FusedUpdate(Update):
     """The fast way: everything sparse runs on the kernels, and a latent's whole update is one pass.
 
     Nothing waits for the device, and no ``[F, D]`` gradient exists. With ``config.cuda_graph`` a step
@@ -221,24 +225,26 @@ class FusedStep(TrainStep):
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
         self._rows = {
-            name: Rows.start(
+            name: MatrixState.start(
                 _feature_major(getattr(sae, name).data, name),
                 copy_dtype=torch.bfloat16 if sae.precision == "bf16" else None,
                 quantized_moments=config.moments == "8bit",
             )
             for name in ("W_enc", "W_dec")
         }
-        self._biases = {name: Vector.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")}
+        self._biases = {
+            name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
+        }
         self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, sae.W_dec.device)
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
     @torch.no_grad()
-    def _update(self, x: Tensor, budget: int) -> StepResult:
-        aux = self.config.aux_coefficient > 0
+    def _step(self, x: Tensor, budget: int) -> UpdateResult:
+        aux = self.config.aux_weight > 0
         capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
         return (self._graphs or self._on_device)(x, budget, capacity)
 
-    def _on_device(self, x: Tensor, budget: int, capacity: int) -> StepResult:
+    def _on_device(self, x: Tensor, budget: int, capacity: int) -> UpdateResult:
         """One step in which up to ``capacity`` dead latents take part; reads nothing back."""
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
@@ -249,13 +255,13 @@ class FusedStep(TrainStep):
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)
-        log = config.objective == "log"
-        loss = error = decoded.squared_error.mean()
-        dY = decoded.residual * reference.error_weight(error) if log else decoded.residual
+        error, dY = decoded.squared_error.mean(), decoded.residual
+        if config.objective == "log":
+            dY = dY * reference.error_weight(error)
 
-        aux, extra = torch.zeros_like(error), None
+        aux, aux_gradients = torch.zeros_like(error), None
         if capacity:
-            aux, extra = aux_k_gradients(
+            aux, aux_gradients = aux_k_gradients(
                 scaled,
                 decoded.residual,
                 W_enc.compute(),
@@ -264,30 +270,31 @@ class FusedStep(TrainStep):
                 b_dec.weight,
                 self.tokens_since_active,
                 dead_after=config.dead_after_tokens,
-                capacity=capacity,
+                max_dead=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,
-                coefficient=config.aux_coefficient * (reference.AUX_GAIN if log else 1.0),
+                coefficient=config.aux_weight,
             )
-            loss = error + config.aux_coefficient * aux
         self.updates += 1
         operand = W_enc.compute().dtype
         inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / len(x)
         clip = None
         if config.clip_norm is not None:
             norm = gradient_norm(
-                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY, dY_scale=dY_scale, extra=extra
-            )
+                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY,
+                dY_scale=dY_scale, aux_gradients=aux_gradients,
+            )  # fmt: skip
             clip = clip_factor(norm, config.clip_norm)
         fused_update_(
             W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-            dY_scale=dY_scale, extra=extra, clip=clip,
+            dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip,
         )  # fmt: skip
         self.activation.track(selection.threshold)
         residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)
         counts = csc.counts()
         self._count(len(x), counts)
-        return StepResult(loss, error, aux, residual, counts)
+        objective = reference.objective(error, aux, config.aux_weight, config.objective)
+        return UpdateResult(objective, error, aux, residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         parts = {}
@@ -392,4 +399,4 @@ def _feature_major(tensor: Tensor, name: str) -> Tensor:
     return tensor.T if name == "W_enc" else tensor
 
 
-STEPS = {"fused": FusedStep, "autograd": AutogradStep}
+UPDATES = {"fused": FusedUpdate, "autograd": AutogradUpdate}

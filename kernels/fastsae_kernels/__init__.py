@@ -1,30 +1,28 @@
 """Kernels of BatchTopK sparse autoencoders: torch and triton only, usable without ``fastsae``."""
 
-from .adam_state import Rows, Vector
-from .aux_k import AuxK, aux_k, aux_k_gradients
-from .batch_topk import Selection, batch_topk, csr_to_csc
+from .aux_k import AuxK, aux_k_gradients
 from .decoder_norm import normalize_rows, normalize_rows_, project_gradient, project_gradient_
 from .dispatch import use
 from .encode_topk import encode_batch_topk
 from .encoder import Encoded, encode_with_group_max
-from .fused_update import ExtraGradient, clip_factor, fused_update_, gradient_norm
-from .groups import GroupMax, group_max
+from .selection import GroupMax, Selection, batch_topk, group_max, topk
 from .sparse import CSC, CSR
 from .sparse_decoder import DecodeLoss, sparse_decode, sparse_decode_loss
-from .topk import topk
+from .transpose import csr_to_csc
+from .update import clip_factor, fused_update_, gradient_norm
+from .update.state import AuxGradients, BiasState, MatrixState
 
 __all__ = [
     "CSC",
     "CSR",
+    "AuxGradients",
     "AuxK",
+    "BiasState",
     "DecodeLoss",
     "Encoded",
-    "ExtraGradient",
     "GroupMax",
-    "Rows",
+    "MatrixState",
     "Selection",
-    "Vector",
-    "aux_k",
     "aux_k_gradients",
     "batch_topk",
     "clip_factor",

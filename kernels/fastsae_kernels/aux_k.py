@@ -16,42 +16,67 @@ Ties of ``Z`` go to the lower latent. Source: Gao et al. 2024 (arXiv:2406.04093)
 
 Dense matrix products over the dead latents, compacted: a token selects ``k_aux`` (hundreds) of few
 columns, a density at which gathering is an order of magnitude slower. On CUDA the number of columns is
-a capacity that the caller chooses beforehand, so no shape depends on data and nothing waits for the
-device; on a CPU a capacity equal to the number of dead latents costs nothing to know.
+a bound that the caller chooses beforehand, so no shape depends on data and nothing waits for the
+device; on a CPU the number of dead latents costs nothing to know.
 
 Deterministic, given deterministic matrix products. Five products of ``2·B·n·D`` FLOP; bytes besides:
 ``4·n·D`` weights and gradients, about ``20·B·n`` for ``Z``, ``A`` and ``dA``.
+
+On a CPU where ``k_aux`` is a small part of ``n``, gathering at the selected entries beats the dense
+product, if the tables it gathers from fit the cache: ``E = A @ W_dec[S]`` goes by narrow strips of
+columns, the rest by blocks of latents. ``Z`` alone is a dense product, and nothing of size ``[n, D]`` is
+held but the two gradients. Work: ``2·B·n·D`` FLOP for ``Z``, and four times ``2·B·k_aux·D``.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .aot import Case
-from .aux_k_sparse import loss_and_error_gradient, sparse_gradients
 from .dispatch import implementation, jit, register, tl
-from .fused_update import ExtraGradient
-
-Normalization = Literal["residual_variance", "total_variance", "none"]
+from .dtypes import accumulator
+from .products import linear, row_sums, sampled_products
+from .reference import AuxNormalization
+from .selection.torch_impl import keep_largest
+from .transpose import csr_to_csc_torch
+from .update.state import AuxGradients
+from .update.torch_impl import BLOCK_LATENTS
 
 BLOCK_COLUMNS = 1024
 WARPS = 4
 # On a CPU, so many times k_aux dead latents make A sparse enough to gather.
 SPARSE_FROM = 4
+# There: columns of a strip of W_dec, and tokens whose entries are selected together.
+STRIP = 64
+TOKENS_PER_SELECTION = 128
 
 
 class AuxK(NamedTuple):
     loss: Tensor  # [] float32 (float64 for float64), before any coefficient
-    gradient: ExtraGradient  # of coefficient · loss
+    gradients: AuxGradients  # of coefficient · loss
+
+
+class _Inputs(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    k_aux: int
+    normalization: str
+    coefficient: float
 
 
 # --- the k_aux largest of each row --------------------------------------------------------------
 
 
 @jit
-def _keep_largest_kernel(z_ptr, columns, k, BLOCK: tl.constexpr):
+def keep_largest_kernel(
+    z_ptr,
+    columns, k,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row a program, in place: all but the ``k`` largest positive entries become zero.
 
     The bits of positive floats are ordered as integers, so the k-th largest is found two bits at a
@@ -100,13 +125,12 @@ def _keep_largest_(z: Tensor, k: int) -> Tensor:
     if k >= columns or rows == 0:
         return z.nan_to_num_(0.0, float("inf"), 0.0).clamp_(min=0)
     if implementation(z) == "triton":
-        _keep_largest_kernel[(rows,)](z, columns, k, BLOCK=BLOCK_COLUMNS, num_warps=WARPS)
+        keep_largest_kernel[(rows,)](
+            z_ptr=z, columns=columns, k=k, BLOCK=BLOCK_COLUMNS, num_warps=WARPS
+        )
         return z
-    positive = torch.where(z > 0, z, 0)
-    kth = positive.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = positive > kth, positive == kth
-    quota = k - above.sum(1, keepdim=True)
-    return z.copy_(positive * (above | (equal & (equal.cumsum(1) <= quota))))
+    positive = torch.where(z > 0, z, 0)  # NaN is not
+    return z.copy_(torch.where(keep_largest(positive, k, positive=True), positive, 0))
 
 
 # --- the computation ----------------------------------------------------------------------------
@@ -121,80 +145,80 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _chosen_dead(tokens_since_active: Tensor, dead_after: int, capacity: int) -> Tensor:
-    """The dead latents ``[F]`` bool, of more than ``capacity`` those that have been dead longest."""
+def _loss_and_error_gradient(
+    E: Tensor, residual: Tensor, x: Tensor, n_dead: Tensor, k_aux: int, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
+    scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(len(E), 1)
+    if normalization != "none":
+        target = (residual if normalization == "residual_variance" else x).to(E.dtype)
+        scale = scale / (target - target.mean(0)).square().sum(1).mean()
+    some = n_dead > 0
+    loss = torch.where(some, torch.nan_to_num(scale * E.square().sum(), 0.0, 0.0, 0.0), 0.0)
+    dE = E.mul_(2 * scale).nan_to_num_(0.0, 0.0, 0.0)
+    return loss, dE.masked_fill_(~some, 0.0)
+
+
+def _chosen_dead(tokens_since_active: Tensor, dead_after: int, max_dead: int) -> Tensor:
+    """The dead latents ``[F]`` bool, of more than ``max_dead`` those that have been dead longest."""
     dead = tokens_since_active >= dead_after
-    if capacity >= len(dead):
+    if max_dead >= len(dead):
         return dead
-    longest = tokens_since_active.sort(descending=True, stable=True).indices[:capacity]
+    longest = tokens_since_active.sort(descending=True, stable=True).indices[:max_dead]
     return dead & torch.zeros_like(dead).index_fill_(0, longest, True)
 
 
-def _compact(dead: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``latents [capacity]`` ascending (0 where unused), ``slots [F]`` (-1: none), ``n_dead []``.
+def _compact(dead: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``latents [rows]`` ascending (0 where unused), ``slots [F]`` (-1: none), ``n_dead []``.
 
-    ``dead [F]`` holds at most ``capacity`` latents.
+    ``dead [F]`` holds at most ``rows`` latents.
     """
     count = dead.cumsum(0)
     slots = torch.where(dead, count - 1, -1).to(torch.int32)
     # The latents that have no slot all write to one place beyond the others, which is cut off.
-    place = torch.where(dead, count - 1, capacity)
-    latents = torch.zeros(capacity + 1, dtype=torch.int64, device=dead.device)
+    place = torch.where(dead, count - 1, rows)
+    latents = torch.zeros(rows + 1, dtype=torch.int64, device=dead.device)
     latents.scatter_(0, place, torch.arange(len(dead), device=dead.device))
-    return latents[:capacity], slots, dead.sum()
+    return latents[:rows], slots, dead.sum()
 
 
 # --- gradients for the fused update -------------------------------------------------------------
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _fake_gradients(
-    x, residual, W_enc, b_enc, W_dec, b_dec, tokens_since_active, dead_after, capacity, *_
+    x, residual, W_enc, b_enc, W_dec, b_dec, tokens_since_active, dead_after, max_dead, *_
 ):
-    new = lambda *shape: x.new_empty(shape, dtype=_accumulator(x))
+    new = lambda *shape: x.new_empty(shape, dtype=accumulator(x.dtype))
     width = W_dec.shape[1]
-    slots = tokens_since_active.new_empty(tokens_since_active.shape, dtype=torch.int32)
-    return new(), new(capacity, width), new(capacity), new(capacity, width), slots
+    slots = torch.empty_like(tokens_since_active, dtype=torch.int32)
+    return new(), new(max_dead, width), new(max_dead), new(max_dead, width), slots
 
 
 @register(fake=_fake_gradients)
 def _aux_k_gradients(
-    x: Tensor,
-    residual: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    tokens_since_active: Tensor,
-    dead_after: int,
-    capacity: int,
-    k_aux: int,
-    normalization: str,
-    coefficient: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dead = _chosen_dead(tokens_since_active, dead_after, capacity)
-    if not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < int(dead.sum()):
-        return sparse_gradients(
-            x,
-            residual,
-            W_enc,
-            b_enc,
-            W_dec,
-            b_dec,
-            dead,
-            capacity,
-            k_aux,
-            normalization,
-            coefficient,
-        )
+    x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+    tokens_since_active: Tensor, dead_after: int, max_dead: int,
+    k_aux: int, normalization: str, coefficient: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dead = _chosen_dead(tokens_since_active, dead_after, max_dead)
     # A CPU knows how many there are without waiting, and multiplies by no more than those.
-    rows = capacity if implementation(x) == "triton" else int(dead.sum())
-    latents, slots, n_dead = _compact(dead, rows)
-    used = torch.arange(rows, device=x.device) < n_dead
-    work = _accumulator(x)
+    n = max_dead if implementation(x) == "triton" else int(dead.sum())
+    gather = not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < n
+    run = _gathered_gradients if gather else _dense_gradients
+    inputs = _Inputs(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient)
+    loss, slots, *gradients = run(inputs, dead, n)
+    spare = max_dead - n
+    fill = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, spare))
+    dW_enc, db_enc, dW_dec = (fill(gradient) for gradient in gradients)
+    return loss, dW_enc, db_enc, dW_dec, slots
+
+
+def _dense_gradients(inputs: _Inputs, dead: Tensor, n: int) -> tuple[Tensor, ...]:
+    """``loss, slots, dW_enc, db_enc, dW_dec`` by dense products over ``n`` latents, the dead first."""
+    x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient = inputs
+    latents, slots, n_dead = _compact(dead, n)
+    used = torch.arange(n, device=x.device) < n_dead
+    work = accumulator(x.dtype)
     centred = (x.to(work) - b_dec).to(W_enc.dtype)
     w_enc, w_dec = W_enc[latents], W_dec[latents]
 
@@ -202,13 +226,66 @@ def _aux_k_gradients(
     A = _keep_largest_(A.masked_fill_(~used, 0.0), k_aux)
     low = A.to(w_dec.dtype)
     E = _mm(low, w_dec).sub_(residual)
-    loss, dE = loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
+    loss, dE = _loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
     # The coefficient first: with it the gradient is as large as the loss's own, and float16 holds it.
     dE = dE.mul_(coefficient).to(w_dec.dtype)
     dA = _mm(dE, w_dec.T).mul_(A > 0)
-    fill = lambda gradient: F.pad(gradient, (0, 0) * (gradient.dim() - 1) + (0, capacity - rows))
-    dW_enc, dW_dec = _mm(dA.to(centred.dtype).T, centred), _mm(low.T, dE)
-    return loss, fill(dW_enc), fill(dA.sum(0)), fill(dW_dec), slots
+    return loss, slots, _mm(dA.to(centred.dtype).T, centred), dA.sum(0), _mm(low.T, dE)
+
+
+def _gathered_gradients(inputs: _Inputs, dead: Tensor, n: int) -> tuple[Tensor, ...]:
+    """What :func:`_dense_gradients` returns, from products at the selected entries of ``n`` latents."""
+    x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient = inputs
+    work = accumulator(x.dtype)
+    # Operands are rounded to what the forward pass multiplies by, products are in full precision.
+    rounded = lambda t: t.to(W_dec.dtype).to(work)
+    latents, slots, n_dead = _compact(dead, n)
+    width = W_dec.shape[1]
+    centred = rounded(x.to(work) - b_dec)
+
+    Z = torch.empty(len(x), n, dtype=work, device=x.device)
+    for first in range(0, n, 4 * BLOCK_LATENTS):
+        at = slice(first, min(first + 4 * BLOCK_LATENTS, n))
+        Z[:, at] = linear(centred, W_enc[latents[at]].to(work), b_enc[latents[at]].to(work))
+    values, columns, offsets = _select(Z, k_aux)
+    del Z
+    values = rounded(values)
+
+    E = torch.empty(residual.shape, dtype=work, device=x.device)
+    for first in range(0, width, STRIP):
+        strip = slice(first, min(first + STRIP, width))
+        table = W_dec[:, strip].index_select(0, latents).to(work)
+        E[:, strip] = row_sums(values, columns, offsets, table)
+    E -= residual
+    loss, dE = _loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
+    dE = rounded(dE.mul_(coefficient))
+
+    rows, positions, starts = csr_to_csc_torch(columns, offsets, n)
+    values = values[positions]
+    dW_enc, dW_dec = (torch.zeros(n, width, dtype=work, device=x.device) for _ in range(2))
+    db_enc = torch.zeros(n, dtype=work, device=x.device)
+    ends = [*starts[::BLOCK_LATENTS].tolist(), len(values)]
+    for i, first in enumerate(range(0, n, BLOCK_LATENTS)):
+        at, entries = slice(first, min(first + BLOCK_LATENTS, n)), slice(ends[i], ends[i + 1])
+        tokens, offsets = rows[entries], starts[at.start : at.stop + 1] - ends[i]
+        dA = sampled_products(W_dec[latents[at]].to(work), dE, tokens, offsets)
+        dW_dec[at] = row_sums(values[entries], tokens, offsets, dE)
+        dW_enc[at] = row_sums(rounded(dA), tokens, offsets, centred)
+        db_enc[at] = torch.segment_reduce(dA, "sum", offsets=offsets.long(), initial=0)
+    return loss, slots, dW_enc, db_enc, dW_dec
+
+
+def _select(Z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` largest positive entries of each row of ``Z [B, n]``: values, columns, offsets."""
+    values, columns, counts = [], [], [Z.new_zeros(1, dtype=torch.int64)]
+    for block in Z.split(TOKENS_PER_SELECTION):
+        block = torch.where(block > 0, block, 0)  # NaN is not
+        keep = keep_largest(block, k, positive=True)
+        row, column = keep.nonzero(as_tuple=True)
+        values.append(block[row, column])
+        columns.append(column.int())
+        counts.append(keep.sum(1))
+    return torch.cat(values), torch.cat(columns), torch.cat(counts).cumsum(0).int()
 
 
 def aux_k_gradients(
@@ -221,25 +298,29 @@ def aux_k_gradients(
     tokens_since_active: Tensor,
     *,
     dead_after: int,
-    capacity: int,
+    max_dead: int,
     k_aux: int,
-    normalization: Normalization = "residual_variance",
+    normalization: AuxNormalization = "residual_variance",
     coefficient: float = 1.0,
 ) -> AuxK:
     """Aux-k's loss and the gradients of ``coefficient · loss``, as :func:`fused_update_` takes them.
 
     ``x``, ``residual [B, D]``; ``W_enc``, ``W_dec [F, D]`` (both one latent a row, both of one dtype:
     what the forward pass multiplied by), ``b_enc [F]``, ``b_dec [D]``; ``tokens_since_active [F]``
-    int64: a latent is dead from ``dead_after`` on. ``capacity`` bounds how many dead latents take
+    int64: a latent is dead from ``dead_after`` on. ``max_dead`` bounds how many dead latents take
     part, and is the number of rows of the buffers; beyond it the longest dead take part (the lower
     latent of equals), as if the others were alive. Nothing waits for the device.
 
     Sums are float32 (float64 for float64). Raises ValueError on an unknown normalization, on negative
     sizes and on shapes that do not fit. Not differentiable.
     """
-    _check_options(k_aux, normalization)
-    if capacity < 0:
-        raise ValueError(f"capacity: expected 0 or more, got {capacity}")
+    if normalization not in get_args(AuxNormalization):
+        raise ValueError(
+            f"normalization: expected one of {get_args(AuxNormalization)}, got {normalization!r}"
+        )
+    for name, size in (("k_aux", k_aux), ("max_dead", max_dead)):
+        if size < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {size}")
     if W_enc.shape != W_dec.shape or W_enc.dtype != W_dec.dtype:
         raise ValueError(
             "W_enc and W_dec: expected two [F, D] tensors of one dtype, got "
@@ -254,153 +335,9 @@ def aux_k_gradients(
         raise ValueError(
             f"tokens_since_active: expected [{len(W_dec)}], got {list(tokens_since_active.shape)}"
         )
-    loss, *gradient = _aux_k_gradients(
-        x,
-        residual,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        tokens_since_active,
-        dead_after,
-        min(capacity, len(W_dec)),
-        k_aux,
-        normalization,
-        coefficient,
-    )
-    return AuxK(loss, ExtraGradient(*gradient))
-
-
-def _check_options(k_aux: int, normalization: str) -> None:
-    if normalization not in get_args(Normalization):
-        raise ValueError(
-            f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}"
-        )
-    if k_aux < 0:
-        raise ValueError(f"k_aux: expected 0 or more, got {k_aux}")
-
-
-# --- the differentiable loss --------------------------------------------------------------------
-
-
-class _Parts(NamedTuple):
-    latents: Tensor | slice  # which columns of pre take part
-    w_dec: Tensor  # [n, D]
-    A: Tensor  # [B, n]
-    E: Tensor  # [B, D]
-
-
-def _forward(pre: Tensor, residual: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int) -> _Parts:
-    # Where the number of the dead is on a device, all latents take part, the living as zeros.
-    static = implementation(pre) == "triton" or dead.is_cuda
-    latents = slice(None) if static else dead.nonzero().flatten()
-    A = pre.masked_fill(~dead, 0.0) if static else pre[:, latents]
-    A, w_dec = _keep_largest_(A.to(_accumulator(pre)), k_aux), W_dec[latents]
-    return _Parts(latents, w_dec, A, _mm(A.to(w_dec.dtype), w_dec).sub_(residual))
-
-
-def _save(ctx, inputs, output):
-    pre, residual, W_dec, dead, x, ctx.k_aux, ctx.normalization = inputs
-    ctx.save_for_backward(pre, residual, W_dec, dead, x)
-
-
-def _backward(ctx, dloss):
-    pre, residual, W_dec, dead, x = ctx.saved_tensors
-    dpre, dW_dec = _aux_k_backward(
-        dloss, pre, residual, W_dec, dead, x, ctx.k_aux, ctx.normalization
-    )
-    return dpre, None, dW_dec, None, None, None, None
-
-
-@register(
-    fake=lambda pre, *_: pre.new_empty((), dtype=_accumulator(pre)),
-    setup_context=_save,
-    backward=_backward,
-)
-def _aux_k(
-    pre: Tensor,
-    residual: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    x: Tensor | None,
-    k_aux: int,
-    normalization: str,
-) -> Tensor:
-    E = _forward(pre, residual, W_dec, dead, k_aux).E
-    return loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[0]
-
-
-@register(
-    fake=lambda dloss, pre, residual, W_dec, *_: (
-        torch.empty_like(pre, memory_format=torch.contiguous_format),
-        torch.empty_like(W_dec, memory_format=torch.contiguous_format),
-    )
-)
-def _aux_k_backward(
-    dloss: Tensor,
-    pre: Tensor,
-    residual: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    x: Tensor | None,
-    k_aux: int,
-    normalization: str,
-) -> tuple[Tensor, Tensor]:
-    latents, w_dec, A, E = _forward(pre, residual, W_dec, dead, k_aux)
-    dE = loss_and_error_gradient(E, residual, x, dead.sum(), k_aux, normalization)[1].mul_(dloss)
-    dE = dE.to(w_dec.dtype)
-    dpre = torch.zeros_like(pre, memory_format=torch.contiguous_format)
-    dW_dec = torch.zeros_like(W_dec, memory_format=torch.contiguous_format)
-    dpre[:, latents] = _mm(dE, w_dec.T).mul_(A > 0).to(pre.dtype)
-    dW_dec[latents] = _mm(A.to(w_dec.dtype).T, dE).to(W_dec.dtype)
-    return dpre, dW_dec
-
-
-def aux_k(
-    pre: Tensor,
-    residual: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    k_aux: int,
-    normalization: Normalization = "residual_variance",
-    x: Tensor | None = None,
-) -> Tensor:
-    """Aux-k's loss ``[]`` as a differentiable operation, for training by autograd.
-
-    ``pre [B, F]``, ``residual [B, D]`` (never differentiated), ``W_dec [F, D]``, ``dead [F]`` bool, and
-    ``x [B, D]`` for ``total_variance``. Differentiable, once, in ``pre`` (hence in the encoder) and in
-    ``W_dec``; the backward computes the forward again instead of keeping it. On a CPU the cost is that
-    of the dead latents; on CUDA that of all of them, since their number is on the device.
-
-    float32 (float64 for float64). Raises ValueError on an unknown normalization, or ``total_variance``
-    without ``x``, and on shapes that do not fit.
-    """
-    _check_options(k_aux, normalization)
-    if normalization == "total_variance" and x is None:
-        raise ValueError("normalization 'total_variance' needs x, got None")
-    expected = (len(residual), len(W_dec)), (len(pre), W_dec.shape[1]), (len(W_dec),)
-    if (pre.shape, residual.shape, dead.shape) != expected:
-        raise ValueError(
-            "pre, residual and dead: expected [B, F], [B, D] and [F] of W_dec "
-            f"{list(W_dec.shape)}, got {list(pre.shape)}, {list(residual.shape)}, {list(dead.shape)}"
-        )
-    return _aux_k(pre, residual.detach(), W_dec, dead, x, k_aux, normalization)
-
-
-# --- ahead of time ------------------------------------------------------------------------------
-
-
-def aot_cases() -> list[Case]:
-    """The row selection; it knows no width."""
-    signature = {"z_ptr": "*fp32", "columns": "i32", "k": "i32"}
-    return [
-        Case(
-            "aux_k keep largest",
-            _keep_largest_kernel,
-            signature,
-            {"BLOCK": BLOCK_COLUMNS},
-            ("columns",),
-            num_warps=WARPS,
-            representative=True,
-        )
-    ]
+    loss, *gradients = _aux_k_gradients(
+        x, residual, W_enc, b_enc, W_dec, b_dec,
+        tokens_since_active, dead_after, min(max_dead, len(W_dec)),
+        k_aux, normalization, coefficient,
+    )  # fmt: skip
+    return AuxK(loss, AuxGradients(*gradients))

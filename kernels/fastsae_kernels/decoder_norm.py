@@ -8,20 +8,14 @@ nothing and stays zero. Computed in float32 (float64 for float64) and rounded on
 one fixed order of summation: bitwise reproducible.
 
 Bytes moved, ``e`` an element: projection ``3·F·D·e``, normalisation ``2·F·D·e``. The training step
-moves none of them: :mod:`.fused_update` does both while it holds the row.
+moves none of them: :mod:`.update` does both while it holds the row.
 """
-
-import itertools
 
 import torch
 from torch import Tensor
 
-from .aot import WIDTHS, Case
 from .dispatch import implementation, jit, register, tl, triton
-from .rounding import rounded
-
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
+from .dtypes import TINY, rounded, upcast
 
 # --- kernels ------------------------------------------------------------------------------------
 
@@ -40,7 +34,11 @@ def unit(w):
 
 
 @jit
-def _project_gradient_kernel(W_dec_ptr, gradient_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+def project_gradient_kernel(
+    W_dec_ptr, gradient_ptr, out_ptr,
+    D,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     at = tl.program_id(0).to(tl.int64) * D + columns
     w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
@@ -50,7 +48,11 @@ def _project_gradient_kernel(W_dec_ptr, gradient_ptr, out_ptr, D, BLOCK_D: tl.co
 
 
 @jit
-def _normalize_rows_kernel(W_dec_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+def normalize_rows_kernel(
+    W_dec_ptr, out_ptr,
+    D,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     at = tl.program_id(0).to(tl.int64) * D + columns
     w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
@@ -66,25 +68,22 @@ def row_blocks(width: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": min(16, max(4, block // 256))}
 
 
-def _launch(kernel, out: Tensor, *tensors: Tensor) -> Tensor:
+def _launch(kernel, out: Tensor, **tensors: Tensor) -> Tensor:
     if out.numel():
-        kernel[(len(out),)](*tensors, out, out.shape[1], **row_blocks(out.shape[1]))
+        width = out.shape[1]
+        kernel[(len(out),)](**tensors, out_ptr=out, D=width, **row_blocks(width))
     return out
 
 
-def _upcast(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _tangent_torch(W_dec: Tensor, gradient: Tensor) -> Tensor:
-    w, g = _upcast(W_dec), _upcast(gradient)
+    w, g = upcast(W_dec), upcast(gradient)
     norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
     along = torch.linalg.vecdot(g, w) / norm2
     return torch.addcmul(g, along[:, None], w, value=-1).to(gradient.dtype)
 
 
 def _unit_torch(W_dec: Tensor) -> Tensor:
-    w = _upcast(W_dec)
+    w = upcast(W_dec)
     norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
     return (w / norm.clamp_min(torch.finfo(w.dtype).tiny)).to(W_dec.dtype)
 
@@ -106,7 +105,7 @@ def _project_gradient_backward(ctx, dP):
     dgradient = project_gradient(W_dec, dP) if ctx.needs_input_grad[1] else None
     dW_dec = None
     if ctx.needs_input_grad[0]:
-        w, g, d = (_upcast(t) for t in (W_dec, gradient, dP))
+        w, g, d = (upcast(t) for t in (W_dec, gradient, dP))
         norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)[:, None]
         along = torch.linalg.vecdot(g, w)[:, None] / norm2
         through = torch.linalg.vecdot(d, w)[:, None] / norm2
@@ -123,14 +122,15 @@ def _project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
     W_dec, gradient = W_dec.contiguous(), gradient.contiguous()
     if implementation(W_dec) == "torch":
         return _tangent_torch(W_dec, gradient)
-    return _launch(_project_gradient_kernel, _contiguous_like(gradient), W_dec, gradient)
+    out = _contiguous_like(gradient)
+    return _launch(project_gradient_kernel, out, W_dec_ptr=W_dec, gradient_ptr=gradient)
 
 
 def _normalize_rows_backward(ctx, dN):
     (W_dec,) = ctx.saved_tensors
-    w = _upcast(W_dec)
+    w = upcast(W_dec)
     norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return (_tangent_torch(w, _upcast(dN)) / norm).to(W_dec.dtype)
+    return (_tangent_torch(w, upcast(dN)) / norm).to(W_dec.dtype)
 
 
 @register(fake=_contiguous_like, setup_context=_save, backward=_normalize_rows_backward)
@@ -138,7 +138,7 @@ def _normalize_rows(W_dec: Tensor) -> Tensor:
     W_dec = W_dec.contiguous()
     if implementation(W_dec) == "torch":
         return _unit_torch(W_dec)
-    return _launch(_normalize_rows_kernel, _contiguous_like(W_dec), W_dec)
+    return _launch(normalize_rows_kernel, _contiguous_like(W_dec), W_dec_ptr=W_dec)
 
 
 @register(fake=lambda W_dec, gradient: None, mutates_args=("gradient",))
@@ -146,7 +146,8 @@ def _project_gradient_(W_dec: Tensor, gradient: Tensor) -> None:
     if implementation(W_dec) == "torch":
         gradient.copy_(_tangent_torch(W_dec, gradient))
     else:
-        _launch(_project_gradient_kernel, gradient, W_dec.contiguous(), gradient)
+        W_dec = W_dec.contiguous()
+        _launch(project_gradient_kernel, gradient, W_dec_ptr=W_dec, gradient_ptr=gradient)
 
 
 @register(fake=lambda W_dec: None, mutates_args=("W_dec",))
@@ -154,7 +155,7 @@ def _normalize_rows_(W_dec: Tensor) -> None:
     if implementation(W_dec) == "torch":
         W_dec.copy_(_unit_torch(W_dec))
     else:
-        _launch(_normalize_rows_kernel, W_dec, W_dec)
+        _launch(normalize_rows_kernel, W_dec, W_dec_ptr=W_dec)
 
 
 # --- public -------------------------------------------------------------------------------------
@@ -209,25 +210,3 @@ def normalize_rows_(W_dec: Tensor) -> Tensor:
     _check_rows("W_dec", W_dec, in_place=True)
     _normalize_rows_(W_dec)
     return W_dec
-
-
-# --- ahead of time ------------------------------------------------------------------------------
-
-
-def aot_cases() -> list[Case]:
-    """Both kernels at every width and in every dtype."""
-    cases = []
-    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
-        pointer = f"*{dtype}"
-        blocks = row_blocks(width)
-        warps = blocks.pop("num_warps")
-        more = {"num_warps": warps, "representative": width == 1536 and dtype == "fp32"}
-        project = {"W_dec_ptr": pointer, "gradient_ptr": pointer, "out_ptr": pointer, "D": "i32"}
-        normalize = {"W_dec_ptr": pointer, "out_ptr": pointer, "D": "i32"}
-        for name, kernel, signature in (
-            ("project_gradient", _project_gradient_kernel, project),
-            ("normalize_rows", _normalize_rows_kernel, normalize),
-        ):
-            label = f"{name}, D={width} {dtype}"
-            cases.append(Case(label, kernel, signature, blocks, ("D",), **more))
-    return cases

@@ -1,7 +1,7 @@
 """Triton or torch: the one module that decides, and the one way an operation is registered.
 
 CUDA tensors run on Triton where it is installed; everything else runs on the sparse torch code that
-each operation's module holds beside its kernels. Triton on a machine without a GPU is never touched.
+each operation holds beside its kernels. Triton on a machine without a GPU is never touched.
 Kernel files take ``jit``, ``tl`` and ``triton`` from here, so they import where Triton does not exist.
 
 ``FASTSAE_KERNELS=auto|triton|torch`` sets the choice for a process, ``use(...)`` for a block. Kernels
@@ -14,29 +14,37 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
+if TYPE_CHECKING:
     import triton.language as tl
 
-    HAS_TRITON = True
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
-    jit = triton.jit
-except ImportError:
-    triton = None
-    HAS_TRITON = INTERPRETED = False
+    # A kernel is compiled from its syntax and launched by its name: to a type checker it is anything.
+    triton: Any = ...
+    jit: Any = ...
+else:
+    try:
+        import triton
+        import triton.language as tl
 
-    class tl:
-        """What a kernel's definition, as opposed to its body, needs of triton.language."""
+        jit = triton.jit
+    except ImportError:
+        triton = None
 
-        constexpr = staticmethod(lambda value: value)
+        class tl:
+            """What a kernel's definition, as opposed to its body, needs of triton.language."""
 
-    def jit(function):
-        return function
+            constexpr = staticmethod(lambda value: value)
+
+        def jit(function):
+            return function
+
+
+HAS_TRITON = triton is not None
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 Implementation = Literal["triton", "torch"]

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aot import Case
-from .dispatch import INTERPRETED, implementation, jit, register, tl
-from .groups import GROUP, GroupMax, _group_max, cdiv, float_bits, positive_keys
+from .dispatch import INTERPRETED, implementation, jit, register, tl, triton
+from .dtypes import accumulator, float_bits, upcast
 from .products import linear
+from .selection import GroupMax, group_max
+from .selection.triton_impl import GROUP, positive_keys
 
 
 class Encoded(NamedTuple):
@@ -32,7 +33,7 @@ class Encoded(NamedTuple):
     maxima: GroupMax
 
 
-class _Config(NamedTuple):
+class Tile(NamedTuple):
     BLOCK_B: int
     BLOCK_F: int
     BLOCK_D: int
@@ -41,14 +42,15 @@ class _Config(NamedTuple):
 
 
 # By pointers and by tensor descriptors (the bulk copies of sm_90), for 2 and for 4 byte operands.
-_POINTERS = {2: _Config(128, 128, 32, 8, 3), 4: _Config(128, 64, 32, 8, 2)}
-_DESCRIPTORS = {2: _Config(128, 256, 64, 8, 3), 4: _Config(128, 128, 32, 8, 3)}
+POINTERS = {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 64, 32, 8, 2)}
+DESCRIPTORS = {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)}
 # On sm_100 the tile by descriptors spills, so it is left to pointers.
-_DESCRIPTOR_CAPABILITIES = range(90, 100)
-_ROWS_TOGETHER = 8
+DESCRIPTOR_CAPABILITIES = range(90, 100)
+# The interpreter multiplies bfloat16 bit patterns as if they were integers.
+CONSTANTS = {"GROUP": GROUP, "ROWS_TOGETHER": 8, "UPCAST": INTERPRETED}
 
 
-# --- kernels ------------------------------------------------------------------------------------
+# --- Triton -------------------------------------------------------------------------------------
 
 
 @jit
@@ -65,24 +67,15 @@ def _tile(B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, ROWS_TOGETHER: tl.
 
 @jit
 def _epilogue(
-    accumulator,
-    tile_b,
-    tile_f,
-    bias_ptr,
-    pre_ptr,
-    max_ptr,
-    nonfinite_ptr,
-    B,
-    F,
-    G,
-    BLOCK_B: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    total, tile_b, tile_f,
+    bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    B, F, G,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
-    pre = accumulator + bias[None, :]
+    pre = total + bias[None, :]
     inside = (row[:, None] < B) & (column[None, :] < F)
     place = row[:, None].to(tl.int64) * F + column[None, :]
     tl.store(pre_ptr + place, pre, mask=inside)
@@ -99,25 +92,13 @@ def _epilogue(
 
 
 @jit
-def _encode_pointers_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    pre_ptr,
-    max_ptr,
-    nonfinite_ptr,
-    B,
-    F,
-    D,
-    G,
-    EVEN_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS_TOGETHER: tl.constexpr,
-):
+def encode_pointers_kernel(
+    x_ptr, weight_ptr, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    B, F, D, G,
+    EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, ROWS_TOGETHER: tl.constexpr,
+):  # fmt: skip
     tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
     row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -127,7 +108,7 @@ def _encode_pointers_kernel(
     width = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + row[:, None] * D + width[None, :]
     weight_ptrs = weight_ptr + column[None, :] * D + width[:, None]
-    accumulator = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+    total = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
     for start in range(0, D, BLOCK_D):
         if EVEN_D:
             x = tl.load(x_ptrs)
@@ -137,79 +118,47 @@ def _encode_pointers_kernel(
             weight = tl.load(weight_ptrs, mask=width[:, None] < D - start, other=0.0)
         if UPCAST:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
-        accumulator = tl.dot(x, weight, accumulator)
+        total = tl.dot(x, weight, total)
         x_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
     _epilogue(
-        accumulator,
-        tile_b,
-        tile_f,
-        bias_ptr,
-        pre_ptr,
-        max_ptr,
-        nonfinite_ptr,
-        B,
-        F,
-        G,
-        BLOCK_B,
-        BLOCK_F,
-        GROUP,
-    )
+        total, tile_b, tile_f,
+        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+        B, F, G,
+        BLOCK_B, BLOCK_F, GROUP,
+    )  # fmt: skip
 
 
 @jit
-def _encode_descriptors_kernel(
-    x_descriptor,
-    weight_descriptor,
-    bias_ptr,
-    pre_ptr,
-    max_ptr,
-    nonfinite_ptr,
-    B,
-    F,
-    D,
-    G,
+def encode_descriptors_kernel(
+    x_descriptor, weight_descriptor, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    B, F, D, G,
     UPCAST: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS_TOGETHER: tl.constexpr,
-):
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, ROWS_TOGETHER: tl.constexpr,
+):  # fmt: skip
     tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
-    accumulator = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+    total = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
     for start in range(0, D, BLOCK_D):
         # [BLOCK_B, BLOCK_D], [BLOCK_F, BLOCK_D]; zeros past the end
         x = x_descriptor.load([tile_b * BLOCK_B, start])
         weight = weight_descriptor.load([tile_f * BLOCK_F, start])
         if UPCAST:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
-        accumulator = tl.dot(x, weight.T, accumulator)
+        total = tl.dot(x, weight.T, total)
     _epilogue(
-        accumulator,
-        tile_b,
-        tile_f,
-        bias_ptr,
-        pre_ptr,
-        max_ptr,
-        nonfinite_ptr,
-        B,
-        F,
-        G,
-        BLOCK_B,
-        BLOCK_F,
-        GROUP,
-    )
-
-
-# --- launch, torch, operation -------------------------------------------------------------------
+        total, tile_b, tile_f,
+        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+        B, F, G,
+        BLOCK_B, BLOCK_F, GROUP,
+    )  # fmt: skip
 
 
 def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
     """Whether the device has bulk tensor copies and the operands are laid out for them."""
     if centred.is_cuda:
         major, minor = torch.cuda.get_device_capability(centred.device)
-        if 10 * major + minor not in _DESCRIPTOR_CAPABILITIES:
+        if 10 * major + minor not in DESCRIPTOR_CAPABILITIES:
             return False
     aligned = all(t.data_ptr() % 16 == 0 for t in (centred, weight))
     return aligned and centred.shape[1] * centred.element_size() % 16 == 0
@@ -217,43 +166,33 @@ def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
 
 def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, D), F = centred.shape, len(weight)
-    G = cdiv(F, GROUP)
+    G = triton.cdiv(F, GROUP)
     centred, weight, bias = centred.contiguous(), weight.contiguous(), bias.contiguous()
     pre = torch.empty(B, F, dtype=torch.float32, device=centred.device)
     maxima = torch.empty(B, G, dtype=torch.float32, device=centred.device)
     nonfinite = torch.zeros((), dtype=torch.bool, device=centred.device)
-    outputs = (bias, pre, maxima, nonfinite, B, F, D, G)
     by_descriptors = _descriptors_serve(centred, weight)
-    config = (_DESCRIPTORS if by_descriptors else _POINTERS)[centred.element_size()]
-    grid = (cdiv(B, config.BLOCK_B) * cdiv(F, config.BLOCK_F),)
-    # The interpreter multiplies bfloat16 bit patterns as if they were integers.
-    constants = config._asdict() | {
-        "GROUP": GROUP,
-        "ROWS_TOGETHER": _ROWS_TOGETHER,
-        "UPCAST": INTERPRETED,
-    }
+    tile = (DESCRIPTORS if by_descriptors else POINTERS)[centred.element_size()]
+    grid = (triton.cdiv(B, tile.BLOCK_B) * triton.cdiv(F, tile.BLOCK_F),)
+    shared = {"bias_ptr": bias, "pre_ptr": pre, "max_ptr": maxima, "nonfinite_ptr": nonfinite}
+    shared |= {"B": B, "F": F, "D": D, "G": G} | CONSTANTS | tile._asdict()
     if by_descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        x = TensorDescriptor.from_tensor(centred, [config.BLOCK_B, config.BLOCK_D])
-        w = TensorDescriptor.from_tensor(weight, [config.BLOCK_F, config.BLOCK_D])
-        _encode_descriptors_kernel[grid](x, w, *outputs, **constants)
+        x = TensorDescriptor.from_tensor(centred, [tile.BLOCK_B, tile.BLOCK_D])
+        w = TensorDescriptor.from_tensor(weight, [tile.BLOCK_F, tile.BLOCK_D])
+        encode_descriptors_kernel[grid](x_descriptor=x, weight_descriptor=w, **shared)
     else:
-        even = D % config.BLOCK_D == 0
-        _encode_pointers_kernel[grid](centred, weight, *outputs, EVEN_D=even, **constants)
+        even = D % tile.BLOCK_D == 0
+        encode_pointers_kernel[grid](x_ptr=centred, weight_ptr=weight, EVEN_D=even, **shared)
     return pre, maxima, nonfinite
 
 
-def _encode_torch(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Upcast rather than multiply in low precision: torch would round the sums to it.
-    dtype = torch.promote_types(centred.dtype, torch.float32)
-    pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
-    return pre, *_group_max(pre)
+# --- operation ----------------------------------------------------------------------------------
 
 
 def _fake(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, F = centred.shape[0], weight.shape[0]
-    dtype = torch.promote_types(centred.dtype, torch.float32)
+    B, F, dtype = centred.shape[0], weight.shape[0], accumulator(centred.dtype)
     return (
         centred.new_empty(B, F, dtype=dtype),
         centred.new_empty(B, (F + GROUP - 1) // GROUP, dtype=dtype),
@@ -285,10 +224,14 @@ def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     fusible = centred.element_size() == 2 or INTERPRETED or torch.backends.cuda.matmul.allow_tf32
     if fusible and 0 not in (*centred.shape, len(weight)) and implementation(centred) == "triton":
         return _encode_triton(centred, weight, bias)
-    return _encode_torch(centred, weight, bias)
+    # Upcast rather than multiply in low precision: torch would round the sums to it.
+    dtype = accumulator(centred.dtype)
+    pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
+    maxima = group_max(pre)
+    return pre, maxima.values, maxima.nonfinite
 
 
-def _check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
     fits = x.ndim == W_enc.ndim == 2 and x.shape[1] == W_enc.shape[0]
     fits = fits and b_enc.shape == W_enc.shape[1:]
     if not fits or (b_dec is not None and b_dec.shape != W_enc.shape[:1]):
@@ -301,10 +244,7 @@ def _check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None)
 
 def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
     """``x - b_dec`` in float32 (float64 for float64); ``x`` itself without ``b_dec``."""
-    if b_dec is None:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.to(wide) - b_dec.to(wide)
+    return x if b_dec is None else upcast(x) - b_dec.to(accumulator(x.dtype))
 
 
 def encode_with_group_max(
@@ -319,54 +259,6 @@ def encode_with_group_max(
 
     Deterministic. Raises ValueError for shapes that do not fit.
     """
-    _check_shapes(x, W_enc, b_enc, b_dec)
+    check_shapes(x, W_enc, b_enc, b_dec)
     pre, maxima, nonfinite = _encode(centre(x, b_dec).to(W_enc.dtype), W_enc.T, b_enc)
     return Encoded(pre, GroupMax(maxima, nonfinite))
-
-
-def aot_cases() -> list[Case]:
-    outputs = {"pre_ptr": "*fp32", "max_ptr": "*fp32", "nonfinite_ptr": "*i1"}
-    outputs |= {name: "i32" for name in ("B", "F", "D", "G")}
-    constants = {"GROUP": GROUP, "ROWS_TOGETHER": _ROWS_TOGETHER, "UPCAST": False}
-    types = (("bf16", 2), ("fp16", 2), ("fp32", 4))
-    cases = []
-    for dtype, size in types:
-        blocks = _POINTERS[size]._asdict()
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        cases += [
-            Case(
-                f"encode pointers {dtype}{'' if even else ', ragged D'}",
-                _encode_pointers_kernel,
-                {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": "*fp32"} | outputs,
-                constants | blocks | {"EVEN_D": even},
-                divisible=("B", "F", "D", "G"),
-                matrix=True,
-                representative=dtype == "bf16" and even,
-                **options,
-            )
-            for even in (True, False)
-        ]
-    for dtype, size in types:
-        blocks = _DESCRIPTORS[size]._asdict()
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        x_block, weight_block = (
-            f"{dtype}[{blocks[rows]},{blocks['BLOCK_D']}]" for rows in ("BLOCK_B", "BLOCK_F")
-        )
-        operands = {
-            "x_descriptor": f"tensordesc<{x_block}>",
-            "weight_descriptor": f"tensordesc<{weight_block}>",
-        }
-        cases.append(
-            Case(
-                f"encode descriptors {dtype}",
-                _encode_descriptors_kernel,
-                operands | {"bias_ptr": "*fp32"} | outputs,
-                constants | blocks,
-                divisible=("B", "F", "D", "G"),
-                capabilities=_DESCRIPTOR_CAPABILITIES,
-                matrix=True,
-                representative=dtype == "bf16",
-                **options,
-            )
-        )
-    return cases

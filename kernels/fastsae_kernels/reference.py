@@ -22,15 +22,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .sparse import CSC, CSR
+
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
-
-AUX_GAIN = 300.0
-"""What the log objective multiplies aux-k by.
-
-While a dead latent's second moment still holds the gradients of its life, aux-k's are too small beside
-them to move it. More of it revives more latents and costs explained variance where many die.
-"""
 
 
 # --- input scaling ------------------------------------------------------------------------------
@@ -86,18 +81,18 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> T
     return (x - b_dec) @ W_enc + b_enc
 
 
-def active_budget(k: float, tokens: int, latents: int) -> int:
+def num_selected(k: float, tokens: int, latents: int) -> int:
     """``K = int(k * B)``, clamped to ``[0, B * F]``."""
     return max(0, min(int(k * tokens), tokens * latents))
 
 
-def batch_topk_mask(pre: Tensor, budget: int) -> Tensor:
-    """Mask ``[B, F]`` of the ``budget`` largest positive entries of the whole batch.
+def batch_topk_mask(pre: Tensor, num_selected: int) -> Tensor:
+    """Mask ``[B, F]`` of the ``num_selected`` largest positive entries of the whole batch.
 
     The order is total: value descending, then token-major flat index ascending. Non-positive entries
-    and NaN are never selected, so fewer than ``budget`` may be.
+    and NaN are never selected, so fewer than ``num_selected`` may be.
     """
-    return _largest_positive(pre.reshape(1, -1), budget).reshape(pre.shape)
+    return _largest_positive(pre.reshape(1, -1), num_selected).reshape(pre.shape)
 
 
 def topk_mask(pre: Tensor, k: int) -> Tensor:
@@ -111,24 +106,8 @@ def _largest_positive(rows: Tensor, k: int) -> Tensor:
     return torch.zeros_like(rows, dtype=torch.bool).scatter(-1, order, True) & (rows > 0)
 
 
-class CSR(NamedTuple):
-    """Selected latents by token: row ``b`` is ``[offsets[b], offsets[b + 1])``, latents ascending."""
-
-    values: Tensor  # [nnz], the dtype of pre
-    indices: Tensor  # [nnz] int32, latent of each entry
-    offsets: Tensor  # [B + 1] int32
-
-
-class CSC(NamedTuple):
-    """The same entries by latent: ``f`` owns ``[offsets[f], offsets[f + 1])``, tokens ascending."""
-
-    rows: Tensor  # [nnz] int32, token of each entry
-    positions: Tensor  # [nnz] int32, where the entry stands in the CSR arrays
-    offsets: Tensor  # [F + 1] int32
-
-
 def to_csr(pre: Tensor, mask: Tensor) -> CSR:
-    """The masked entries of ``pre`` in token order."""
+    """The masked entries of ``pre`` in token order, without a spare slot."""
     row, column = mask.nonzero(as_tuple=True)
     return CSR(pre[row, column], column.int(), _offsets(mask.sum(1)))
 
@@ -194,11 +173,21 @@ def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tenso
     return residual.new_ones(())
 
 
-# --- objective and gradients, written out ---------------------------------------------------------------------
+# --- objective and gradients, written out --------------------------------------------------------
+
+
+def objective(error: Tensor, aux: Tensor, weight: float, kind: Objective) -> Tensor:
+    """What training minimises: ``log(error) + weight * aux`` (log) or ``error + weight * aux`` (plain).
+
+    The gradient of the logarithm does not shrink with the error as training goes on: Adam, whose second
+    moments remember a thousand steps, takes ever smaller steps while a gradient shrinks. An error of 0
+    counts as 1: it has no gradient, and the logarithm's would be infinite.
+    """
+    return (torch.where(error > 0, error, 1).log() if kind == "log" else error) + weight * aux
 
 
 def error_weight(error: Tensor) -> Tensor:
-    """``1 / error``, the derivative of its logarithm; 1 where the error is 0 and has no gradient."""
+    """``1 / error``, the derivative of :func:`objective`'s logarithm; 1 where the error is 0."""
     return 1 / torch.where(error > 0, error, 1)
 
 
@@ -220,11 +209,7 @@ def gradients(
     normalization: AuxNormalization = "residual_variance",
     objective: Objective = "log",
 ) -> Gradients:
-    """Gradients of the objective without autograd, for a given selection ``mask``.
-
-    ``plain``: ``error + aux_coefficient * aux``. ``log``: ``log(error) + AUX_GAIN * aux_coefficient *
-    aux``, whose gradient does not shrink with the error as training goes on: Adam, whose second moments
-    remember a thousand steps, takes ever smaller steps while a gradient shrinks.
+    """Gradients of :func:`objective` without autograd, for a given selection ``mask``.
 
     ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
@@ -241,7 +226,6 @@ def gradients(
     dY = -2 * residual / len(x)
     if objective == "log":
         dY = dY * error_weight(squared_error(residual, torch.zeros_like(residual)))
-        aux_coefficient *= AUX_GAIN
     dz = (dY @ W_dec.T) * mask
     dW_dec = z.T @ dY
     db_dec = dY.sum(0) - W_enc @ dz.sum(0)
@@ -353,10 +337,10 @@ class State:
 class Settings:
     k: float
     k_aux: int
+    aux_coefficient: float  # what the objective multiplies aux-k by
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    aux_coefficient: float = 0.0625
     aux_normalization: AuxNormalization = "residual_variance"
     dead_after_tokens: int = 10_000_000
     threshold_rate: float = 0.01
@@ -366,7 +350,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: Tensor
+    objective: Tensor
     error: Tensor
     aux: Tensor
     mask: Tensor
@@ -392,7 +376,7 @@ def train_step(
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)
     if mask is None:
-        mask = batch_topk_mask(pre, active_budget(settings.k, *pre.shape))
+        mask = batch_topk_mask(pre, num_selected(settings.k, *pre.shape))
     x_hat = decode(pre * mask, W_dec, b_dec)
     error = squared_error(x, x_hat)
     dead = state.tokens_since_active >= settings.dead_after_tokens
@@ -419,7 +403,7 @@ def train_step(
         state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
     )
     return StepResult(
-        error + settings.aux_coefficient * aux,
+        objective(error, aux, settings.aux_coefficient, settings.objective),
         error,
         aux,
         mask,

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aot import Case
 from .dispatch import jit, tl
 
 CHUNK = 128
@@ -34,14 +33,11 @@ def chunk_capacity(entries: int) -> int:
 
 
 @jit
-def _long_segments_kernel(
-    offsets_ptr,
-    starts_ptr,
-    owners_ptr,
+def long_segments_kernel(
+    offsets_ptr, starts_ptr, owners_ptr,
     segments,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     # One program: the scan is short (one integer a segment) and a single launch.
     total = 0
     for first in range(0, segments, BLOCK):
@@ -63,26 +59,10 @@ def long_segments(offsets: Tensor, entries: int) -> LongSegments:
 
     ``entries`` is the static capacity of the arrays that ``offsets`` points into.
     """
-    segments = len(offsets) - 1
-    found = LongSegments(
-        torch.empty_like(offsets), offsets.new_empty(max(chunk_capacity(entries), 1))
-    )
-    _long_segments_kernel[(1,)](
-        offsets, found.starts, found.owners, segments, CHUNK=CHUNK, BLOCK=SCAN_BLOCK
-    )
-    return found
-
-
-def aot_cases() -> list[Case]:
-    signature = {f"{name}_ptr": "*i32" for name in ("offsets", "starts", "owners")}
-    return [
-        Case(
-            "long segments",
-            _long_segments_kernel,
-            signature | {"segments": "i32"},
-            {"CHUNK": CHUNK, "BLOCK": SCAN_BLOCK},
-            ("segments",),
-            vector_loads=False,  # the ends are the beginnings, one further
-            representative=True,
-        )
-    ]
+    starts, owners = torch.empty_like(offsets), offsets.new_empty(max(chunk_capacity(entries), 1))
+    long_segments_kernel[(1,)](
+        offsets_ptr=offsets, starts_ptr=starts, owners_ptr=owners,
+        segments=len(offsets) - 1,
+        CHUNK=CHUNK, BLOCK=SCAN_BLOCK,
+    )  # fmt: skip
+    return LongSegments(starts, owners)

@@ -16,19 +16,17 @@ from memory) plus ``B·D·e`` written; the loss reads and writes ``B·D·e`` mor
 gathered. ``dW_dec``: ``nnz·D·e`` gathered and ``F·D·e`` written.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .aot import WIDTHS, Case
-from .batch_topk import csr_to_csc
 from .dispatch import implementation, jit, register, tl, triton
-from .rounding import rounded
+from .dtypes import accumulator, rounded, upcast
+from .products import row_sums
 from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
 from .sparse import CSR
+from .transpose import csr_to_csc
 
 # Entries and columns of one tile, and warps: 32 float32 accumulators a thread.
 BLOCK_N = 8
@@ -45,16 +43,10 @@ def column_block(width: int) -> int:
 
 @jit
 def weighted_sum(
-    values_ptr,
-    indices_ptr,
-    table_ptr,
-    begin,
-    end,
-    columns,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    values_ptr, indices_ptr, table_ptr,
+    begin, end, columns, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``Σ_{begin <= j < end} values[j] · table[indices[j], columns]``, ``[BLOCK_D]`` float32."""
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for first in range(begin, end, BLOCK_N):
@@ -72,20 +64,11 @@ def weighted_sum(
 
 
 @jit
-def _chunk_sums_kernel(
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    table_ptr,
-    starts_ptr,
-    owners_ptr,
-    sums_ptr,
-    segments,
-    D,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def chunk_sums_kernel(
+    values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, owners_ptr, sums_ptr,
+    segments, D,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One chunk of a long segment and one tile of columns a program."""
     chunk = tl.program_id(0)
     if chunk < tl.load(starts_ptr + segments):
@@ -101,19 +84,10 @@ def _chunk_sums_kernel(
 
 @jit
 def _segment_sum(
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    table_ptr,
-    starts_ptr,
-    sums_ptr,
-    segment,
-    columns,
-    D,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
+    segment, columns, D,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The whole of one segment: from its entries if short, from its chunks' sums if long."""
     begin = tl.load(offsets_ptr + segment)
     end = tl.load(offsets_ptr + segment + 1)
@@ -128,37 +102,19 @@ def _segment_sum(
 
 
 @jit
-def _weighted_row_sums_kernel(
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    table_ptr,
-    bias_ptr,
-    starts_ptr,
-    sums_ptr,
-    out_ptr,
+def weighted_row_sums_kernel(
+    values_ptr, indices_ptr, offsets_ptr, table_ptr, bias_ptr, starts_ptr, sums_ptr, out_ptr,
     D,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One segment and one tile of columns a program."""
     segment = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = _segment_sum(
-        values_ptr,
-        indices_ptr,
-        offsets_ptr,
-        table_ptr,
-        starts_ptr,
-        sums_ptr,
-        segment,
-        columns,
-        D,
-        CHUNK,
-        BLOCK_N,
-        BLOCK_D,
-    )
+        values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
+        segment, columns, D,
+        CHUNK, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     if bias_ptr is not None:
         total += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     at = segment.to(tl.int64) * D + columns
@@ -166,42 +122,23 @@ def _weighted_row_sums_kernel(
 
 
 @jit
-def _decode_loss_kernel(
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    W_dec_ptr,
-    b_dec_ptr,
-    x_ptr,
-    starts_ptr,
-    sums_ptr,
-    residual_ptr,
-    squares_ptr,
+def decode_loss_kernel(
+    values_ptr, indices_ptr, offsets_ptr, table_ptr, bias_ptr, x_ptr, starts_ptr, sums_ptr,
+    residual_ptr, squares_ptr,
     D,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One token and one tile of columns a program; ``squares [B, tiles]``."""
     token = tl.program_id(0)
     tile = tl.program_id(1)
     columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     x_hat = _segment_sum(
-        values_ptr,
-        indices_ptr,
-        offsets_ptr,
-        W_dec_ptr,
-        starts_ptr,
-        sums_ptr,
-        token,
-        columns,
-        D,
-        CHUNK,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    x_hat += tl.load(b_dec_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
+        token, columns, D,
+        CHUNK, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    x_hat += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     at = token.to(tl.int64) * D + columns
     # Outside D all of x, x̂ and hence the residual are zero.
     residual = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - x_hat
@@ -210,19 +147,11 @@ def _decode_loss_kernel(
 
 
 @jit
-def _value_gradients_kernel(
-    dx_hat_ptr,
-    indices_ptr,
-    tokens_ptr,
-    offsets_ptr,
-    W_dec_ptr,
-    out_ptr,
-    B,
-    K,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def value_gradients_kernel(
+    dx_hat_ptr, indices_ptr, tokens_ptr, offsets_ptr, W_dec_ptr, out_ptr,
+    B, K, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``BLOCK_N`` slots a program; slots beyond ``nnz`` get zero."""
     slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = slot < tl.load(offsets_ptr + B)
@@ -242,7 +171,8 @@ def _value_gradients_kernel(
 # --- launchers ----------------------------------------------------------------------------------
 
 
-def _blocks(width: int) -> dict[str, int]:
+def tile_blocks(width: int) -> dict[str, int]:
+    """The constants of a kernel over tiles of columns."""
     return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": column_block(width), "num_warps": WARPS}
 
 
@@ -255,53 +185,50 @@ def launch_chunk_sums(
     """
     width = table.shape[1]
     if len(out):
-        _chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
-            values, indices, offsets, table, *long, out, len(offsets) - 1, width, **_blocks(width)
-        )
+        chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
+            values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, table_ptr=table,
+            starts_ptr=long.starts, owners_ptr=long.owners, sums_ptr=out,
+            segments=len(offsets) - 1, D=width,
+            **tile_blocks(width),
+        )  # fmt: skip
 
 
-def _launch_segment_sums(kernel, values, indices, offsets, table, between, after) -> None:
+def _launch_segment_sums(kernel, values, indices, offsets, table, **others: Tensor | None) -> None:
     """Launch ``kernel`` over (segments, column tiles), the long segments' chunks before it."""
     segments, width = len(offsets) - 1, table.shape[1]
     if not segments * width:
         return
-    long = long_segments(offsets, len(indices))
-    sums = torch.empty(
-        chunk_capacity(len(indices)), width, dtype=torch.float32, device=table.device
-    )
+    long, chunks = long_segments(offsets, len(indices)), chunk_capacity(len(indices))
+    sums = torch.empty(chunks, width, dtype=torch.float32, device=table.device)
     launch_chunk_sums(values, indices, offsets, table, long, sums)
     kernel[(segments, triton.cdiv(width, column_block(width)))](
-        values,
-        indices,
-        offsets,
-        table,
-        *between,
-        long.starts,
-        sums,
-        *after,
-        width,
-        **_blocks(width),
-    )
+        values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, table_ptr=table,
+        starts_ptr=long.starts, sums_ptr=sums,
+        D=width,
+        **others, **tile_blocks(width),
+    )  # fmt: skip
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# --- torch --------------------------------------------------------------------------------------
 
 
-def _bag(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    """The weighted row sums ``[n, D]`` by torch, in the accumulator's type."""
-    if table.shape[1] == 0 or len(table) == 0:
-        return table.new_zeros(len(offsets) - 1, table.shape[1], dtype=_accumulator(table.dtype))
-    # embedding_bag would count the unused slots to the last row.
-    nnz = int(offsets[-1])
-    return F.embedding_bag(
-        indices[:nnz],
-        table.to(_accumulator(table.dtype)),
-        offsets,
-        mode="sum",
-        per_sample_weights=values[:nnz].to(_accumulator(table.dtype)),
-        include_last_offset=True,
-    )
+def _row_sums_torch(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """The weighted row sums ``[n, D]`` in the accumulator's dtype."""
+    table, nnz = upcast(table), int(offsets[-1])
+    # The unused slots would count to the last row.
+    return row_sums(values[:nnz].to(table.dtype), indices[:nnz], offsets, table)
+
+
+def _value_gradients_torch(
+    dx_hat: Tensor, values: Tensor, indices: Tensor, tokens: Tensor, W_dec: Tensor
+) -> Tensor:
+    out = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    # Blocks of entries bound the gathered copies to a few megabytes.
+    for at in torch.arange(len(values), device=values.device).split(2048):
+        left = upcast(dx_hat[tokens[at].clamp(max=len(dx_hat) - 1)])
+        dz = torch.linalg.vecdot(left, upcast(W_dec[indices[at]]))
+        out[at] = ((tokens[at] < len(dx_hat)) * dz).to(out.dtype)
+    return out
 
 
 # --- operations ---------------------------------------------------------------------------------
@@ -317,12 +244,12 @@ def _weighted_row_sums(
 ) -> Tensor:
     values, table = values.contiguous(), table.contiguous()
     if implementation(table) == "torch":
-        total = _bag(values, indices, offsets, table)
+        total = _row_sums_torch(values, indices, offsets, table)
         return (total if bias is None else total + bias).to(table.dtype)
     out = _fake_row_sums(values, indices, offsets, table, bias)
     bias = None if bias is None else bias.contiguous()
     _launch_segment_sums(
-        _weighted_row_sums_kernel, values, indices, offsets, table, (bias,), (out,)
+        weighted_row_sums_kernel, values, indices, offsets, table, bias_ptr=bias, out_ptr=out
     )
     return out
 
@@ -341,34 +268,12 @@ def _value_gradients(
         return _value_gradients_torch(dx_hat, values, indices, tokens, W_dec)
     out = _fake_value_gradients(dx_hat, values, indices, offsets, W_dec)
     if len(values):
-        _value_gradients_kernel[(triton.cdiv(len(values), BLOCK_N),)](
-            dx_hat,
-            indices,
-            tokens,
-            offsets,
-            W_dec,
-            out,
-            len(offsets) - 1,
-            len(values),
-            W_dec.shape[1],
-            BLOCK_N=BLOCK_N,
-            BLOCK_D=column_block(W_dec.shape[1]),
-            num_warps=WARPS,
-        )
-    return out
-
-
-def _value_gradients_torch(dx_hat, values, indices, tokens, W_dec):
-    out = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    accumulate = _accumulator(W_dec.dtype)
-    # Blocks of entries bound the gathered copies to a few megabytes.
-    for at in torch.arange(len(values), device=values.device).split(2048):
-        token = tokens[at]
-        real = (token < len(dx_hat)).to(accumulate)
-        left = dx_hat[token.clamp(max=len(dx_hat) - 1)].to(accumulate)
-        out[at] = (real * torch.linalg.vecdot(left, W_dec[indices[at]].to(accumulate))).to(
-            out.dtype
-        )
+        value_gradients_kernel[(triton.cdiv(len(values), BLOCK_N),)](
+            dx_hat_ptr=dx_hat, indices_ptr=indices, tokens_ptr=tokens, offsets_ptr=offsets,
+            W_dec_ptr=W_dec, out_ptr=out,
+            B=len(offsets) - 1, K=len(values), D=W_dec.shape[1],
+            BLOCK_N=BLOCK_N, BLOCK_D=column_block(W_dec.shape[1]), num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -376,9 +281,9 @@ def _save_decode(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _decode_gradients(ctx, values, indices, offsets, W_dec, b_dec, dx_hat):
+def _decode_gradients(ctx, inputs, dx_hat):
     """Gradients of the five inputs from ``dx̂``, each only where it is needed."""
-    need = ctx.needs_input_grad
+    (values, indices, offsets, W_dec, b_dec), need = inputs, ctx.needs_input_grad
     dvalues = dW_dec = db_dec = None
     if need[0]:
         dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
@@ -388,19 +293,15 @@ def _decode_gradients(ctx, values, indices, offsets, W_dec, b_dec, dx_hat):
             values[csc.positions], csc.rows, csc.offsets, dx_hat.to(W_dec.dtype), None
         )
     if need[4]:
-        db_dec = dx_hat.sum(0, dtype=_accumulator(dx_hat.dtype)).to(b_dec.dtype)
+        db_dec = dx_hat.sum(0, dtype=accumulator(dx_hat.dtype)).to(b_dec.dtype)
     return dvalues, None, None, dW_dec, db_dec
 
 
 def _decode_backward(ctx, dx_hat):
-    return _decode_gradients(ctx, *ctx.saved_tensors, dx_hat)
+    return _decode_gradients(ctx, ctx.saved_tensors, dx_hat)
 
 
-@register(
-    fake=_fake_row_sums,
-    setup_context=_save_decode,
-    backward=_decode_backward,
-)
+@register(fake=_fake_row_sums, setup_context=_save_decode, backward=_decode_backward)
 def _sparse_decode(
     values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor
 ) -> Tensor:
@@ -408,7 +309,7 @@ def _sparse_decode(
 
 
 def _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x):
-    squared_error = x.new_empty(x.shape[0], dtype=_accumulator(x.dtype))
+    squared_error = x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format), squared_error
 
 
@@ -421,33 +322,24 @@ def _decode_loss_backward(ctx, dresidual, dsquared_error):
     *inputs, residual = ctx.saved_tensors
     dx_hat = -dresidual - 2 * dsquared_error.to(residual.dtype)[:, None] * residual
     dx = -dx_hat if ctx.needs_input_grad[5] else None
-    return *_decode_gradients(ctx, *inputs, dx_hat), dx
+    return *_decode_gradients(ctx, inputs, dx_hat), dx
 
 
-@register(
-    fake=_fake_decode_loss,
-    setup_context=_save_decode_loss,
-    backward=_decode_loss_backward,
-)
+@register(fake=_fake_decode_loss, setup_context=_save_decode_loss, backward=_decode_loss_backward)
 def _sparse_decode_loss(
     values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     values, W_dec, b_dec, x = (t.contiguous() for t in (values, W_dec, b_dec, x))
     if implementation(W_dec) == "torch":
-        residual = x - (_bag(values, indices, offsets, W_dec) + b_dec)
-        return residual.to(x.dtype), residual.square().sum(1).to(_accumulator(x.dtype))
+        residual = x - (_row_sums_torch(values, indices, offsets, W_dec) + b_dec)
+        return residual.to(x.dtype), residual.square().sum(1).to(accumulator(x.dtype))
     residual, squared_error = _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x)
     tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
     squares = squared_error.new_empty(len(x), tiles)
     _launch_segment_sums(
-        _decode_loss_kernel,
-        values,
-        indices,
-        offsets,
-        W_dec,
-        (b_dec, x),
-        (residual, squares),
-    )
+        decode_loss_kernel, values, indices, offsets, W_dec,
+        bias_ptr=b_dec, x_ptr=x, residual_ptr=residual, squares_ptr=squares,
+    )  # fmt: skip
     return residual, squares.sum(1)
 
 
@@ -506,39 +398,3 @@ def sparse_decode_loss(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Dec
             f"got {list(x.shape)}"
         )
     return DecodeLoss(*_sparse_decode_loss(*csr, W_dec, b_dec, x))
-
-
-# --- ahead of time ------------------------------------------------------------------------------
-
-
-def aot_cases() -> list[Case]:
-    """Every kernel at every width: the table and the values float32, bfloat16 and float16."""
-    types = {f"{name}_ptr": "*i32" for name in ["indices", "offsets", "starts", "owners"]}
-    types |= {"tokens_ptr": "*i64", "squares_ptr": "*fp32", "sums_ptr": "*fp32"}
-    types |= {name: "i32" for name in ("segments", "B", "K", "D")}
-    kernels = {
-        "chunks": _chunk_sums_kernel,
-        "rows": _weighted_row_sums_kernel,
-        "loss": _decode_loss_kernel,
-        "value gradients": _value_gradients_kernel,
-    }
-    cases = []
-    for width, dtype in itertools.product(WIDTHS, ("fp32", "bf16", "fp16")):
-        tables = ("table", "W_dec", "x", "dx_hat", "out", "residual", "values", "bias", "b_dec")
-        here = types | {f"{name}_ptr": f"*{dtype}" for name in tables}
-        for part, kernel in kernels.items():
-            names = getattr(kernel, "arg_names", ())
-            constants = _blocks(width)
-            warps = constants.pop("num_warps")
-            cases.append(
-                Case(
-                    f"sparse_decode {part}, D={width} {dtype}",
-                    kernel,
-                    {name: here[name] for name in names if name in here},
-                    {name: value for name, value in constants.items() if name in names},
-                    ("D", "B", "K", "segments"),
-                    num_warps=warps,
-                    representative=width == 1536 and dtype == "bf16",
-                )
-            )
-    return cases

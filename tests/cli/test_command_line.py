@@ -1,4 +1,4 @@
-"""The command as a new user gives it: right ones work, wrong ones get one clear sentence."""
+"""`fastsae train` as a new user gives it: right ones work, wrong ones get one clear sentence."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import main
 from fastsae.lm import loading
 from fastsae.training import checkpoint
 
@@ -54,10 +54,7 @@ def run(
             "--name",
             "run",
         )
-        try:
-            code = cli.main(arguments=[*common, *base, *flags])
-        except SystemExit as exit_:
-            code = exit_.code
+        code = main(["train", *common, *base, *flags])
         errors = capfd.readouterr().err + caplog.text
         caplog.clear()
         assert "Traceback" not in errors, errors

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import models
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 from small_saes import small_sae
 
+import fastsae
 from fastsae import ConfigError, SplicedModel
+from fastsae.cli import main
 from fastsae.evaluation.contrast import Pooled, contrast, minhash, near_copies, pool, summary
 from fastsae.evaluation.statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
 
@@ -196,3 +200,47 @@ def test_equal_texts_are_run_once() -> None:
 def test_too_few_documents() -> None:
     with pytest.raises(ConfigError, match="the negative set has 4 documents"):
         contrast(documents(20, 0), documents(4, 1))
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """The command, with an SAE and two sets of texts that differ in every word."""
+    sae = small_sae(64, 128, 8, metadata={"hook_name": "model.layers.2"})
+    fastsae.save(sae, tmp_path / "sae")
+    for name, word in (("positive", "tick"), ("negative", "BOOM")):
+        lines = (json.dumps({"text": f"{word} " * (3 + i)}) for i in range(12))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = (f"--{n}={tmp_path / n}.jsonl" for n in ("positive", "negative"))
+    return ["contrast", str(tmp_path / "sae"), "--model", models.llama(), *files]
+
+
+def test_the_command(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*given, "--out", str(tmp_path / "new/out")]) == 0
+    assert "latents tested differ" in capsys.readouterr().out
+    result = json.loads((tmp_path / "new/out/contrast.json").read_text())
+    assert result["documents"] == {"positive": 12, "negative": 12}
+    assert result["latents_found"] == len(result["latents"]) > 0
+    assert (tmp_path / "new/out/contrast.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--fdr", "1.5"), "fdr must be between 0 and 1"),
+        (("--probe-latents", "0"), "probe_latents must be at least 1"),
+        (("--documents", "0"), "documents must be at least 1"),
+        (("--documents", "4"), "the positive set has 4 documents"),
+        (("--positive",), "give files with --positive"),
+        (("--negative", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_work(
+    given: list[str],
+    flags: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fastsae.SplicedModel, "load", None)
+    assert main([*given, *flags]) == 2
+    assert said in capsys.readouterr().err

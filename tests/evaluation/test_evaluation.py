@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy as plain_cross_entropy
 
 import fastsae
 from fastsae import ConfigError, HeldOutText, SplicedModel
-from fastsae.cli.evaluate import main
+from fastsae.cli import main
 from fastsae.evaluation.covariance import pca_explained_variance
 from fastsae.evaluation.estimates import DocumentSums
 from fastsae.evaluation.evaluate import evaluate, inference_modes
@@ -263,6 +263,7 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     fastsae.save(sae, tmp_path / "sae")
     (tmp_path / "a.txt").write_text("Some words to read. \n\n" * 40)
     given = [
+        "evaluate",
         str(tmp_path / "sae"),
         "--model",
         models.llama(),

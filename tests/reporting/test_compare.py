@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastsae
+from fastsae.cli import main
+from fastsae.files import hold
 from fastsae.reporting import compare
-from fastsae.training import checkpoint
 
 CONFIG = fastsae.TrainConfig(
     d_sae=32, k=2, batch_size=32, tokens=640, log_every_tokens=64, device="cpu", wandb="disabled"
@@ -25,8 +26,8 @@ def batches() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    grid = dataclasses.replace(CONFIG, k=(2, 4), seed=1, out=str(out), name="run")
-    fastsae.Trainer(grid, batches()).fit()
+    config = dataclasses.replace(CONFIG, seed=1, out=str(out), name="run")
+    fastsae.Trainer(fastsae.Sweep(config, ks=(2, 4)), batches()).fit()
     return out
 
 
@@ -34,7 +35,7 @@ def test_table_holds_the_newest_numbers(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "sub" / "a.png"
-    assert compare.main([str(runs), "--plot", str(picture)]) == 0
+    assert main(["compare", str(runs), "--plot", str(picture)]) == 0
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "state", "tokens", "ev"]
     assert [line.split()[:3] for line in lines] == [
@@ -52,14 +53,14 @@ def test_table_holds_the_newest_numbers(
 def test_a_run_in_progress_and_a_torn_line(runs: Path) -> None:
     run = runs / "run-L17-k2-seed1"
     whole = compare.read_run(run)
-    with checkpoint.locked(run):
+    with hold(run):
         assert compare.read_run(run).state == "running"
     assert compare.read_run(run).state == "finished"
     path = run / "metrics.jsonl"
     content = path.read_text()
     ahead = {**whole.metrics[-1], "tokens_seen": 9999}
     try:
-        path.write_text(content + json.dumps(ahead) + '\n{"loss": 0.')
+        path.write_text(content + json.dumps(ahead) + '\n{"objective": 0.')
         entry = compare.read_run(run)
         # It has gone on since the summary was written.
         assert (entry.state, entry.row["tokens_seen"], entry.summary) == ("stopped", 9999, {})
@@ -79,7 +80,9 @@ def test_one_name_in_two_places(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(runs, tmp_path / "copy")
-    assert compare.main([str(runs), str(tmp_path / "copy"), "--plot", str(tmp_path / "a.png")]) == 0
+    assert (
+        main(["compare", str(runs), str(tmp_path / "copy"), "--plot", str(tmp_path / "a.png")]) == 0
+    )
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
     assert len(set(names)) == 4 and f"{tmp_path}/copy/run-L17-k2-seed1" in names
 
@@ -89,20 +92,29 @@ def test_the_same_run_twice_is_one(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("absent", "does not exist"), ("empty", "holds no metrics.jsonl")]
+    ("path", "said"),
+    [
+        ("absent", "does not exist"),
+        ("empty", "holds no metrics.jsonl"),
+        ("file", "holds no metrics.jsonl"),
+    ],
 )
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
-    assert compare.main([str(tmp_path / path)]) == 2
+    (tmp_path / "file").touch()
+    assert main(["compare", str(tmp_path / path)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('[1, 2]\n"x"\n')
-    assert compare.main([str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path)]) == 2
     assert "are not those of a run" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_written(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([str(runs), "--plot", "/dev/null/a.png"]) == 2
-    assert "cannot write /dev/null/a.png" in capsys.readouterr().err
+@pytest.mark.parametrize("picture", ["/dev/null/a.png", "picture.of-no-kind"])
+def test_a_picture_that_cannot_be_written(
+    runs: Path, capsys: pytest.CaptureFixture[str], picture: str
+) -> None:
+    assert main(["compare", str(runs), "--plot", picture]) == 2
+    assert f"cannot write {picture}" in capsys.readouterr().err

@@ -21,8 +21,9 @@ import torch
 import yaml
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import main
 from fastsae.reporting import publish as hub
+from fastsae.reporting.model_card import model_card
 from fastsae.reporting.tracking import read_metrics
 
 CONFIG = fastsae.TrainConfig(
@@ -89,7 +90,7 @@ def test_pushed_at_each_checkpoint_and_at_the_end(server, tmp_path: Path) -> Non
     config = dataclasses.replace(CONFIG, out=str(tmp_path), hub_private=True)
     fastsae.train(slowly(), config)
     repository = server.repositories["me/mine"]
-    assert repository.private and repository.commits[-1] == "Add run"
+    assert repository.private and repository.commits[-1] == "Add the report of run"
     assert repository.commits[0] == "run: checkpoint at 160 tokens"
     assert set(pushed[0]) == FILES and b"Training goes on" in pushed[0]["README.md"]
     assert_whole(repository, tmp_path / "run")
@@ -189,7 +190,7 @@ def test_a_slow_hub_holds_nobody_up_and_old_pushes_give_way(server, tmp_path: Pa
     server.fail = wait
     fastsae.train(counting(), dataclasses.replace(CONFIG, out=str(tmp_path)))
     commits = server.repositories["me/mine"].commits
-    assert commits[-1] == "Add run" and len(commits) < 5
+    assert commits[-1] == "Add the report of run" and len(commits) < 5
     assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
@@ -202,6 +203,34 @@ def test_no_permission_is_said_once_and_not_tried_again(
     # At the last checkpoint, unless the end took its place, and at the end.
     assert sum("/commit/" in request for request in server.requests) <= 2
     assert "403" in caplog.text and "hf upload me/mine" in caplog.text
+
+
+def test_a_hub_that_hangs_does_not_keep_the_program(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    server.fail = lambda request: released.wait(60) and None if "/commit/" in request else None
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path)))
+    released.set()
+    assert "the push to me/mine is not finished" in caplog.text
+    assert f"  hf upload me/mine {tmp_path}/run/hub ." in caplog.text
+
+
+def test_pushes_that_fail_are_counted(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path), hub_repo=None))
+    server.fail = lambda request: 403 if "/commit/" in request else None
+    with hub.Publisher(run, "me/mine", False) as publisher:
+        for i in range(3):
+            publisher.publish(run, "---\nlicense: apache-2.0\n---\n", f"push {i}")
+            for thread in publisher._threads:
+                thread.join()
+    assert caplog.text.count("could not push to me/mine") == 1 and "403" in caplog.text
+    assert "the last 3 pushes to me/mine failed" in caplog.text
+    assert len(set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))) == 1
 
 
 def test_no_login_shows_at_the_start(
@@ -261,7 +290,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[hub_st
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
         given = ["--model", models.llama(), "--text-files", str(folder / "prose.txt"), *flags]
-        assert cli.main(arguments=[*given, "--out", str(folder / "runs")]) == 0
+        assert main(["train", *given, "--out", str(folder / "runs")]) == 0
         yield running, folder / "runs/llama-scope-v1-L2-batchtopk-k4-seed17"
 
 
@@ -275,8 +304,9 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     assert [saved["tokens_seen"] for saved in state["history"]] == [640, 1280, 1920, 2560]
 
     def told(m: dict) -> list[str]:
+        objective = "–" if m.get("objective") is None else f"{m['objective']:.4g}"
         return [
-            f"{m['tokens_seen']:,}", *(f"{m[n]:.4g}" for n in ("loss", "mse", "aux", "explained_variance")),
+            f"{m['tokens_seen']:,}", objective, *(f"{m[n]:.4g}" for n in ("mse", "aux", "explained_variance")),
             f"{m['l0']:.2f}", f"{m['alive_fraction']:.1%}", f"{m['dead']:,}", f"{m['threshold']:.4g}",
         ]  # fmt: skip
 
@@ -323,10 +353,38 @@ def test_the_header_is_what_the_hub_reads(published) -> None:
     assert card.split("---\n", 2)[2].lstrip().startswith(f"# {run.name}\n")
 
 
-def test_the_header_of_the_recipe() -> None:
-    from fastsae.reporting.model_card import model_card
+def test_a_number_that_is_missing() -> None:
+    config = dataclasses.replace(CONFIG, hub_repo=None)
+    history = [{"tokens_seen": 64, "step": 2, "time": "2026-01-02T03:04:05+00:00"}]
+    names = (
+        "objective",
+        "mse",
+        "aux",
+        "explained_variance",
+        "l0",
+        "alive_fraction",
+        "dead",
+        "threshold",
+    )
+    metrics = [{"tokens_seen": 64} | dict.fromkeys(names)]
+    summary = {"inference": "topk", "evaluated_on": "2 held-out activations"} | dict.fromkeys(
+        (
+            "explained_variance",
+            "l0",
+            "threshold_explained_variance",
+            "threshold_l0",
+            "alive_fraction",
+        ),
+    )
+    summary["pca_explained_variance"] = None
+    card = model_card(config, fastsae.SAE(8, 32, 2), history, metrics, summary)
+    (row,) = section(card, "Training metrics").strip().splitlines()[4:]
+    assert row == "| 64 | 64 |" + " – |" * 8
+    assert section(card, "Evaluation").count("| – |") == 6
 
-    config = fastsae.TrainConfig(hub_repo="me").runs[0]
+
+def test_the_header_of_the_recipe() -> None:
+    config = fastsae.TrainConfig(hub_repo="me")
     sae = fastsae.SAE(
         1536, 64, 64, metadata={"model_name": config.model, "hook_name": "model.layers.17"}
     )
@@ -345,6 +403,42 @@ def test_the_header_of_the_recipe() -> None:
     ):
         assert told in card
     assert "Training goes on" in card and "Training has not ended" in card
+
+
+def test_everything_written_is_strict_json(published) -> None:
+    """Parsers other than Python's know neither NaN nor Infinity."""
+    server, run = published
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    def read(text: str) -> object:
+        return json.loads(text, parse_constant=refuse)
+
+    read_so_far = set()
+    for path in run.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".js"):
+            lines = [text := path.read_text(encoding="utf-8")]
+            if path.suffix == ".jsonl":
+                lines = text.splitlines()
+            elif path.suffix == ".js":
+                lines = re.fullmatch(r"fastsaeData\((\".*?\"),(.*)\);\n", text).groups()
+            assert len(list(map(read, lines))) >= 1
+            read_so_far.add(path.name)
+    (data,) = re.findall(
+        r"<script [^>]*application/json[^>]*>(.*?)</script>", (run / "report.html").read_text()
+    )
+    read(data)
+    assert {
+        "cfg.json",
+        "state.json",
+        "metrics.jsonl",
+        "summary.json",
+        "latents-0.js",
+    } <= read_so_far
+    for name, content in server.repositories[f"me/{run.name}"].files.items():
+        if name.endswith(".json"):
+            read(content.decode())
 
 
 @pytest.mark.slow

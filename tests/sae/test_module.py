@@ -131,19 +131,22 @@ class TestLoss:
         aux = ref.aux_k_loss(pre, scaled - x_hat, sae.W_dec, dead, 3)
         torch.testing.assert_close(loss.error, error)
         torch.testing.assert_close(loss.aux, aux)
-        torch.testing.assert_close(loss.loss, error + 0.5 * aux)
+        torch.testing.assert_close(loss.loss, error.log() + 0.5 * aux)
+        plain = sae.loss(x, dead, objective="plain", aux_coefficient=0.5, k_aux=3)
+        torch.testing.assert_close(plain.loss, error + 0.5 * aux)
         assert aux > 0
         torch.testing.assert_close(loss.reconstruction, sae.eval()(x, "batch"))
         torch.testing.assert_close(loss.latents, sae.encode(x, "batch"))
 
-    def test_gradients_are_the_written_out_ones(self) -> None:
+    @pytest.mark.parametrize(("objective", "weight"), [("log", 18.75), ("plain", 0.0625)])
+    def test_gradients_are_the_written_out_ones(self, objective: str, weight: float) -> None:
         sae, x = make_sae().train(), make_x(30)
         dead = torch.arange(60) % 2 == 0
-        loss = sae.loss(x, dead, k_aux=3)
+        loss = sae.loss(x, dead, objective=objective, k_aux=3)
         loss.loss.backward()
         expected = ref.gradients(
             x, ref.Gradients(sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach()),
-            loss.latents > 0, dead, aux_coefficient=0.0625, k_aux=3, objective="plain",
+            loss.latents > 0, dead, aux_coefficient=weight, k_aux=3, objective=objective,
         )  # fmt: skip
         for name, gradient in expected._asdict().items():
             torch.testing.assert_close(getattr(sae, name).grad, gradient, msg=name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastsae
+from fastsae.files import require_writable
 from fastsae.training import checkpoint
 
 
@@ -169,25 +170,9 @@ def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(fastsae.ConfigError, match="is a file"):
-        checkpoint.require_writable(tmp_path / "file" / "run")
-    checkpoint.require_writable(tmp_path / "a" / "b")
+        require_writable(tmp_path / "file" / "run")
+    require_writable(tmp_path / "a" / "b")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
-
-
-def test_a_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    program = f"""
-from pathlib import Path
-from fastsae.training import checkpoint
-try:
-    with checkpoint.locked(Path({str(tmp_path)!r})): print("entered")
-except checkpoint.CheckpointError as error: print(error)
-"""
-    run = lambda: (
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    )
-    with checkpoint.locked(tmp_path):
-        assert "another process is training" in run()
-    assert run() == "entered\n"
 
 
 def test_state_is_readable_json(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tolerances import OTHER_PROGRAM, UNIT_NORM
 import fastsae
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.sae.io import save
-from fastsae.training.run import Run
+from fastsae.training.initialize import initialize_sae, load_origin
 
 CONFIG = fastsae.TrainConfig(
     k=4, lr=3e-3, batch_size=64, tokens=64 * 100, dead_after_tokens=600, device="cpu", seed=1,
@@ -26,11 +26,8 @@ CONFIG = fastsae.TrainConfig(
 
 def started(config: fastsae.TrainConfig, rows: torch.Tensor) -> fastsae.SAE:
     """The SAE of a run that was just started on ``rows``, in eval mode."""
-    from fastsae.training.initialize import load_origin
-
-    run = Run(config.runs[0], 0)
-    run.start(rows, {"model_name": "another/model"}, load_origin(config))
-    return run.step.sae.eval()
+    origin = load_origin(fastsae.Sweep(config))
+    return initialize_sae(config, rows, origin, {"model_name": "another/model"}).eval()
 
 
 @pytest.mark.parametrize("normalize", ["scalar", "none"])
@@ -155,13 +152,15 @@ def test_a_resumed_run_does_not_need_its_origin(tmp_path: Path) -> None:
         ({"d_sae": 48}, "has 40 latents, d_sae = 48"),
         ({"expansion": 2}, "has 40 latents, expansion = 2 asks for 24"),
         ({"k": 41}, "k = 41 is more than the 40 latents"),
-        ({"k": (4, 41)}, "k = 41 is more than the 40 latents"),
+        ({"ks": (4, 41)}, "k = 41 is more than the 40 latents"),
         ({"normalize": "layer_norm"}, "give --normalize scalar"),
     ],
 )
 def test_what_does_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
     fastsae.save(small_sae(k=4), tmp_path / "sae")
+    grid = {"ks": changes.pop("ks")} if "ks" in changes else {}
     config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae"), **changes)
+    config = fastsae.Sweep(config, **grid)
     with pytest.raises(fastsae.ConfigError, match=message):
         fastsae.Trainer(config, Mixtures(0, 0))
 

@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.cli import command as cli
+from fastsae.cli import main
 from fastsae.reporting.tracking import read_metrics
 from fastsae.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIG = fastsae.TrainConfig(
-    layer=(3, 5), k=(2, 4), seed=(1, 2), d_sae=48, lr=3e-3, batch_size=32, tokens=32 * 20,
+    layer=3, k=2, seed=1, d_sae=48, lr=3e-3, batch_size=32, tokens=32 * 20,
     dead_after_tokens=200, log_every_tokens=64, checkpoint_every_tokens=160, keep_checkpoints=1,
     device="cpu", wandb="disabled",
 )  # fmt: skip
+
+
+EVERYTHING = {"layers": (3, 5), "ks": (2, 4), "seeds": (1, 2)}
+
+
+def sweep(grid: dict, **changes: object) -> fastsae.Sweep:
+    """The SAEs of ``grid``, with other settings than ``CONFIG``'s where ``changes`` has them."""
+    return fastsae.Sweep(dataclasses.replace(CONFIG, **changes), **grid)
 
 
 class Killed(BaseException):
@@ -41,10 +49,6 @@ def layers(count: int = 2) -> Iterator[tuple[Tensor, ...]]:
 
 def only(layer: int) -> Iterator[Tensor]:
     return (batch[layer] for batch in layers())
-
-
-def fit(config: fastsae.TrainConfig) -> list[fastsae.SAE]:
-    return fastsae.Trainer(config, layers()).fit()
 
 
 def timeless(run: Path) -> list[dict]:
@@ -67,14 +71,14 @@ def assert_same_runs(a: Path, b: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of the grid, trained by itself."""
     out = tmp_path_factory.mktemp("alone")
-    for config in dataclasses.replace(CONFIG, out=str(out)).runs:
-        fastsae.train(only(CONFIG.layers.index(config.layer)), config)
+    for config in sweep(EVERYTHING, out=str(out)).runs:
+        fastsae.train(only(EVERYTHING["layers"].index(config.layer)), config)
     return out
 
 
 def test_each_is_the_one_trained_alone(tmp_path: Path, alone: Path) -> None:
-    saes = fit(dataclasses.replace(CONFIG, out=str(tmp_path)))
-    runs = dataclasses.replace(CONFIG, out=str(tmp_path)).runs
+    config = sweep(EVERYTHING, out=str(tmp_path))
+    saes, runs = fastsae.Trainer(config, layers()).fit(), config.runs
     assert [(sae.k, run.layer) for sae, run in zip(saes, runs, strict=True)] == [
         (2, 3), (2, 3), (4, 3), (4, 3), (2, 5), (2, 5), (4, 5), (4, 5),
     ]  # fmt: skip
@@ -89,7 +93,7 @@ def test_killed_between_any_two_writes(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
     """Killed at a rename: a checkpoint that appears, or one that goes. One checkpoint is kept."""
-    config = dataclasses.replace(CONFIG, out=str(tmp_path), k=(2, 4), layer=3, seed=1)
+    config = sweep({"ks": (2, 4)}, out=str(tmp_path))
     renames, rename = 0, Path.rename
 
     def dying(self: Path, target: Path) -> Path:
@@ -113,12 +117,11 @@ def test_killed_between_any_two_writes(
 
 
 def test_finished_runs_stay_and_the_others_train(tmp_path: Path, alone: Path) -> None:
-    config = dataclasses.replace(CONFIG, out=str(tmp_path), layer=3, k=2)
-    fastsae.Trainer(config, only(0)).fit()
+    fastsae.Trainer(sweep({"seeds": (1, 2)}, out=str(tmp_path)), only(0)).fit()
     before = {
         file: file.read_bytes() for file in tmp_path.rglob("*") if file.suffix == ".safetensors"
     }
-    more = dataclasses.replace(config, k=(2, 4))
+    more = sweep({"ks": (2, 4), "seeds": (1, 2)}, out=str(tmp_path))
     fastsae.Trainer(more, only(0)).fit()
     for run in more.runs:
         assert_same_runs(alone / run.run_name, tmp_path / run.run_name)
@@ -128,7 +131,7 @@ def test_finished_runs_stay_and_the_others_train(tmp_path: Path, alone: Path) ->
 
 
 def test_work_of_a_run_by_itself_is_never_thrown_away(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, out=str(tmp_path), layer=3, seed=1)
+    config = sweep({"ks": (2, 4)}, out=str(tmp_path))
     (first, _second) = config.runs
     fastsae.train(only(0), dataclasses.replace(first, tokens=320))
     with pytest.raises(
@@ -141,10 +144,10 @@ def test_work_of_a_run_by_itself_is_never_thrown_away(tmp_path: Path) -> None:
 
 
 def test_a_changed_setting_is_refused_before_anything_goes(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, out=str(tmp_path), layer=3, seed=1)
-    fastsae.Trainer(dataclasses.replace(config, tokens=320), only(0)).fit()
+    config = sweep({"ks": (2, 4)}, out=str(tmp_path), tokens=320)
+    fastsae.Trainer(config, only(0)).fit()
     with pytest.raises(fastsae.CheckpointError, match=r"lr: 0\.003 in the run, 0\.1 now"):
-        fastsae.Trainer(dataclasses.replace(config, lr=0.1), only(0)).fit()
+        fastsae.Trainer(sweep({"ks": (2, 4)}, out=str(tmp_path), lr=0.1), only(0)).fit()
     assert all(checkpoint.steps(tmp_path / r.run_name / "checkpoints") == [10] for r in config.runs)
 
 
@@ -152,7 +155,7 @@ def test_train_gives_one_sae() -> None:
     with pytest.raises(
         fastsae.ConfigError, match=r"ask for 8.*Trainer\(config, batches\)\.fit\(\)"
     ):
-        fastsae.train(only(0), CONFIG)
+        fastsae.train(only(0), sweep(EVERYTHING))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_train_gives_one_sae() -> None:
 )
 def test_batches_must_have_every_layer(batch: object) -> None:
     with pytest.raises(fastsae.StreamError, match="for each of 2 layers, all with the same B"):
-        fastsae.Trainer(CONFIG, [batch]).fit()
+        fastsae.Trainer(sweep(EVERYTHING), [batch]).fit()
 
 
 # --- on a language model, as processes ---
@@ -185,7 +188,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
     out = tmp_path_factory.mktemp("together")
-    assert cli.main(arguments=[*common, *GRID, "--out", str(out)]) == 0
+    assert main(["train", *common, *GRID, "--out", str(out)]) == 0
     return out
 
 
@@ -195,7 +198,7 @@ def test_layers_of_one_pass_are_those_of_two(
     """The second layer with the second k, alone: the same bits."""
     assert len(list(together.iterdir())) == 4
     one = ("--layer", "3", "--k", "8", "--seed", "1")
-    assert cli.main(arguments=[*common, *one, "--out", str(tmp_path)]) == 0
+    assert main(["train", *common, *one, "--out", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     assert run.name == "llama-scope-v1-L3-batchtopk-k8-seed1"
     assert_same_runs(run, together / run.name)

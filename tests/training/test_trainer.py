@@ -81,7 +81,8 @@ def test_the_first_batch_initialises_and_is_trained_on() -> None:
     c = ref.scale_constant(x)
     start = fastsae.SAE(16, 64, 4, generator=torch.Generator().manual_seed(1))
     state = ref.initial_state(start.W_dec.detach(), ref.geometric_median(c * x))
-    expected = ref.train_step(state, c * x, ref.Settings(k=4, k_aux=8, lr=3e-3)).state.params
+    settings = ref.Settings(k=4, k_aux=8, lr=3e-3, aux_coefficient=CONFIG.aux_weight)
+    expected = ref.train_step(state, c * x, settings).state.params
     torch.testing.assert_close(sae.W_dec.detach(), expected.W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec.detach(), expected.b_dec / c, rtol=0, atol=1e-4)
     assert not sae.W_dec.equal(start.W_dec)

@@ -1,6 +1,7 @@
 """The training step against the definition, and the counters it keeps."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tolerances import FREE_STEPS
 
 import fastsae
 from fastsae.training.schedule import k_at, lr_at
-from fastsae.training.update import PARAMETERS, STEPS, Graphs, TrainStep
+from fastsae.training.update import PARAMETERS, UPDATES, Graphs, Update
 from fastsae_kernels import reference as ref
 
 F64 = torch.float64
@@ -22,12 +23,12 @@ def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def new_step(way: str, config: fastsae.TrainConfig = CONFIG, dtype: torch.dtype = F64) -> TrainStep:
+def new_step(way: str, config: fastsae.TrainConfig = CONFIG, dtype: torch.dtype = F64) -> Update:
     g = torch.Generator().manual_seed(0)
     sae = fastsae.SAE(6, 40, config.k, normalize=config.normalize, dtype=dtype, generator=g)
     with torch.no_grad():
         sae.b_dec.copy_(torch.randn(6, generator=g))
-    return STEPS[way](sae, config)
+    return UPDATES[way](sae, config)
 
 
 def batches(n: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
@@ -35,20 +36,30 @@ def batches(n: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
     return [torch.randn(16, 6, dtype=dtype, generator=g) * 2 + 1 for _ in range(n)]
 
 
-@pytest.mark.parametrize("normalization", ["residual_variance", "total_variance", "none"])
-def test_many_steps_are_the_definition(way: str, normalization: str) -> None:
-    config = dataclasses.replace(CONFIG, aux_normalization=normalization)
+@pytest.mark.parametrize(
+    ("objective", "normalization"),
+    [
+        ("log", "residual_variance"),
+        ("log", "total_variance"),
+        ("log", "none"),
+        ("plain", "residual_variance"),
+    ],
+)
+def test_many_steps_are_the_definition(way: str, objective: str, normalization: str) -> None:
+    config = dataclasses.replace(CONFIG, objective=objective, aux_normalization=normalization)
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
     settings = ref.Settings(
-        k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization
-    )
+        k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization,
+        aux_coefficient=config.aux_weight, objective=objective,
+    )  # fmt: skip
     aux_seen = 0
     for x in batches(1000):
         loss = step(x)
         expected = ref.train_step(state, x, settings)
         state = expected.state
-        torch.testing.assert_close(loss.loss, expected.loss, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(loss.objective, expected.objective, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(loss.error, expected.error, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(loss.aux, expected.aux, rtol=1e-8, atol=1e-12)
         aux_seen += bool(loss.aux > 0)
         assert loss.counts.equal(expected.mask.sum(0))
@@ -89,7 +100,8 @@ def test_metrics_are_in_raw_units_and_touch_nothing(way: str) -> None:
     before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
     metrics = step.metrics(x, loss)
     assert metrics["mse"] == pytest.approx(loss.error.item() / 6 / 0.25**2, rel=1e-5)
-    assert metrics["loss"] == pytest.approx(loss.error.item(), rel=1e-6)
+    assert metrics["error"] == pytest.approx(loss.error.item(), rel=1e-6)
+    assert metrics["objective"] == pytest.approx(math.log(loss.error.item()), rel=1e-6)
     assert metrics["l0"] == 2.5
     assert metrics["threshold"] == pytest.approx(
         float(step.sae.activation.threshold) / 0.25, rel=1e-6
@@ -122,7 +134,7 @@ def test_restored_state_continues_bit_for_bit(way: str) -> None:
     resumed.load_state_dict(saved)
     for x in data[20:]:
         a, b = whole(x), resumed(x)
-        assert a.loss.equal(b.loss)
+        assert a.objective.equal(b.objective)
     for name, tensor in whole.state_dict().items():
         assert tensor.equal(resumed.state_dict()[name]), name
 
@@ -146,7 +158,7 @@ def test_schedules_and_clipping_are_the_definition(way: str) -> None:
     for x in batches(200):
         settings = ref.Settings(
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
-            dead_after_tokens=50, max_gradient_norm=0.8,
+            dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
         )  # fmt: skip
         selected = step(x).counts.sum()
         expected = ref.train_step(state, x, settings)
@@ -266,11 +278,11 @@ CUDA_CONFIG = dataclasses.replace(
 )
 
 
-def cuda_step(config: fastsae.TrainConfig) -> TrainStep:
+def cuda_step(config: fastsae.TrainConfig) -> Update:
     g = torch.Generator().manual_seed(0)
     sae = fastsae.SAE(64, 256, config.k, normalize="none", device="cuda", generator=g)
     sae.precision = "bf16"
-    return STEPS["fused"](sae, config)
+    return UPDATES["fused"](sae, config)
 
 
 def cuda_batches(n: int) -> list[torch.Tensor]:
@@ -300,7 +312,7 @@ def test_graphs_replay_the_same_bits() -> None:
     graphed = cuda_step(dataclasses.replace(CUDA_CONFIG, cuda_graph=True))
     for x in cuda_batches(80):
         a, b = eager(x), graphed(x)
-        assert a.loss.equal(b.loss) and a.counts.equal(b.counts)
+        assert a.objective.equal(b.objective) and a.counts.equal(b.counts)
     assert eager.dead.any()
     for name, tensor in eager.state_dict().items():
         assert tensor.equal(graphed.state_dict()[name]), name
@@ -316,7 +328,7 @@ def test_steps_on_equally_many_threads_are_bitwise_equal(threads: int) -> None:
     try:
         for _ in range(2):
             sae = fastsae.SAE(48, 1100, 8, generator=torch.Generator().manual_seed(0))
-            step = STEPS["fused"](sae, config)
+            step = UPDATES["fused"](sae, config)
             step.tokens_since_active[:400] = 50
             for _ in range(3):
                 result = step(x)
@@ -346,7 +358,7 @@ def test_a_thousand_free_steps_explain_as_much(precision: str, lr: float) -> Non
         start = torch.Generator().manual_seed(0)
         sae = fastsae.SAE(24, 96, 3, normalize="none", generator=start)
         sae.precision = precision
-        step = STEPS[way](sae, config)
+        step = UPDATES[way](sae, config)
         for x in data:
             step(x)
         x_hat = sae.eval()(held_out, "batch").detach()

@@ -8,15 +8,14 @@ and is put there as text, never as HTML: whatever a token holds, it stays text.
 from __future__ import annotations
 
 import html
-import json
 import math
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ...files import to_json, write_text
 from ...lm.held_out import HeldOutText
 from .collect import BEFORE, Collector, Passages
 from .geometry import Ranked, TokenNames
@@ -27,7 +26,7 @@ TOKENS_PER_FILE = 65_536
 
 def write_page(path: Path, title: str, data: dict[str, Any]) -> Path:
     """Write the page: styles, script and ``data`` are all in it."""
-    assets = files(__package__) / "assets"
+    assets = files("fastsae.reporting.dashboard") / "assets"
     page = (assets / "report.html").read_text(encoding="utf-8")
     parts = {
         "title": html.escape(title),
@@ -37,13 +36,13 @@ def write_page(path: Path, title: str, data: dict[str, Any]) -> Path:
     }
     for name, text in parts.items():
         page = page.replace("{{" + name + "}}", text, 1)
-    _replace(path, page)
+    write_text(path, page)
     return path
 
 
 def encode(value: Any) -> str:
     """JSON in ASCII that may stand inside a script element; numbers that are not finite are null."""
-    return json.dumps(_plain(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return to_json(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def write_latents(
@@ -149,21 +148,5 @@ def _rounded(values: Tensor) -> list[float]:
     return [_digits(v) for v in values.tolist()]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
-
-
 def _write_data(folder: Path, name: str, value: Any) -> None:
-    _replace(folder / f"{name}.js", f"fastsaeData({json.dumps(name)},{encode(value)});\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(folder / f"{name}.js", f"fastsaeData({encode(name)},{encode(value)});\n")

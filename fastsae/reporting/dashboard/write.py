@@ -19,7 +19,7 @@ from .page import write_latents, write_page
 __all__ = ["Collector", "write_report_page"]
 
 PAGE = "report.html"
-_CURVES = ("explained_variance", "loss", "l0", "alive_fraction", "threshold")
+_CURVES = ("explained_variance", "objective", "l0", "alive_fraction", "threshold")
 
 
 def write_report_page(

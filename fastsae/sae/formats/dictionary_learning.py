@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ..module import SAE
 from .portable import (
-    Portable,
+    ExportedSAE,
     build,
     check_k,
     section,
@@ -31,7 +31,7 @@ WEIGHTS = ("ae.pt",)
 _TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer"}
 
 
-def to_files(sae: Portable) -> dict[str, Any]:
+def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for layer_norm, and for JumpReLU without a k."""
     if sae.normalize != "none":
         raise FormatError(

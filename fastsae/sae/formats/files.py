@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import FormatError
-from ...files import save_tensors
+from ...files import flush, save_tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,8 +85,7 @@ def replace_files(directory: Path, contents: dict[str, Any], last: str) -> None:
             else:
                 # The archive inside is named after the file, so the name aside must be the final one.
                 torch.save(content, path)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(path)
         if last in contents:
             (directory / last).unlink(missing_ok=True)
         for name in sorted(contents, key=lambda name: name == last):

@@ -21,7 +21,7 @@ DTYPES = {
 }
 
 
-class Portable(NamedTuple):
+class ExportedSAE(NamedTuple):
     """An SAE that takes raw activations: tensors on the CPU, contiguous, finite, of one dtype."""
 
     W_enc: Tensor  # [D, F]
@@ -43,7 +43,7 @@ class Portable(NamedTuple):
 # --- out ---
 
 
-def export(sae: SAE, inference: Inference | None) -> Portable:
+def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
     """``sae`` with its scaling folded in, selecting by ``inference`` (its own mode if absent).
 
     Raises:
@@ -80,7 +80,7 @@ def export(sae: SAE, inference: Inference | None) -> Portable:
             "inference": "topk" if selection == "topk" else "threshold",
         }
     normalize = "layer_norm" if sae.normalize == "layer_norm" else "none"
-    return Portable(
+    return ExportedSAE(
         **weights,
         selection=selection,
         k=k,

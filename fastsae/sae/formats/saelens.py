@@ -17,7 +17,7 @@ from ..activation import JumpReLU
 from ..module import SAE
 from .portable import (
     DTYPES,
-    Portable,
+    ExportedSAE,
     build,
     positive_int,
     section,
@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def to_files(sae: Portable) -> dict[str, Any]:
+def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents."""
     tensors = sae.weights
     settings: dict[str, Any] = {
@@ -64,7 +64,7 @@ def to_files(sae: Portable) -> dict[str, Any]:
     return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
 
 
-def _metadata(sae: Portable) -> dict[str, Any]:
+def _metadata(sae: ExportedSAE) -> dict[str, Any]:
     defaults = dict(_DEFAULTS)
     if "k" in sae.provenance:
         defaults["training_architecture"] = "batchtopk"

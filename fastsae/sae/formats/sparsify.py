@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ..module import SAE
-from .portable import Portable, build, positive_int, section, take_tensors, topk_activation
+from .portable import ExportedSAE, build, positive_int, section, take_tensors, topk_activation
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae.safetensors",)
@@ -20,7 +20,7 @@ WEIGHTS = ("sae.safetensors",)
 _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
 
 
-def to_files(sae: Portable) -> dict[str, Any]:
+def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for anything but top-k of unnormalized inputs."""
     if sae.selection != "topk":
         raise FormatError(

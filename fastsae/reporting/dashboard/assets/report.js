@@ -174,7 +174,7 @@
     const pca = evaluation && evaluation.pca.explained_variance;
     byId("training").lastElementChild.append(...[
       lines("Explained variance", c.tokens, c.explained_variance, { high: 1, reference: pca ? { value: pca, name: `PCA, ${evaluation.pca.components} components` } : null }),
-      lines("Loss", c.tokens, c.loss),
+      lines("Objective", c.tokens, c.objective),
       lines("Alive latents", c.tokens, c.alive_fraction, { low: 0, high: 1 }),
     ].filter(Boolean));
   }

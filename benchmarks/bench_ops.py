@@ -1,0 +1,32 @@
+"""The operations of a step, against eager and compiled torch and SAELens's own module."""
+
+import ops
+import pytest
+from measure import PeakMemory, call_seconds, rounded
+
+
+@pytest.mark.parametrize(("name", "dtype", "provider"), ops.cases())
+def bench_op(request, report, rates, shape, device, name, dtype, provider):
+    op = ops.build(name, shape, dtype, device)
+    call = op.providers[provider]
+    if call is None:
+        pytest.skip(f"{provider} is not installed")
+    op.check(provider)
+    if request.config.getoption("--rounds") == 0:
+        return
+    memory = PeakMemory(device)
+    call(0)
+    about = {
+        "kind": "op", "group": op.group, "stage": name, "trainer": provider,
+        "peak_mib": memory.mib, **rates,
+        "roofline_seconds": op.roofline_seconds(rates) if provider == "fastsae" else None,
+    }  # fmt: skip
+    if device.startswith("cuda"):
+        times, about["graph"] = call_seconds(call, ops.VARIANTS, device)
+    else:
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.group = op.group
+        benchmark.extra_info.update(about)
+        benchmark.pedantic(call, args=(0,), rounds=5, warmup_rounds=1)
+        times = benchmark.stats.stats.data
+    report.add(seconds=rounded(times), **about)

@@ -1,0 +1,23 @@
+"""The language model and the training together on a GPU; see ``gpu_stream``."""
+
+import pytest
+
+from fastsae import TrainConfig
+
+RECIPE = TrainConfig(expansion=16, tokens=2_097_152)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-dequantized"])
+def bench_stream(request, report, device, quantization):
+    for package in ("bitsandbytes", "transformers", "tokenizers"):
+        pytest.importorskip(package)
+    import gpu_stream
+
+    if device.startswith("cuda"):
+        config, text = RECIPE, gpu_stream.E2B
+    elif request.config.getoption("--shape"):
+        config, text = gpu_stream.TINY, gpu_stream.TINY_TEXT
+    else:
+        pytest.skip("no CUDA device")
+    for row in gpu_stream.measure(config, text, quantization):
+        report.add(**row)

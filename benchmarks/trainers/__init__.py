@@ -1,0 +1,42 @@
+"""Every trainer, ours and the others', behind one interface; see :class:`Trainer`.
+
+A new one is a class in this folder and a line in ``TRAINERS``.
+"""
+
+import importlib.util
+
+from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
+from .dictionary_learning import DictionaryLearning
+from .llamascopium import Llamascopium
+from .ours import Autograd, Fastsae, Graphed, Quantized
+from .plain import Compiled, Dense
+from .saelens import SAELens
+from .sparsify import Sparsify
+
+__all__ = [
+    "DEAD_AFTER", "OURS", "PEERS", "PLAIN", "TRAINERS", "WAYS",
+    "Problem", "Trained", "Trainer", "Weights", "missing",
+]  # fmt: skip
+
+TRAINERS: dict[str, type[Trainer]] = {
+    "fastsae": Fastsae,
+    "fastsae, autograd": Autograd,
+    "fastsae, graph": Graphed,
+    "fastsae, graph, 8-bit": Quantized,
+    "torch, eager": Dense,
+    "torch, compiled": Compiled,
+    "SAELens": SAELens,
+    "dictionary_learning": DictionaryLearning,
+    "sparsify": Sparsify,
+    "llamascopium": Llamascopium,
+}
+OURS = "fastsae"
+WAYS = ("fastsae, graph", "fastsae, graph, 8-bit")
+PLAIN = ("torch, eager", "torch, compiled")
+PEERS = ("SAELens", "dictionary_learning", "sparsify", "llamascopium")
+
+
+def missing(name: str) -> str | None:
+    """Which package trainer ``name`` needs and does not find."""
+    package = TRAINERS[name].package
+    return package if package and importlib.util.find_spec(package) is None else None

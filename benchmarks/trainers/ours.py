@@ -1,0 +1,102 @@
+"""fastsae: ``fastsae train``'s own step, and its ``Trainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae.training.update import UPDATES
+
+from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
+
+
+class Fastsae(Trainer):
+    exact = True
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def prepare(self, weights: Weights) -> None:
+        p = self.problem
+        config = fastsae.TrainConfig(
+            d_sae=p.shape.F, k=p.shape.k, batch_size=p.shape.B, lr=p.lr, k_aux=p.k_aux,
+            dead_after_tokens=DEAD_AFTER, normalize="none", precision=p.precision, device=p.device,
+            **self.settings,
+        )  # fmt: skip
+        sae = fastsae.SAE(p.shape.D, p.shape.F, p.shape.k, device=p.device)
+        sae.precision = p.precision
+        weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
+        self.step = UPDATES[config.step](sae, config)
+
+    def mark_dead(self) -> None:
+        if self.problem.dead is not None:
+            self.step.tokens_since_active.masked_fill_(self.problem.dead, DEAD_AFTER)
+
+    def train(self, batches: Iterator[Tensor], steps: int) -> None:
+        for x in batches:
+            self.counts = self.step(x).counts
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.step.sae.eval()(x, inference="batch")
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        state, rows = self.step.state_dict(), self.step.sae.W_dec.shape
+        W_enc, W_dec = (state[f"adam.{name}.m"] for name in ("W_enc", "W_dec"))
+        return (W_enc if W_enc.shape == rows else W_enc.T), W_dec
+
+    @classmethod
+    def train_sae(cls, problem: Problem) -> fastsae.SAE:
+        p = problem
+        config = fastsae.TrainConfig(
+            d_sae=p.shape.F, k=p.k, batch_size=p.shape.B, tokens=p.tokens, lr=p.lr,
+            dead_after_tokens=p.dead_after, seed=p.seed, device=p.device, **cls.settings,
+        )  # fmt: skip
+        return fastsae.train(p.batches, config)
+
+    @classmethod
+    def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
+        # Imported here: a step needs neither the language model's packages nor the text's.
+        from .text import open_stream
+
+        config = dataclasses.replace(config, **cls.settings)
+        stream, waiting = open_stream(config), 0.0
+        next_batch, before = stream.next_batch, stream.seconds  # held-out rows are not trained on
+
+        def timed() -> Any:
+            nonlocal waiting
+            start = time.perf_counter()
+            batches = next_batch()
+            waiting += time.perf_counter() - start
+            return batches
+
+        stream.next_batch = timed
+        start = time.perf_counter()
+        (sae,) = fastsae.Trainer(config, stream).fit()
+        total = time.perf_counter() - start
+        stages = {stage: seconds - before[stage] for stage, seconds in stream.seconds.items()}
+        stages |= {"mix": waiting - sum(stages.values()), "step": total - waiting}
+        return Trained(stages | {"total": total}, lambda x: sae(x, inference="batch"))
+
+
+class Autograd(Fastsae):
+    """``--step autograd``."""
+
+    settings: ClassVar = {"step": "autograd"}
+
+
+class Graphed(Fastsae):
+    """``--cuda-graph``."""
+
+    settings: ClassVar = {"cuda_graph": True}
+
+
+class Quantized(Fastsae):
+    """``--cuda-graph --moments 8bit``."""
+
+    exact = False  # moments round when they are stored
+    settings: ClassVar = {"cuda_graph": True, "moments": "8bit"}

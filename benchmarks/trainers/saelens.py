@@ -1,0 +1,130 @@
+"""SAELens: ``SAETrainer.fit`` of a ``BatchTopKTrainingSAE``, and ``LanguageModelSAETrainingRunner``."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsae
+
+from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights, quiet
+
+NORM_BATCHES = 100
+"""Batches from which it estimates the norm of its input: the run's first."""
+
+
+class SAELens(Trainer):
+    package = "sae_lens"
+
+    def prepare(self, weights: Weights) -> None:
+        with quiet():
+            self.trainer = new_trainer(self.problem, iter(()))
+        self.trainer.cfg.total_training_samples = 0
+        sae = self.trainer.sae
+        weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
+
+    def mark_dead(self) -> None:
+        if self.problem.dead is not None:
+            self.trainer.n_forward_passes_since_fired[self.problem.dead] = DEAD_AFTER
+
+    def train(self, batches: Iterator[Tensor], steps: int) -> None:
+        self.trainer.data_provider = batches
+        self.trainer.cfg.total_training_samples += steps * self.problem.shape.B
+        with quiet():
+            self.trainer.fit()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.trainer.sae.train()(x)
+
+    @classmethod
+    def train_sae(cls, problem: Problem, **options: Any) -> fastsae.SAE:
+        """``options``: fields of ``BatchTopKTrainingSAEConfig``."""
+        estimate = problem.batches[:NORM_BATCHES] if "normalize_activations" in options else []
+        with quiet(), tempfile.TemporaryDirectory() as directory:
+            sae = new_trainer(problem, chain(estimate, problem.batches), **options).fit()
+            sae.save_inference_model(directory)
+            return fastsae.load(directory)
+
+    @classmethod
+    def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
+        """Its runner as a user starts it, without evaluations, logging and saving."""
+        from datasets import Dataset
+        from sae_lens import (
+            BatchTopKTrainingSAEConfig,
+            LanguageModelSAERunnerConfig,
+            LanguageModelSAETrainingRunner,
+            LoggingConfig,
+        )
+        from sae_lens.load_model import HookedProxyLM
+
+        from .text import documents, language_model
+
+        model, tokenizer, d_in = language_model(config)
+        hook = f"model.layers.{config.layer}"
+        with quiet():
+            sae_config = BatchTopKTrainingSAEConfig(
+                d_in=d_in, d_sae=config.resolve_d_sae(d_in), k=config.k
+            )
+            runner = LanguageModelSAETrainingRunner(
+                LanguageModelSAERunnerConfig(
+                    sae=sae_config, model_name=config.model, hook_name=hook,
+                    model_class_name="AutoModelForCausalLM", dataset_path="text",
+                    is_dataset_tokenized=False, streaming=False, context_size=config.context_length,
+                    store_batch_size_prompts=config.harvest_batch,
+                    n_batches_in_buffer=config.pool_tokens // config.context_length,
+                    train_batch_size_tokens=config.batch_size, training_tokens=config.tokens,
+                    lr=config.lr, exclude_special_tokens=True, device="cpu", verbose=False,
+                    logger=LoggingConfig(log_to_wandb=False), n_checkpoints=0, checkpoint_path=None,
+                    output_path=None,
+                ),
+                override_dataset=Dataset.from_dict({"text": documents(config)}),
+                override_model=HookedProxyLM(model, tokenizer, [hook]),
+            )  # fmt: skip
+            store, waiting = runner.activations_store, 0.0
+            loader = store.get_data_loader()
+
+            def timed() -> Iterator[Tensor]:
+                nonlocal waiting
+                while True:
+                    start = time.perf_counter()
+                    batch = next(loader)
+                    waiting += time.perf_counter() - start
+                    yield batch
+
+            store._dataloader = timed()
+            start = time.perf_counter()
+            sae = runner.run()
+            total = time.perf_counter() - start
+        stages = {"tokenise, harvest, mix": waiting, "step": total - waiting, "total": total}
+        return Trained(stages, sae.train())
+
+
+def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) -> Any:
+    """An ``SAETrainer`` whose ``fit`` trains on all ``batches``."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(problem.seed)
+    shape = problem.shape
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=shape.D, d_sae=shape.F, k=problem.k, device=problem.device, **sae_config
+        )
+    )
+    config = SAETrainerConfig(
+        total_training_samples=problem.tokens, train_batch_size_samples=shape.B,
+        lr=problem.lr, lr_end=problem.lr / 10,  # of a decay that is off
+        # Dead is a count of steps *above* the window here, of at least so many tokens elsewhere.
+        dead_feature_window=-(-problem.dead_after // shape.B) - 1,
+        n_batches_for_norm_estimate=min(NORM_BATCHES, problem.steps),
+        device=problem.device, autocast=problem.low,
+    )  # fmt: skip
+    return SAETrainer(config, sae, batches)

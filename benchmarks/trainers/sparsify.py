@@ -1,0 +1,135 @@
+"""sparsify: ``Trainer.fit`` at its default optimizer; k of each token, and an aux loss that gives the
+encoder no gradient."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import fastsae
+
+from .base import AUX, DEAD_AFTER, Trained, Trainer, Weights, quiet
+
+
+class Sparsify(Trainer):
+    """On a model that replays the batches."""
+
+    package = "sparsify"
+    per_token = True
+
+    def prepare(self, weights: Weights) -> None:
+        _choose_kernels(self.problem.device)
+        with quiet():
+            from sparsify import SparseCoderConfig, TrainConfig, Trainer
+
+            s = self.problem.shape
+            config = TrainConfig(
+                SparseCoderConfig(num_latents=s.F, k=int(s.k)), batch_size=1, hookpoints=["layer"],
+                auxk_alpha=0.0 if self.problem.dead is None else AUX,
+                dead_feature_threshold=DEAD_AFTER - 1, log_to_wandb=False, save_every=10**9,
+            )  # fmt: skip
+            model = _Replay(torch.cat(self.problem.batches))
+            self.trainer = Trainer(config, _Rows(0, 1, s.B, len(self.problem.batches)), model)
+        self.trainer.save = lambda: None  # what it writes when a run ends is no part of a step
+        self.sae = sae = self.trainer.saes["layer"]
+        weights.copy_to(sae.W_dec, sae.encoder.weight.T, sae.encoder.bias, sae.b_dec)
+
+    def mark_dead(self) -> None:
+        if self.problem.dead is not None:
+            self.trainer.num_tokens_since_fired["layer"][self.problem.dead] = DEAD_AFTER
+
+    def train(self, batches: Iterator[Tensor], steps: int) -> None:
+        s, done = self.problem.shape, self.trainer.global_step
+        self.trainer.dataset = _Rows(0, done + steps, s.B, len(self.problem.batches))
+        with quiet():
+            self.trainer.fit()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.sae(x).sae_out
+
+    @classmethod
+    def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
+        """It wants its text tokenised beforehand, and runs every layer."""
+        from datasets import Dataset
+
+        from .text import documents, language_model
+
+        _choose_kernels("cpu")
+        model, tokenizer, d_in = language_model(config)
+        texts, context = documents(config), config.context_length
+        start = time.perf_counter()
+        ids: list[int] = []
+        for text in texts:
+            if len(ids) >= config.tokens:
+                break
+            ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        rows = config.tokens // context
+        if len(ids) < rows * context:
+            raise ValueError(f"the text has {len(ids):,} tokens, fewer than {config.tokens:,}")
+        tokenised = time.perf_counter()
+        with quiet():
+            from sparsify import SparseCoderConfig, Trainer
+            from sparsify import TrainConfig as SparsifyConfig
+
+            settings = SparsifyConfig(
+                SparseCoderConfig(num_latents=config.resolve_d_sae(d_in), k=int(config.k)),
+                batch_size=max(1, config.batch_size // context), layers=[config.layer],
+                log_to_wandb=False, save_every=10**9,
+            )  # fmt: skip
+            packed = torch.tensor(ids[: rows * context]).view(rows, context)
+            dataset = Dataset.from_dict({"input_ids": packed}).with_format("torch")
+            trainer = Trainer(settings, dataset, model)
+            trainer.save = lambda: None
+            trainer.fit()
+        end = time.perf_counter()
+        (sae,) = trainer.saes.values()
+        stages = {"tokenise": tokenised - start, "harvest, step": end - tokenised}
+        return Trained(stages | {"total": end - start}, lambda x: sae(x).sae_out)
+
+
+def _choose_kernels(device: str) -> None:
+    if not device.startswith("cuda"):
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels fail without a GPU
+
+
+class _Replay(torch.nn.Module):
+    """A language model whose only layer gives back stored rows: token ids are their numbers."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows, self.layer = rows, torch.nn.Identity()
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> _Replay:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def forward(self, input_ids: Tensor, **_) -> Tensor:
+        return self.layer(self.rows[input_ids])
+
+
+class _Rows(torch.utils.data.Dataset):
+    """``n`` sequences of ``B`` row numbers, going round the stored batches."""
+
+    def __init__(self, first: int, n: int, B: int, stored: int) -> None:
+        self.first, self.n, self.B, self.stored = first, n, B, stored
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        return {"input_ids": torch.arange(self.B) + (self.first + i) % self.stored * self.B}
+
+    def select(self, indices: range) -> _Rows:
+        return _Rows(self.first + indices.start, len(indices), self.B, self.stored)

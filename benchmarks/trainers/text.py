@@ -1,0 +1,40 @@
+"""What whole runs share: the text, the language model, and activations to judge the result by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastsae import TrainConfig
+from fastsae.data.opening import open_text
+from fastsae.data.stream import open_stream
+from fastsae.lm.loading import load_pretrained
+
+__all__ = ["documents", "held_out", "language_model", "open_stream"]
+
+
+def documents(config: TrainConfig) -> list[str]:
+    """The whole text, in the order in which fastsae reads it."""
+    return list(
+        open_text(
+            config.text_files,
+            config.dataset,
+            config.dataset_config,
+            config.dataset_split,
+            text_column=config.text_column,
+            seed=config.resolved_stream_seed,
+        )
+    )
+
+
+def language_model(config: TrainConfig) -> tuple[Any, Any, int]:
+    """The model, its tokenizer and its width."""
+    model, tokenizer = load_pretrained(config.model)
+    return model, tokenizer, model.config.get_text_config(decoder=True).hidden_size
+
+
+def held_out(config: TrainConfig) -> Tensor:
+    """Activations ``[n, D]`` of the text's first rows, which fastsae does not train on."""
+    (rows,) = open_stream(config).held_out()
+    return rows

@@ -1,0 +1,198 @@
+"""Flags that several commands share, declared once, and the parser of all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..data.text import TextSource
+    from ..lm.hooked import SplicedModel
+    from ..sae.module import SAE
+
+Options = TypeVar("Options")
+
+_RECIPE = TrainConfig()
+
+
+@dataclass(frozen=True)
+class SaeFlags:
+    """The SAE, and the language model whose activations it reads."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+    """Folder of an SAE in any format fastsae reads, or owner/name on the Hugging Face hub."""
+    model: str | None = None
+    """The language model: an id on the hub or a directory. [what the SAE says]"""
+    layer: int | None = None
+    """Decoder layer whose output the SAE reads (0 is the first). [what the SAE says]"""
+    quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] | None = None
+    """Weights of the language model. [what the SAE says, or none]"""
+    context_length: int | None = None
+    """Tokens per row given to the language model. [what the SAE says, or 128]"""
+    batch_rows: int = 32
+    """Rows per forward pass, at most."""
+    outlier_norm: float | None = None
+    """Leave out tokens whose activation has more than so many times the median norm of its forward
+    pass; inf keeps all. [what the SAE was trained with]"""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:N."""
+    revision: str | None = None
+    """Branch, tag or commit of the language model on the hub. [what the SAE says, or the main branch]"""
+
+    def load(self) -> SAE:
+        """The SAE, on the device. Raises FormatError or ConfigError."""
+        from ..device import resolve_device
+        from ..sae.io import load
+
+        return load(self.source, resolve_device(self.device))
+
+    def model_name(self, sae: SAE) -> str:
+        name = self.model or sae.metadata.get("model_name")
+        if name is None:
+            raise ConfigError(
+                f"the SAE in {self.source} does not say which language model it is of; give --model"
+            )
+        return name
+
+    def load_model(self, sae: SAE) -> SplicedModel:
+        """The language model, on the SAE's device. Raises ConfigError or StreamError."""
+        from ..lm.hooked import SplicedModel, layer_of
+
+        layer = layer_of(sae.hook_name) if self.layer is None else self.layer
+        quantization = self.quantization or sae.metadata.get("quantization") or "none"
+        own = self.model in (None, sae.metadata.get("model_name"))
+        return SplicedModel.load(
+            self.model_name(sae),
+            layer,
+            quantization=quantization,
+            device=sae.W_dec.device,
+            revision=self.revision or (sae.metadata.get("model_revision") if own else None),
+            context_length=self.context(sae),
+        )
+
+    def outliers(self, sae: SAE) -> float | None:
+        given = sae.metadata.get("outlier_norm") if self.outlier_norm is None else self.outlier_norm
+        if given is not None and not given > 1:
+            raise ConfigError(f"outlier_norm must be greater than 1, got {given}")
+        return given
+
+    def context(self, sae: SAE) -> int:
+        context = self.context_length or sae.metadata.get("context_size") or 128
+        if context < 2:
+            raise ConfigError(f"context_length must be at least 2, got {context}")
+        return context
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """The text to read: by default the one that training reads, whose first tokens it holds out."""
+
+    text_files: tuple[str, ...] = ()
+    """Local .txt, .jsonl or .parquet files, or folders of them, instead of the data set."""
+    dataset: str | None = None
+    """Data set on the hub, streamed; or a local folder. [the recipe's; of the demo's model, the demo's]"""
+    dataset_config: str | None = None
+    """Configuration (subset) of the data set. [the recipe's, for the recipe's data set]"""
+    dataset_split: str = _RECIPE.dataset_split
+    """Split of the data set."""
+    text_column: str = _RECIPE.text_column
+    """Column that holds the text; or chats, for the tokenizer's chat template; or token ids."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the data set on the hub. [its main branch]"""
+    skip_bad_lines: bool = False
+    """Leave out records that hold no text, and count them, instead of stopping at the first."""
+    seed: int = _RECIPE.seed
+    """Order of the text. With the text and the seed of a training run, its first tokens are held out."""
+
+    def open(self, preset: TrainConfig) -> TextSource:
+        """The text, by default that of ``preset``. Raises ConfigError or StreamError."""
+        from ..data.opening import open_text
+
+        config = preset.dataset_config if self.dataset is None else None
+        return open_text(
+            self.text_files,
+            self.dataset or preset.dataset,
+            self.dataset_config or config,
+            self.dataset_split,
+            dataset_revision=self.dataset_revision,
+            text_column=self.text_column,
+            skip_bad_lines=self.skip_bad_lines,
+            seed=self.seed,
+        )
+
+
+def output_folder(out: str | None, source: str) -> Path | None:
+    """The folder that results go to: ``out``, else that of the SAE ``source``, None if it is on the hub.
+
+    It is created when there are results; whether it can be written is checked now, before the work.
+    Raises ConfigError if it cannot.
+    """
+    folder = Path(source if out is None else out).expanduser()
+    if out is None and not folder.is_dir():
+        return None
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    reason = None
+    if not there.is_dir():
+        reason = f"{there} is a file" if there != folder else "it is a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        reason = "it is not writable" if there == folder else f"{there} is not writable"
+    if reason:
+        raise ConfigError(f"cannot write to {folder}: {reason}; choose another folder with --out")
+    return folder
+
+
+def parse(
+    options: type[Options],
+    arguments: Sequence[str],
+    prog: str,
+    description: str | None,
+    default: Options | None = None,
+) -> Options:
+    """The ``options`` that ``arguments`` ask for, on top of ``default``.
+
+    Raises:
+        ConfigError: an unknown flag, a missing argument, or an impossible value.
+        SystemExit: ``--help`` (0).
+    """
+    start: dict[str, Any] = {} if default is None else {"default": default}
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(
+                options,
+                prog=prog,
+                description=description,
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **start,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ConfigError(f"{_in_a_line(shown.getvalue())}; see {prog} --help") from None
+
+
+def _in_a_line(box: str) -> str:
+    """What tyro shows in a box of several parts: the first part, and the flags that were perhaps meant."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # colours
+    lines = [line.strip("│ ") for line in plain.splitlines() if line[:1] not in "╭╰"]
+    parts = [
+        list(part) for rule, part in groupby(lines, lambda line: set(line) == {"─"}) if not rule
+    ]
+    said = " ".join(parts[0]).removeprefix("Error parsing ")
+    if len(parts) > 1 and parts[1][0].startswith("Perhaps"):
+        flags = [line.split()[0].rstrip(",") for line in parts[1] if line.startswith("--")]
+        said += f"; perhaps {' or '.join(flags)}"
+    return said[:1].lower() + said[1:]

@@ -1,0 +1,69 @@
+"""Train SAEs on the residual stream of a language model.
+
+    fastsae train --demo                            any machine, about a minute
+    fastsae train --layer 17 --k 64                 Gemma 4 E2B on FineWeb-Edu: the recipe
+    fastsae train --model DIR --text-files a.txt --layer 10 --k 32 --quantization none
+
+A run that was stopped goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..config import Sweep, TrainConfig
+from . import options
+from .presets import demo_config
+
+
+@dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """Train SAEs on the residual stream of a language model."""
+
+    layer: tuple[int, ...] = (TrainConfig.layer,)  # type: ignore[assignment]
+    """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
+    k: tuple[float, ...] = (TrainConfig.k,)  # type: ignore[assignment]
+    """Mean active latents per token; may be fractional; several train one SAE each."""
+    seed: tuple[int, ...] = (TrainConfig.seed,)  # type: ignore[assignment]
+    """Seed of the initial weights (several train one SAE each) and, without --stream-seed, of the stream."""
+
+    def __post_init__(self) -> None:
+        """Values are checked where a sweep is made of them."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> TrainFlags:
+        """The flags that ask for ``config``."""
+        several = {"layer": (config.layer,), "k": (config.k,), "seed": (config.seed,)}
+        return cls(**vars(config) | several)
+
+    def sweep(self) -> Sweep:
+        """The SAEs that the flags ask for. Raises ConfigError."""
+        several = {"layer": self.layer, "k": self.k, "seed": self.seed}
+        first = {name: values[0] for name, values in several.items() if values}
+        settings = {name: value for name, value in vars(self).items() if name not in several}
+        return Sweep(TrainConfig(**settings | first), self.layer, self.k, self.seed)
+
+
+def parse(arguments: Sequence[str], prog: str = "fastsae train") -> Sweep:
+    """The SAEs that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
+
+    Raises:
+        ConfigError: a flag that does not exist, or an impossible value.
+        SystemExit: ``--help`` (0).
+    """
+    flags = TrainFlags()
+    if "--demo" in arguments:
+        default = demo_config()
+        if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
+            default = replace(default, d_sae=None)
+        flags = TrainFlags.of(default)
+    return options.parse(TrainFlags, arguments, prog, __doc__, flags).sweep()
+
+
+def main(arguments: Sequence[str], prog: str) -> None:
+    """The command. Raises FastsaeError, or Interrupted once everything is saved."""
+    sweep = parse(arguments, prog)
+    from ..training.trainer import train_and_report
+
+    train_and_report(sweep)

@@ -1,0 +1,180 @@
+"""TopK over a whole batch and TopK over each token, exactly, through group maxima.
+
+    batch level:   z = pre where pre is among the K largest positive entries of the batch, else 0
+    per token:     z[b] = pre[b] where among the k largest positive entries of token b, else 0
+    group maxima:  m[b, g] = max of the positive entries of pre[b, 32 g : 32 (g + 1)], 0 if there is none
+
+The order is total, (value descending, then token-major flat index ascending), so a selection is
+unique: the same on every device. Non-positive entries and NaN are never selected; infinity comes
+first. BatchTopK with ``K = int(k * B)`` is Bussmann et al. 2024 (arXiv:2412.06410), section 3; TopK is
+Gao et al. 2024 (arXiv:2406.04093), section 2.3, and how a BatchTopK autoencoder is used at inference.
+
+Order groups by (maximum descending, flat index ascending). The K largest positive entries lie in the K
+largest groups: were one in a group outside, K groups would each hold an entry before it. So after one
+pass over ``pre`` for the maxima, only ``32 K`` entries are looked at again, whatever the data: a static
+bound, hence nothing to overflow. The K-th largest key is found digit by digit (8 bits, most significant
+first) from integer histograms; keys are the bits of the positive float32, which order as the values do.
+
+On a GPU the batch level takes one launch a digit and three more for each of: the groups (of which
+exactly K are listed, in token-major order) and the entries inside them, whose counts by token, added
+up, give each its place. Per token one program selects in one row, any ``k <= F``, and a second launch
+writes the CSR arrays.
+
+Bytes: the maxima read ``pre`` once and write 1/32 of it. The batch level then moves 4 x 4 B a group
+(from L2), 6 x 128 B a listed group and 8 B an entry written; per token 5 x 128 B a listed group.
+Deterministic, bit for bit: only integers are added, and no place depends on arrival order.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import implementation, register
+from ..dtypes import FLOATS, accumulator
+from ..sparse import CSR, scatter_values
+from . import torch_impl, triton_impl
+from .triton_impl import GROUP
+
+MAX_SLOTS = 2**31 - 1  # places are int32
+
+
+class GroupMax(NamedTuple):
+    """The largest positive entry of every 32 adjacent latents, and whether ``pre`` was finite."""
+
+    values: Tensor  # [B, ceil(F / 32)] float32 (float64 for a float64 pre); 0: nothing positive
+    nonfinite: Tensor  # [] bool: pre holds a NaN or an infinity
+
+
+class Selection(NamedTuple):
+    """What ``batch_topk`` selected."""
+
+    csr: CSR
+    threshold: Tensor  # [] float32, the smallest selected value; +inf where nothing was
+    nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _fake_group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+    groups = (pre.shape[1] + GROUP - 1) // GROUP
+    maxima = pre.new_empty(pre.shape[0], groups, dtype=accumulator(pre.dtype))
+    return maxima, pre.new_empty((), dtype=torch.bool)
+
+
+@register(fake=_fake_group_max)
+def _group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+    if pre.numel() == 0:
+        maxima, nonfinite = _fake_group_max(pre)
+        return maxima.zero_(), nonfinite.zero_()
+    return (torch_impl if implementation(pre) == "torch" else triton_impl).group_max(pre)
+
+
+def _fake_topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    slots = pre.shape[0] * k
+    offsets = pre.new_empty(pre.shape[0] + 1, dtype=torch.int32)
+    return pre.new_empty(slots), pre.new_empty(slots, dtype=torch.int32), offsets
+
+
+def _fake_batch_topk(
+    pre: Tensor, maxima: Tensor, num_selected: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offsets = pre.new_empty(pre.shape[0] + 1, dtype=torch.int32)
+    threshold = pre.new_empty((), dtype=torch.float32)
+    indices = pre.new_empty(num_selected, dtype=torch.int32)
+    return pre.new_empty(num_selected), indices, offsets, threshold
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, indices, offsets, *threshold = output
+    ctx.latents = inputs[0].shape[1]
+    ctx.save_for_backward(indices, offsets)
+    ctx.mark_non_differentiable(*threshold)
+
+
+def _backward(ctx, values_gradient, *_):
+    indices, offsets = ctx.saved_tensors
+    return scatter_values(values_gradient, indices, offsets, ctx.latents), None, None
+
+
+@register(fake=_fake_topk, setup_context=_setup_context, backward=_backward)
+def _topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    if len(pre) * k == 0:
+        values, indices, offsets = _fake_topk(pre, maxima, k)
+        return values, indices, offsets.zero_()
+    return (torch_impl if implementation(pre) == "torch" else triton_impl).topk(pre, maxima, k)
+
+
+@register(fake=_fake_batch_topk, setup_context=_setup_context, backward=_backward)
+def _batch_topk(
+    pre: Tensor, maxima: Tensor, num_selected: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if num_selected == 0:
+        values, indices, offsets, threshold = _fake_batch_topk(pre, maxima, num_selected)
+        return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
+    run = torch_impl if implementation(pre) == "torch" else triton_impl
+    return run.batch_topk(pre, maxima, num_selected)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check_pre(pre: Tensor, where: str) -> None:
+    if pre.ndim != 2 or pre.dtype not in FLOATS:
+        raise ValueError(
+            f"{where}: pre must be a [tokens, latents] matrix of float32, bfloat16, float16 or "
+            f"float64, got {pre.dtype} of shape {tuple(pre.shape)}; flatten leading dimensions first"
+        )
+
+
+def check_slots(slots: int, where: str) -> None:
+    """Raise ValueError unless ``slots`` entries have 32-bit places."""
+    if slots > MAX_SLOTS:
+        raise ValueError(
+            f"{where}: {slots} entries do not fit 32-bit places; select from fewer tokens at once"
+        )
+
+
+def group_max(pre: Tensor) -> GroupMax:
+    """The largest positive entry of each 32 adjacent latents of ``pre [B, F]``; not differentiable.
+
+    Deterministic. Reads ``pre`` once. Raises ValueError unless ``pre`` is a floating-point matrix.
+    """
+    _check_pre(pre, "group_max")
+    return GroupMax(*_group_max(pre.detach()))
+
+
+def batch_topk(pre: Tensor, num_selected: int, maxima: GroupMax | None = None) -> Selection:
+    """The ``num_selected`` largest positive entries of ``pre [B, F]``, in a strict total order.
+
+    ``pre`` is float32, bfloat16, float16 (float64 on torch); ``num_selected`` is clamped to
+    ``[0, B * F]`` and is the number of slots ``K`` of the CSR arrays, ``nnz = offsets[-1] <= K`` of which
+    are entries. ``maxima`` are the group maxima of this very ``pre``, where the encoder already took
+    them. ``csr.values`` is differentiable in ``pre``: the gradient is dense, zero where nothing was
+    selected.
+
+    Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype.
+    """
+    _check_pre(pre, "batch_topk")
+    num_selected = min(max(num_selected, 0), pre.shape[0] * pre.shape[1])
+    check_slots(num_selected, "batch_topk")
+    maxima = group_max(pre) if maxima is None else maxima
+    *csr, threshold = _batch_topk(pre, maxima.values, num_selected)
+    return Selection(CSR(*csr), threshold, maxima.nonfinite)
+
+
+def topk(pre: Tensor, k: int, maxima: GroupMax | None = None) -> CSR:
+    """The ``k`` largest positive entries of each token of ``pre [B, F]``, ties to the lower latent.
+
+    ``pre`` is float32, bfloat16, float16 (float64 on torch); ``k`` is clamped to ``[0, F]``; the CSR
+    arrays have ``B * k`` slots, of which ``offsets[-1]`` are entries: fewer where a token has fewer
+    than ``k`` positive ones. ``values`` is differentiable in ``pre``. ``maxima`` as in ``batch_topk``.
+
+    Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype.
+    """
+    _check_pre(pre, "topk")
+    k = min(max(k, 0), pre.shape[1])
+    check_slots(pre.shape[0] * k, "topk")
+    maxima = group_max(pre) if maxima is None else maxima
+    return CSR(*_topk(pre, maxima.values, k))

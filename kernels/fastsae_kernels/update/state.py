@@ -1,0 +1,248 @@
+"""What the update reads and writes: a parameter's state, in the forms it can be stored in.
+
+**Split masters.** A float32 weight is a bfloat16 and a 16-bit remainder, 4 bytes together, and the
+bfloat16 half *is* the compute copy:
+
+    hi = (bits + 0x8000) >> 16      the nearest bfloat16, ties away from zero
+    lo = bits - (hi << 16)          in [-0x8000, 0x7fff]
+    bits = (hi << 16) + lo          exact, for every finite or infinite float32
+
+Rounding to nearest *even* would need lo = 0x8000 at half of the ties, one more than 16 bits hold, and
+truncation would bias every copy towards zero. NaN keeps being NaN but loses its payload.
+
+**8-bit moments.** Both are logarithmic: code 0 is zero, code c is ``scale · 2^((c - top) / 8)``, 9 % a
+step, with the row's largest element as its scale. ``m`` is int8 with its sign, top = 127, a range of
+2^15.75; ``v`` is uint8, top = 255, 2^31.75. A linear code for ``m`` would spend its levels on the few
+dimensions of a residual stream that are a hundred times larger than the rest. Rounding is stochastic,
+to either neighbour with the probability that keeps the mean exact: a decay of 0.1 % a step is far less
+than one code, and rounding to nearest would undo it every time. Only a ``v`` below the range is
+rounded up, never to zero, since it divides. The random bits are a hash of (step, latent, column,
+moment), so two runs are bit-identical.
+
+Their effect on quality is measured in ``kernels/README.md``.
+
+The rows of ``W_enc`` and ``W_dec`` are both of shape ``[F, D]``: one latent, one row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import jit, tl
+from ..dtypes import TINY, rounded
+from ..sparse import CSC
+
+CODES_PER_BINADE = 8
+
+
+class MatrixState(NamedTuple):
+    """A ``[F, D]`` parameter, its copies and its Adam moments: what :func:`fused_update_` updates."""
+
+    weight: Tensor  # [F, D] float32 (float64 on torch); bfloat16 if split
+    m: Tensor  # [F, D] as the master, or int8
+    v: Tensor  # [F, D] as the master, or uint8
+    remainder: Tensor | None = None  # [F, D] int16, the lower half of a split master
+    copy: Tensor | None = None  # [F, D] bfloat16 or float16, the compute copy of a whole master
+    m_scale: Tensor | None = None  # [F] float32, of 8-bit moments
+    v_scale: Tensor | None = None  # [F] float32
+
+    @classmethod
+    def start(
+        cls,
+        master: Tensor,
+        *,
+        split: bool = False,
+        copy_dtype: torch.dtype | None = None,
+        quantized_moments: bool = False,
+    ) -> "MatrixState":
+        """Zero moments for ``master [F, D]``, which is used in place unless it is split.
+
+        Raises ValueError for a split or 8-bit state of anything but float32, and for a copy beside a
+        split master, whose upper half is the copy.
+        """
+        if (split or quantized_moments) and master.dtype != torch.float32:
+            raise ValueError(
+                f"split masters and 8-bit moments: expected float32, got {master.dtype}"
+            )
+        if split and copy_dtype is not None:
+            raise ValueError("a split master is its own bfloat16 copy: expected copy_dtype=None")
+        weight, remainder = split_master(master) if split else (master, None)
+        copy = None if copy_dtype is None else master.to(copy_dtype)
+        if not quantized_moments:
+            return cls(weight, torch.zeros_like(master), torch.zeros_like(master), remainder, copy)
+        m, v = (torch.zeros_like(master, dtype=d) for d in (torch.int8, torch.uint8))
+        scales = (master.new_zeros(len(master)) for _ in range(2))
+        return cls(weight, m, v, remainder, copy, *scales)
+
+    def master(self) -> Tensor:
+        """The master weight ``[F, D]``; of a split one, a joined copy."""
+        return self.weight if self.remainder is None else join_master(self.weight, self.remainder)
+
+    def compute(self) -> Tensor:
+        """What the forward pass multiplies by: the low-precision copy where there is one."""
+        return self.weight if self.copy is None else self.copy
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """``m`` and ``v`` ``[F, D]``, decoded if they are 8-bit."""
+        if self.m_scale is None or self.v_scale is None:
+            return self.m, self.v
+        return decode_moment(self.m, self.m_scale), decode_moment(self.v, self.v_scale)
+
+
+class BiasState(NamedTuple):
+    """A bias and its Adam moments, all of one shape, float32 (float64 on torch)."""
+
+    weight: Tensor
+    m: Tensor
+    v: Tensor
+
+    @classmethod
+    def start(cls, weight: Tensor) -> "BiasState":
+        """Zero moments for ``weight``, which is used in place."""
+        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+
+
+class AuxGradients(NamedTuple):
+    """Gradient terms of ``n`` dead latents, which aux-k computed, and a way to find them."""
+
+    W_enc: Tensor  # [n, D] float32 (float64 on torch)
+    b_enc: Tensor  # [n]
+    W_dec: Tensor  # [n, D]
+    slots: Tensor  # [F] int32: the row of each latent, -1 for none
+
+
+class GradientInputs(NamedTuple):
+    """What the gradients of one batch are computed from."""
+
+    values: Tensor  # [K], the CSR's
+    csc: CSC
+    x: Tensor  # [B, D]
+    dY: Tensor  # [B, D], to be multiplied by dY_scale
+    dY_scale: float
+    aux: AuxGradients | None
+
+
+# --- torch --------------------------------------------------------------------------------------
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """``(bfloat16 weight, int16 remainder)`` of a float32 tensor."""
+    bits = torch.where(master.isnan(), 0x7FC00000, master.contiguous().view(torch.int32))
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 tensor that :func:`split_master` split."""
+    high = weight.view(torch.int16).to(torch.int32)
+    return ((high << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def _mix(h: Tensor) -> Tensor:
+    # lowbias32 (Wellons), in 64-bit integers of which the lower 32 bits count.
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _uniform(block: Tensor, first_row: int, step: Tensor) -> Tensor:
+    """A number in [0, 1) for each element of a moment's rows from ``first_row`` on."""
+    rows, columns = (torch.arange(n, device=block.device) for n in block.shape)
+    key = _mix(_mix(step.long() * 2 + (block.dtype == torch.int8)) ^ (rows + first_row))
+    return (_mix(key[:, None] ^ columns) >> 8).to(torch.float32) / 2**24
+
+
+def decode_moment(code: Tensor, scale: Tensor) -> Tensor:
+    """The float32 moment ``[rows, D]`` of int8 (``m``) or uint8 (``v``) codes, scales ``[rows]``."""
+    top = torch.iinfo(code.dtype).max
+    signed = code.float()
+    value = torch.exp2((signed.abs() - top) / CODES_PER_BINADE) * scale[:, None]
+    return value * signed.sign()
+
+
+def encode_moment_(
+    code: Tensor, scale: Tensor, value: Tensor, first_row: int, step: Tensor
+) -> None:
+    """Write a block of rows ``value`` as ``code`` and ``scale``; the block begins at ``first_row``."""
+    top, tiny = torch.iinfo(code.dtype).max, torch.finfo(torch.float32).tiny
+    torch.amax(value.abs(), 1, out=scale)
+    ratio = value.abs() / scale.clamp_min(tiny)[:, None]
+    below = torch.floor(top + CODES_PER_BINADE * torch.log2(ratio.clamp_min(tiny)))
+    below = below.clamp(0, top - 1)
+    low = torch.exp2((below - top) / CODES_PER_BINADE) * (below > 0)
+    high = torch.exp2((below + 1 - top) / CODES_PER_BINADE)
+    near = below + (_uniform(code, first_row, step) * (high - low) < ratio - low)
+    if code.dtype == torch.uint8:
+        near = near.clamp_min(1) * (value > 0)
+    code.copy_(near * value.sign())
+
+
+# --- Triton -------------------------------------------------------------------------------------
+
+
+@jit
+def load_master(weight_ptr, remainder_ptr, at, mask):
+    """The float32 master; ``weight_ptr`` is int16 where there is a remainder."""
+    weight = tl.load(weight_ptr + at, mask=mask, other=0)
+    if remainder_ptr is None:
+        return weight
+    else:
+        low = tl.load(remainder_ptr + at, mask=mask, other=0)
+        return ((weight.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@jit
+def store_master(weight_ptr, remainder_ptr, copy_ptr, at, mask, master):
+    if remainder_ptr is None:
+        tl.store(weight_ptr + at, master, mask=mask)
+    else:
+        bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
+        high = (bits + 0x8000) >> 16
+        tl.store(weight_ptr + at, high.to(tl.int16), mask=mask)
+        tl.store(remainder_ptr + at, (bits - (high << 16)).to(tl.int16), mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + at, rounded(master, copy_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def mix(h):
+    """lowbias32 (Wellons) of a uint32."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@jit
+def load_moment(ptr, scale_ptr, row, at, mask, TOP: tl.constexpr):
+    """One row of a moment; ``scale_ptr`` is None where it is float32. TOP: 127 for m, 255 for v."""
+    moment = tl.load(ptr + at, mask=mask, other=0).to(tl.float32)
+    if scale_ptr is None:
+        return moment
+    else:
+        value = tl.exp2((tl.abs(moment) - TOP) * 0.125) * tl.load(scale_ptr + row)
+        return tl.where(moment == 0, 0.0, tl.where(moment < 0, -value, value))
+
+
+@jit
+def store_moment(ptr, scale_ptr, row, at, columns, mask, moment, step, TOP: tl.constexpr):
+    """Masked columns of ``moment`` are zero."""
+    if scale_ptr is None:
+        tl.store(ptr + at, moment, mask=mask)
+    else:
+        size = tl.abs(moment)
+        scale = tl.max(size, 0)
+        tl.store(scale_ptr + row, scale)
+        ratio = size / tl.maximum(scale, TINY)
+        below = tl.floor(TOP + 8 * tl.log2(tl.maximum(ratio, TINY)))
+        below = tl.minimum(tl.maximum(below, 0.0), TOP - 1.0)
+        low = tl.where(below > 0, tl.exp2((below - TOP) * 0.125), 0.0)
+        high = tl.exp2((below + 1 - TOP) * 0.125)
+        key = mix((step * 2 + (TOP == 127)).to(tl.uint32)) ^ row.to(tl.uint32)
+        uniform = (mix(mix(key) ^ columns.to(tl.uint32)) >> 8).to(tl.float32) * (1.0 / 16777216)
+        near = below + tl.where(uniform * (high - low) < ratio - low, 1.0, 0.0)
+        if TOP == 255:
+            near = tl.where(size > 0, tl.maximum(near, 1.0), 0.0)
+        near = tl.where(moment < 0, -near, near)
+        tl.store(ptr + at, near.to(tl.int32).to(ptr.dtype.element_ty), mask=mask)

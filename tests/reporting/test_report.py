@@ -1,0 +1,167 @@
+"""What follows a training: every number on held-out text, whatever happens, and again when asked."""
+
+import json
+import logging
+import weakref
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+import fastsae
+from fastsae.data.stream import Stream
+from fastsae.lm import loading
+from fastsae.reporting import report
+from fastsae.reporting.run_folder import RunFolder
+from fastsae.training import trainer
+
+SCORES = (
+    "explained_variance", "pca_explained_variance", "l0", "alive_fraction", "evaluated_on", "inference",
+    "threshold_explained_variance", "threshold_l0",
+)  # fmt: skip
+FILES = {
+    "cfg.json", "sae_weights.safetensors", "run.json", "held_out.safetensors", "metrics.jsonl",
+    "summary.json", "evaluation.json", "training.png", "report.html", "report_data", "checkpoints",
+}  # fmt: skip
+
+
+def config(folder: Path, **changes: object) -> fastsae.TrainConfig:
+    text = folder / "prose.txt"
+    text.write_text("It was a bright cold day in April, and the clocks were striking.\n\n" * 200)
+    settings: dict = {
+        "model": models.llama(), "text_files": (str(text),), "layer": 2, "quantization": "none",
+        "context_length": 32, "harvest_batch": 4, "d_sae": 128, "k": 4, "batch_size": 64, "tokens": 1280,
+        "pool_tokens": 1024, "eval_tokens": 256, "log_every_tokens": 640, "device": "cpu",
+        "wandb": "disabled", "out": str(folder / "runs"), "name": "run",
+    }  # fmt: skip
+    return fastsae.TrainConfig(**settings | changes)
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_a_group_is_evaluated_with_one_model_when_its_training_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, loaded = [], []
+
+    def open_stream(*arguments: object) -> Stream:
+        stream = trainer_open_stream(*arguments)
+        opened.extend(map(weakref.ref, (stream, stream.source.model, stream.buffer._pools[0])))
+        return stream
+
+    def load(*arguments: object, **options: object):
+        assert opened and not any(reference() for reference in opened), (
+            "the training is still there"
+        )
+        loaded.append(arguments)
+        return loading.load_pretrained(*arguments, **options)
+
+    trainer_open_stream = trainer.open_stream
+    monkeypatch.setattr(trainer, "open_stream", open_stream)
+    monkeypatch.setattr(report, "load_pretrained", load)
+    sweep = fastsae.Sweep(config(tmp_path), layers=(3, 1), ks=(2, 4))
+    saes = trainer.train_and_report(sweep)
+    assert loaded == [(models.llama(),)]
+    for sae, run in zip(saes, sweep.runs, strict=True):
+        folder = tmp_path / "runs" / run.run_name
+        assert {path.name for path in folder.iterdir()} >= FILES
+        summary, evaluation = (
+            summary_of(folder),
+            json.loads((folder / "evaluation.json").read_text()),
+        )
+        assert summary["k"] == run.k == evaluation["pca"]["components"]
+        modes = evaluation["modes"]
+        assert summary["explained_variance"] == modes["topk"]["explained_variance"]["value"]
+        assert summary["threshold_l0"] == modes["threshold"]["l0"]["value"]
+        assert summary["evaluated_on"] == f"{evaluation['tokens']} held-out activations"
+        assert evaluation["tokens"] >= run.eval_tokens and evaluation["losses"]
+        # On the layer that the SAE is of: by the activations of a model of our own.
+        model = fastsae.SplicedModel.load(run.model, run.layer)
+        text = RunFolder.read(folder).held_out()
+        found = fastsae.evaluate(sae, text, "topk", model=model, losses=False)["topk"]
+        assert summary["explained_variance"] == pytest.approx(found.explained_variance, rel=1e-5)
+
+
+def test_a_report_is_repeated_with_the_same_numbers(tmp_path: Path) -> None:
+    trainer.train_and_report(config(tmp_path))
+    run = tmp_path / "runs/run"
+    before, page = summary_of(run), (run / "report.html").read_bytes()
+    for name in ("report.html", "training.png", "evaluation.json"):
+        (run / name).unlink()
+    evaluation = report.report_run(RunFolder.read(run))
+    assert evaluation is not None
+    assert summary_of(run) == before and (run / "report.html").read_bytes() == page
+    assert evaluation["topk"].explained_variance == before["explained_variance"]
+
+
+def test_a_failure_costs_a_warning_that_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("no memory for the whole model")
+
+    monkeypatch.setattr(report, "load_pretrained", fail)
+    with caplog.at_level(logging.INFO):
+        trainer.train_and_report(config(tmp_path))
+    run = tmp_path / "runs/run"
+    assert "no memory for the whole model" in caplog.text
+    assert f"  fastsae evaluate {run}" in caplog.text
+    summary = summary_of(run)
+    assert summary["tokens_seen"] == 1280 and not {"inference", "report"} & summary.keys()
+    assert summary["evaluated_on"] == "the last logged training batch"
+    assert (run / "training.png").exists() and not (run / "report.html").exists()
+    assert fastsae.load(run).d_sae == 128
+    monkeypatch.undo()
+    report.report_run(RunFolder.read(run))
+    assert {*SCORES, "report"} <= summary_of(run).keys()
+
+
+def test_an_interruption_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "load_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_and_report(config(tmp_path))
+    assert "fastsae evaluate" in caplog.text and summary_of(tmp_path / "runs/run")["step"] == 20
+
+
+def test_a_run_on_a_cache_is_evaluated_on_its_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("no language model is needed")
+
+    monkeypatch.setattr(report, "load_pretrained", refuse)
+    cached = config(tmp_path, cache_dir=str(tmp_path / "cache"))
+    trainer.train_and_report(cached)
+    summary = summary_of(tmp_path / "runs/run")
+    assert summary["evaluated_on"] == "256 held-out activations"
+    assert {*SCORES, "report"} <= summary.keys()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(report, "LINE_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        trainer.train_and_report(config(tmp_path))
+    told = [line for line in caplog.text.splitlines() if " rows" in line]
+    assert len(told) == 3 and told[0].endswith("run: 4 of 9 rows"), told
+
+
+def test_fit_ends_with_the_sae_and_the_facts_of_its_training(tmp_path: Path) -> None:
+    (sae,) = fastsae.Trainer(config(tmp_path)).fit()
+    run = tmp_path / "runs/run"
+    assert {path.name for path in run.iterdir()} & FILES == {
+        "cfg.json", "sae_weights.safetensors", "run.json", "held_out.safetensors", "metrics.jsonl",
+        "summary.json", "checkpoints",
+    }  # fmt: skip
+    summary = summary_of(run)
+    assert summary["tokens_seen"] == 1280 and "inference" not in summary
+    torch.testing.assert_close(fastsae.load(run).W_dec, sae.W_dec)
