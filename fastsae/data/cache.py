@@ -9,14 +9,12 @@ was interrupted goes on there, and so does a later run that wants more.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,26 +22,38 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from filelock import Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
-from ..files import save_tensors
-from .harvest import Harvest, to_device
+from ..files import (
+    checksum,
+    existing_ancestor,
+    fingerprint,
+    hold,
+    plain,
+    read_json,
+    write_json,
+    write_tensors,
+)
+from ..lm.loading import weights_of
+from .harvest import NONFINITE, OUTLIER, ChunkSource, Harvest, to_device
 from .opening import open_text_chunks
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 1 << 28
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE = "state."
 _HELD_OUT = "held_out.safetensors"
 
 
-def open_cache(config: TrainConfig, device: torch.device) -> CachedChunks:
-    """The cache of ``config``, complete: what is missing in it is harvested and written first.
+def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device) -> CachedChunks:
+    """The cache of ``config`` with ``layers``, complete: what is missing in it is harvested and written
+    first.
 
     Raises StreamError if the folder holds something else: activations of another model, layer or text
     (it says which setting differs), a damaged cache, one that another process is writing; and if the
@@ -54,13 +64,13 @@ def open_cache(config: TrainConfig, device: torch.device) -> CachedChunks:
     wanted = config.steps * config.batch_size + config.pool_tokens
     manifest = _read_manifest(folder)
     if manifest is not None:
-        _refuse_foreign(folder, manifest, config)
+        _refuse_foreign(folder, manifest, config, layers)
     if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
-        manifest = _write(folder, manifest, config, device, wanted)
-    return CachedChunks(folder, manifest, config, device)
+        manifest = _write(folder, manifest, config, layers, device, wanted)
+    return CachedChunks(folder, manifest, config, layers, device)
 
 
-class CachedChunks:
+class CachedChunks(ChunkSource):
     """The chunks of a cache, as the buffer wants them; a chunk is its number.
 
     They come in the order they were written in, or, if ``config`` has another seed of the stream than
@@ -68,16 +78,20 @@ class CachedChunks:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], config: TrainConfig, device: torch.device
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        config: TrainConfig,
+        layers: Sequence[int],
+        device: torch.device,
     ) -> None:
         self._folder = folder
-        self._layers = [str(layer) for layer in config.layers]
+        self._layers = [str(layer) for layer in layers]
         self._manifest = manifest
         self._held_out_tokens = config.eval_tokens
         self.d_model: int = manifest["d_model"]
-        self.num_streams = len(config.layers)
+        self.num_streams = len(layers)
         self.device = device
-        self.seconds: dict[str, float] = {}
         self._chunks = [
             (shard["file"], start, chunk)
             for shard in manifest["shards"]
@@ -96,6 +110,11 @@ class CachedChunks:
         self._order = np.arange(len(self._chunks))
         if self._seed is not None:
             self._order[:count] = np.random.default_rng(self._seed).permutation(count)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was dropped when the whole cache was written."""
+        return {f"cache_{name}": count for name, count in self._manifest["counts"].items()}
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
@@ -119,7 +138,7 @@ class CachedChunks:
                 rows = self._files[name].get_slice(f"layer.{layer}")[
                     start : start + written["rows"]
                 ]
-                if _checksum(rows) != written["checksums"][layer]:
+                if checksum(rows) != written["checksums"][layer]:
                     raise ValueError(
                         f"rows {start} and on do not have the content that was written"
                     )
@@ -144,10 +163,10 @@ class CachedChunks:
     def unpack(self, tensors: dict[str, Tensor]) -> list[int]:
         return tensors["chunks"].tolist()
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         return {"tensors": {}, "meta": {"position": self._position, "shuffled": self._shuffled}}
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         position, shuffled = state["meta"]["position"], state["meta"]["shuffled"]
         if max(position, shuffled) > len(self._chunks):
             raise CheckpointError(
@@ -164,18 +183,17 @@ class CachedChunks:
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that the cached activations depend on, but for the seed and the layers."""
     text = {
-        "text_files": [[Path(p).name, _size(Path(p))] for p in config.text_files],
+        "text_files": [_content(Path(path)) for path in config.text_files],
         "text_column": config.text_column,
     }
     if not config.text_files:
-        text |= {
-            name: getattr(config, name) for name in ("dataset", "dataset_config", "dataset_split")
-        }
+        names = ("dataset", "dataset_config", "dataset_split", "dataset_revision")
+        text |= {name: getattr(config, name) for name in names}
     model = Path(config.model)
-    weights = sorted(p for p in model.glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
     return {
         "model": model.name if model.is_dir() else config.model,
-        "model_files": [[p.name, p.stat().st_size] for p in weights],
+        "model_files": weights_of(config.model) if model.is_dir() else {},
+        "revision": config.revision,
         "quantization": config.quantization,
         "context_length": config.context_length,
         "harvest_batch": config.harvest_batch,
@@ -187,10 +205,12 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    return path.stat().st_size if path.exists() else 0
+def _content(path: Path) -> dict[str, str]:
+    """What tells a text file, or the files of a folder, apart from others of the same names."""
+    if not path.is_dir():
+        return {path.name: fingerprint(path)} if path.exists() else {}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): fingerprint(file) for file in files}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -204,7 +224,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
         sizes = [(shard["file"], shard["bytes"]) for shard in manifest["shards"]]
@@ -217,14 +237,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_foreign(folder: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
-    now, then = json.loads(json.dumps(_identity(config))), manifest["identity"]
+def _refuse_foreign(
+    folder: Path, manifest: dict[str, Any], config: TrainConfig, layers: Sequence[int]
+) -> None:
+    now, then = plain(_identity(config)), manifest["identity"]
     differences = [
         f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
         for name in sorted({*now, *then})
         if then.get(name) != now.get(name)
     ]
-    missing = [layer for layer in config.layers if str(layer) not in manifest["metadata"]]
+    missing = [layer for layer in layers if str(layer) not in manifest["metadata"]]
     if missing:
         held = ", ".join(manifest["metadata"])
         differences.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
@@ -250,38 +272,40 @@ def _write(
     folder: Path,
     manifest: dict[str, Any] | None,
     config: TrainConfig,
+    layers: Sequence[int],
     device: torch.device,
     wanted: int,
 ) -> dict[str, Any]:
     """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
     if manifest is not None:
         # It was written in the order of its own seed and with all its layers, and goes on so.
-        seed, layers = manifest["stream_seed"], tuple(map(int, manifest["metadata"]))
-        config = replace(config, stream_seed=seed, layer=layers)
-    source = open_text_chunks(config, device)
+        config = replace(config, stream_seed=manifest["stream_seed"])
+        layers = tuple(map(int, manifest["metadata"]))
+    source = open_text_chunks(config, layers, device)
     dtype = _DTYPES[config.activation_dtype]
     row_bytes = source.d_model * dtype.itemsize * source.num_streams
     _require_space(folder, (wanted - (_rows(manifest) if manifest else 0)) * row_bytes)
     with _writing(folder):
-        layers = [str(layer) for layer in config.layers]
+        names = [str(layer) for layer in layers]
         if manifest is None:
-            held_out = dict(zip(layers, source.held_out(), strict=True))
+            held_out = dict(zip(names, source.held_out(), strict=True))
             held_out = {f"layer.{n}": t.to(source.model.dtype).cpu() for n, t in held_out.items()}
             manifest = {
                 "format": FORMAT,
                 "identity": _identity(config),
                 "stream_seed": config.resolved_stream_seed,
-                "metadata": dict(zip(layers, source.metadata, strict=True)),
+                "metadata": dict(zip(names, source.metadata, strict=True)),
                 "d_model": source.d_model,
                 "held_out": {
                     "bytes": _save(held_out, folder / _HELD_OUT),
-                    "checksums": {name: _checksum(rows) for name, rows in held_out.items()},
+                    "checksums": {name: checksum(rows) for name, rows in held_out.items()},
                 },
                 "shards": [],
+                "counts": {"special": 0, "nonfinite": 0, "outliers": 0},
                 "text_ended": False,
                 "source": None,
             }
-            _save_manifest(manifest, folder)
+            _save(manifest, folder / "manifest.json")
         elif manifest["shards"]:
             last = load_file(folder / manifest["shards"][-1]["file"])
             state = {n.removeprefix(_STATE): t for n, t in last.items() if n.startswith(_STATE)}
@@ -290,7 +314,8 @@ def _write(
         while _rows(manifest) < wanted and not manifest["text_ended"]:
             parts: list[tuple[Tensor, ...]] = []
             chunks: list[dict[str, Any]] = []
-            rows = 0
+            rows, counts = 0, Counter(manifest["counts"])
+            verdicts: list[Tensor] = []
             while rows * row_bytes < SHARD_BYTES and _rows(manifest) + rows < wanted:
                 chunk = source.draw()
                 if chunk is None:
@@ -300,20 +325,27 @@ def _write(
                 kept = tuple(layer.to(dtype).cpu() for layer in harvest.kept())
                 if len(harvest.verdict) and not len(kept[0]):
                     raise source.explain(harvest.verdict)
+                verdicts.append(harvest.verdict.cpu())
+                counts["special"] += harvest.special
                 parts.append(kept)
-                sums = {n: _checksum(layer) for n, layer in zip(layers, kept, strict=True)}
+                sums = {n: checksum(layer) for n, layer in zip(names, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
                 rows += len(kept[0])
             state = source.state_dict()
             name = f"activations_{len(manifest['shards']):05}.safetensors"
             if chunks:
+                verdict = torch.cat(verdicts)
+                source.require_mostly_finite(verdict)
+                counts["nonfinite"] += int((verdict == NONFINITE).sum())
+                counts["outliers"] += int((verdict == OUTLIER).sum())
                 stacked = (torch.cat(layer) for layer in zip(*parts, strict=True))
-                tensors = {f"layer.{n}": t for n, t in zip(layers, stacked, strict=True)}
+                tensors = {f"layer.{n}": t for n, t in zip(names, stacked, strict=True)}
                 tensors |= {_STATE + n: t.contiguous() for n, t in state["tensors"].items()}
                 size = _save(tensors, folder / name)
                 manifest["shards"].append({"file": name, "bytes": size, "chunks": chunks})
                 manifest["source"] = state["meta"]
-            _save_manifest(manifest, folder)
+                manifest["counts"] = {**counts, **source.counts}
+            _save(manifest, folder / "manifest.json")
             done = _rows(manifest)
             speed = (done - before) / (time.perf_counter() - started)
             log.info(
@@ -322,20 +354,14 @@ def _write(
     return manifest
 
 
-def _save_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    aside = folder / ".manifest.partial"
-    aside.write_text(json.dumps(manifest), encoding="utf-8")
-    os.replace(aside, folder / "manifest.json")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> int:
-    """Write under another name first: a file of that name is whole. Returns its size in bytes."""
-    aside = path.with_name(f".{path.name}.partial")
+def _save(content: dict[str, Any], path: Path) -> int:
+    """Write a file of the cache, tensors or JSON; returns its size in bytes."""
     try:
-        save_tensors(tensors, aside)
-        os.replace(aside, path)
+        if path.suffix == ".json":
+            write_json(path, content, indent=None)
+        else:
+            write_tensors(path, content)
     except (OSError, safetensors.SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise StreamError(
             f"cannot write to the cache {path.parent}: {error}; free some space or give another "
             f"--cache-dir, then give the same command again"
@@ -346,16 +372,11 @@ def _save(tensors: dict[str, Tensor], path: Path) -> int:
 def _load(path: Path, written: dict[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
-        if {name: _checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
+        if {name: checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
             raise ValueError("the content is not what was written")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
     return tensors
-
-
-def _checksum(tensor: Tensor) -> str:
-    content = tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _rows(manifest: dict[str, Any]) -> int:
@@ -370,10 +391,7 @@ def _starts(chunks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_ancestor(folder)).free
     if free < needed:
         raise StreamError(
             f"the cache in {folder} needs {needed / 1e9:,.1f} GB more, and its disk has "
@@ -381,27 +399,15 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> AbstractContextManager[object]:
     """Hold the folder for this process. Raises StreamError if another one writes there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        return hold(folder)
+    except Timeout:
+        raise StreamError(
+            f"another process is writing the cache {folder}; wait for it, or give another --cache-dir"
+        ) from None
     except OSError as error:
         raise StreamError(
             f"cannot write to the cache {folder}: {error.strerror or error}; give another --cache-dir"
         ) from error
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise StreamError(
-                f"another process is writing the cache {folder}; wait for it, or give another --cache-dir"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae.config import TrainConfig
 from fastsae.data import cache
-from fastsae.data.stream import open_stream
+from fastsae.data import stream as streams
 from fastsae.errors import CheckpointError, StreamError
 
 PROSE = "It was a bright cold day in April, and the clocks were striking {}.\n\n"
@@ -34,12 +34,16 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(text: str, folder: Path | None, **changes) -> TrainConfig:
     settings = {
-        "model": models.llama(), "layer": (2, 1), "quantization": "none", "context_length": 32,
+        "model": models.llama(), "layer": 2, "quantization": "none", "context_length": 32,
         "harvest_batch": 4, "batch_size": 64, "tokens": 3200, "pool_tokens": 1024, "k": 4,
         "d_sae": 128, "eval_tokens": 200, "device": "cpu", "text_files": (text,), "stream_seed": 3,
         "cache_dir": None if folder is None else str(folder),
     }  # fmt: skip
     return TrainConfig(**settings | changes)
+
+
+def open_stream(config: TrainConfig, layers: tuple[int, ...] = (2, 1)) -> streams.Stream:
+    return streams.open_stream(config, layers)
 
 
 def batches(stream, count: int) -> list[tuple[Tensor, ...]]:
@@ -53,12 +57,11 @@ def assert_equal(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, .
 
 
 def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae.data import stream
-
     def refuse(*_arguments):
         raise AssertionError("the language model was opened")
 
-    monkeypatch.setattr(stream, "open_text_chunks", refuse)
+    for module in (streams, cache):
+        monkeypatch.setattr(module, "open_text_chunks", refuse)
 
 
 def test_the_same_bits_as_the_model_gives(text: str, tmp_path: Path, monkeypatch):
@@ -72,7 +75,7 @@ def test_the_same_bits_as_the_model_gives(text: str, tmp_path: Path, monkeypatch
     assert_equal(batches(again, 50), expected)
     assert again.metadata == live.metadata
     # Fewer layers, in another order, and fewer tokens are in it too.
-    part = open_stream(config(text, tmp_path / "c", layer=1, tokens=640))
+    part = open_stream(config(text, tmp_path / "c", tokens=640), layers=(1,))
     assert_equal(batches(part, 50), [(second,) for _, second in expected])
     assert part.metadata == live.metadata[1:]
 
@@ -126,7 +129,7 @@ def test_writing_that_was_killed_goes_on(text: str, tmp_path: Path, monkeypatch)
     real, shards = cache._save, []
 
     def killed(tensors, path):
-        shards.append(path.name)
+        shards.extend([path.name] * (path.suffix == ".safetensors"))
         if len(shards) == 4:
             (path.parent / ".half-written.partial").write_bytes(b"half")
             raise KeyboardInterrupt
@@ -163,7 +166,7 @@ class TestRefused:
         ("changes", "said"),
         [
             ({"model": models.gemma4_text}, r"model: 'llama' in the cache, 'gemma4-text' now"),
-            ({"layer": (2, 0)}, r"layer: 2, 1 in the cache, 0 wanted"),
+            ({"layers": (2, 0)}, r"layer: 2, 1 in the cache, 0 wanted"),
             ({"context_length": 16}, "context_length: 32 in the cache, 16 now"),
             ({"harvest_batch": 2}, "harvest_batch: 4 in the cache, 2 now"),
             ({"quantization": "nf4"}, "quantization: 'none' in the cache, 'nf4' now"),
@@ -176,12 +179,13 @@ class TestRefused:
     def test_foreign(self, text: str, folder: Path, changes: dict, said: str) -> None:
         changes = {name: value() if callable(value) else value for name, value in changes.items()}
         with pytest.raises(StreamError, match=rf"(?s)holds other activations.*{said}.*--cache-dir"):
-            open_stream(config(text, folder, **changes))
+            layers = changes.pop("layers", (2, 1))
+            open_stream(config(text, folder, **changes), layers)
 
     def test_other_text(self, text: str, folder: Path, tmp_path: Path) -> None:
         other = tmp_path / "prose.txt"
         other.write_text("Other words. " * 1000)
-        with pytest.raises(StreamError, match=r"text_files: \[\['prose.txt', \d+\]\] in the cache"):
+        with pytest.raises(StreamError, match=r"text_files: .*'prose.txt': '[\d,]+ bytes, sha256 \w+'.* in the cache"):
             open_stream(config(str(other), folder))
 
     def test_a_shard_that_is_cut_off_is_found_at_once(self, text: str, folder: Path) -> None:
@@ -214,7 +218,7 @@ class TestRefused:
 
     def test_a_manifest_that_is_not_one(self, text: str, folder: Path) -> None:
         (folder / "manifest.json").write_text('{"format": 99}')
-        with pytest.raises(StreamError, match=r"damaged.*format 99, this version reads 1"):
+        with pytest.raises(StreamError, match=r"damaged.*format 99, this version reads 2"):
             open_stream(config(text, folder))
 
     def test_a_folder_of_something_else(self, text: str, tmp_path: Path) -> None:
@@ -232,3 +236,35 @@ class TestRefused:
     def test_two_writers(self, text: str, tmp_path: Path) -> None:
         with cache._writing(tmp_path / "c"), pytest.raises(StreamError, match="another process"):
             open_stream(config(text, tmp_path / "c"))
+
+
+def test_text_and_weights_of_the_same_size_are_told_apart(text: str, tmp_path: Path):
+    copied, model = tmp_path / "prose.txt", tmp_path / "model"
+    shutil.copy(text, copied)
+    shutil.copytree(models.llama(), model)
+    settings = config(str(copied), tmp_path / "c", model=str(model))
+    open_stream(settings)
+    open_stream(settings)
+    content = copied.read_bytes()
+    copied.write_bytes(content.replace(b"e", b"i", 1))
+    with pytest.raises(StreamError, match=r"text_files: .*prose.txt.* in the cache, .* now"):
+        open_stream(settings)
+    copied.write_bytes(content)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1000:] = bytes(1000)
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(StreamError, match=r"model_files: .*model.safetensors"):
+        open_stream(settings)
+
+
+def test_what_was_dropped_is_counted_in_the_cache_too(text: str, tmp_path: Path):
+    def of(folder: Path | None) -> dict[str, int]:
+        stream = open_stream(config(text, folder, outlier_norm=1.2))
+        batches(stream, 20)
+        return stream.counts
+
+    live, cached = of(None), of(tmp_path / "c")
+    assert live["outliers"] > 0 and cached["cache_outliers"] >= live["outliers"]
+    assert cached["cache_special"] >= live["special"] > 0 and cached["cache_nonfinite"] == 0
+    assert cached["cache_documents"] > 0 and "documents" not in cached
+    assert of(tmp_path / "c") == cached
