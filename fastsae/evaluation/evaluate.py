@@ -20,6 +20,7 @@ from ..sae.module import SAE
 from .covariance import RunningCovariance
 from .estimates import Estimate
 from .losses import SplicedLosses
+from .provenance import require_same_activations
 from .scores import Scores, ScoreSums
 
 _AT_ONCE = 2**27
@@ -136,6 +137,7 @@ def evaluate(
                 f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
                 f"{model.name} has width {model.d_model}: they do not belong together"
             )
+        require_same_activations(sae, source, model)
     was_training = sae.training
     sae.eval()
     try:

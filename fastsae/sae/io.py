@@ -89,6 +89,11 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
         sae = module.from_files(read_json(directory / module.CONFIG), read_tensors(weights))
     except (FormatError, ConfigError) as error:
         raise FormatError(f"the {name} SAE in {directory} cannot be read: {error}") from error
+    if name == "sparsify" and re.fullmatch(
+        r"(\w+\.)*(layers|h|blocks)\.\d+(\.\w+)*", directory.name
+    ):
+        # sparsify says which module an SAE reads by the name of its folder alone.
+        sae.metadata.setdefault("hook_name", directory.name)
     return sae.to(device).eval()
 
 

@@ -80,6 +80,16 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
     return {CONFIG: config, WEIGHTS[0]: tensors}
 
 
+def _hook_name(submodule: object, io: object) -> str | None:
+    """The hook that a module and its side stand for: the input of a layer is the stream before it."""
+    if not isinstance(submodule, str):
+        return None
+    layer = re.fullmatch(r"resid_post_layer_(\d+)|(?:[A-Za-z_]\w*\.)+(\d+)", submodule)
+    if io == "in" and layer:
+        return f"blocks.{layer[1] or layer[2]}.hook_resid_pre"
+    return f"{submodule}, {io}" if io in ("in", "in_and_out") else submodule
+
+
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
     trainer = section(config, "trainer")
@@ -110,7 +120,11 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         metadata = section(provenance, "metadata")
     else:
         buffer = section(config, "buffer")
-        known = {"model_name": trainer.get("lm_name"), "context_size": buffer.get("ctx_len")}
+        known = {
+            "model_name": trainer.get("lm_name"),
+            "hook_name": _hook_name(trainer.get("submodule_name"), buffer.get("io")),
+            "context_size": buffer.get("ctx_len"),
+        }
         metadata = {name: value for name, value in known.items() if value is not None}
     if dict_class == "AutoEncoderTopK":
         activation = topk_activation(k, d_sae, provenance)
