@@ -25,9 +25,10 @@ class TrainConfig:
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
     layer: int = 17
     """Residual stream after this decoder layer (0 is the first)."""
-    quantization: Literal["nf4", "nf4-dequantized", "none"] = "nf4"
+    quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] = "nf4"
     """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
-    dequantized once (faster, more memory); or as stored."""
+    dequantized once (faster, more memory); nf4 with bf16 compute, for models that overflow fp16; or as
+    stored."""
     compile_model: bool = False
     """Compile the language model with torch.compile: its activations change by rounding alone."""
     context_length: int = 1024
@@ -42,18 +43,24 @@ class TrainConfig:
     """Precision in which activations wait to be trained on."""
     cache_dir: str | None = None
     """Write the activations to this folder once, and read them there in this and later runs."""
+    revision: str | None = None
+    """Branch, tag or commit of the language model on the hub. [its main branch]"""
 
     # --- text ---
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """Data set on the hub, streamed; or a local folder, also one that ``save_to_disk`` wrote."""
-    dataset_config: str | None = "sample-10BT"
-    """Configuration (subset) of the data set."""
+    dataset_config: str | None = None
+    """Configuration (subset) of the data set. [sample-10BT of the recipe's, the only one of others]"""
     dataset_split: str = "train"
     """Split of the data set."""
     text_column: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text; or chats, for the tokenizer's chat template; or token ids."""
     text_files: tuple[str, ...] = ()
     """Local .txt, .jsonl (also .gz) or .parquet files, or folders of them, instead of the data set."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the data set on the hub. [its main branch, as it is at the start]"""
+    skip_bad_lines: bool = False
+    """Leave out records that hold no text, and count them, instead of stopping at the first."""
 
     # --- sparse autoencoder ---
     k: float = 64
@@ -140,6 +147,8 @@ class TrainConfig:
     """Train a small SAE on a small embedded language model, on any machine, in about a minute."""
 
     def __post_init__(self) -> None:
+        if self.dataset_config is None and self.dataset == TrainConfig.dataset:
+            object.__setattr__(self, "dataset_config", "sample-10BT")  # of this data set alone
         files = (self.text_files,) if isinstance(self.text_files, str) else tuple(self.text_files)
         object.__setattr__(self, "text_files", files)
         for name, least in _WHOLE_NUMBERS.items():
@@ -261,9 +270,10 @@ def _is_finite(value: Any) -> bool:
 
 MAY_CHANGE_ON_RESUME = frozenset({
     "tokens", "out", "checkpoint_every_tokens", "keep_checkpoints", "resume", "wandb", "wandb_project",
-    "wandb_entity", "hub_repo", "hub_private",
+    "wandb_entity", "hub_repo", "hub_private", "revision", "dataset_revision", "skip_bad_lines",
 })  # fmt: skip
-"""Fields that do not touch what a step computes; any other difference makes a resumed run inconsistent."""
+"""Fields that do not touch what a step computes, or whose effect is looked at in another way, as the
+commit of a revision is; any other difference makes a resumed run inconsistent."""
 
 
 class Sweep:

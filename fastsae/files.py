@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,39 @@ def checksum(content: Path | Tensor) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     data = content.contiguous().view(torch.uint8).numpy().data if content.numel() else b""
     return hashlib.sha256(data).hexdigest()
+
+
+# --- what tells files apart ---
+
+_BLOCK, _BLOCKS = 4096, 256
+
+
+def fingerprint(path: Path) -> str:
+    """The size of a file and a hash of its content: of all of a small one, of 1 MB evenly spread over a
+    large one, so that gigabytes of weights take no time."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _BLOCK * _BLOCKS:
+            found.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+                found.update(file.read(_BLOCK))
+    return describe_content(size, found.hexdigest())
+
+
+def describe_content(size: int, sha256: str) -> str:
+    """A fingerprint as it is kept and shown."""
+    return f"{size:,} bytes, sha256 {sha256[:16]}"
+
+
+def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line for each name whose value is not what it was, for messages."""
+    return [
+        f"{name}: {then.get(name, 'not there')} in the run, {now.get(name, 'not there')} now"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
 
 
 # --- folders ---

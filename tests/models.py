@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma4Config,
@@ -129,3 +130,38 @@ def gemma4_multimodal(layers: int = GEMMA_LAYERS, kv_shared: int = GEMMA_KV_SHAR
     config = Gemma4Config(text_config=text.to_dict(), vision_config=vision)
     name = "gemma4" if layers == GEMMA_LAYERS else f"gemma4-{layers}-layers"
     return _save(Gemma4ForConditionalGeneration(config), name)
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+GATED = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 128}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "mpt": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128}),
+    # As OPT-350m is: narrower embeddings, norms behind the layers, no final norm.
+    "opt-350m": (
+        "OPTConfig",
+        {**SMALL, "word_embed_proj_dim": 32, "ffn_dim": 128, "do_layer_norm_before": False, "max_position_embeddings": 128},
+    ),
+    "opt": ("OPTConfig", {**SMALL, "word_embed_proj_dim": 64, "ffn_dim": 128, "max_position_embeddings": 128}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "gptj": ("GPTJConfig", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8}),
+    "neox": ("GPTNeoXConfig", {**SMALL, "intermediate_size": 128, "max_position_embeddings": 128}),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 3, "n_head": 4}),
+    "rwkv": ("RwkvConfig", {**SMALL, "attention_hidden_size": 64, "intermediate_size": 128}),
+    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8}),
+    "modernbert-decoder": (
+        "ModernBertDecoderConfig", {**SMALL, "intermediate_size": 128, "max_position_embeddings": 128}
+    ),
+    "llama": ("LlamaConfig", {**GATED, "max_position_embeddings": 128}),
+    "gemma3": ("Gemma3TextConfig", {**GATED, "head_dim": 16, "max_position_embeddings": 128}),
+}  # fmt: skip
+"""Random models of many architectures: 3 layers, width 64."""
+
+
+@functools.cache
+def family(name: str) -> str:
+    """Directory of a random model of ``FAMILIES``."""
+    config_class, options = FAMILIES[name]
+    special = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    torch.manual_seed(3)
+    config = getattr(transformers, config_class)(**special, **options)
+    return _save(transformers.AutoModelForCausalLM.from_config(config), name)

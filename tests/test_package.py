@@ -141,7 +141,7 @@ def test_imports_point_down() -> None:
     [
         ("sae/module.py", "from ..lm.hooked import CutModel"),
         ("data/text.py", "def f():\n    from ..evaluation import scores"),
-        ("reporting/tracking.py", "import fastsae.training.schedule"),
+        ("reporting/compare.py", "import fastsae.training.run"),
         ("lm/loading.py", "from fastsae import SAE"),
         ("sae/activation.py", "from .module import SAE"),
     ],

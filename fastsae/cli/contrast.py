@@ -28,7 +28,9 @@ class ContrastOptions:
     negative: tuple[str, ...] = ()
     """The same for the second set."""
     text_column: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text; or chats, for the tokenizer's chat template; or token ids."""
+    skip_bad_lines: bool = False
+    """Leave out records that hold no text, and count them, instead of stopping at the first."""
     fdr: float = 0.05
     """False discovery rate among the latents reported."""
     documents: int = 2000
@@ -66,18 +68,25 @@ def run(options: ContrastOptions) -> None:
     texts = [
         list(
             islice(
-                open_files(files, text_column=options.text_column, seed=options.seed),
+                open_files(
+                    files,
+                    text_column=options.text_column,
+                    seed=options.seed,
+                    skip_bad_lines=options.skip_bad_lines,
+                ),
                 options.documents,
             )
         )
         for files in (options.positive, options.negative)
     ]
-    check(options.fdr, options.probe_latents, *map(len, texts))
+    check(options.fdr, options.probe_latents, len(texts[0]), len(texts[1]))
     sae = options.sae.load()
     context, outliers = options.sae.context(sae), options.sae.outliers(sae)
     model = options.sae.load_model(sae)
     rows = options.sae.batch_rows
-    positive, negative = (pool(sae, model, side, context, rows, outliers) for side in texts)
+    positive, negative = (
+        pool(sae, model, side, context, rows, outliers, options.skip_bad_lines) for side in texts
+    )
     result = contrast(positive, negative, options.fdr, options.probe_latents, options.seed)
     print(describe(result))  # noqa: T201
     if folder is None:
@@ -86,7 +95,14 @@ def run(options: ContrastOptions) -> None:
     path = folder / "contrast.json"
     write_json(path, result)
     both = list(chain(*texts))
-    text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
+    text = HeldOutText.tokenize(
+        both,
+        model.tokenizer,
+        context,
+        name="both sets of texts",
+        prepend_bos=sae.metadata.get("prepend_bos") is not False,
+        skip_bad_lines=options.skip_bad_lines,
+    )
     collector = Collector(sae.d_sae, sae.W_dec.device)
     evaluation = evaluate(
         sae,

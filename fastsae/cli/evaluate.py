@@ -79,7 +79,15 @@ def run(options: EvaluateOptions) -> None:
         source = options.text.open(preset)
         model = options.sae.load_model(sae)
         tokens = options.tokens or preset.eval_tokens
-        text = HeldOutText.tokenize(source, model.tokenizer, context, tokens, source.name)
+        text = HeldOutText.tokenize(
+            source,
+            model.tokenizer,
+            context,
+            tokens,
+            source.name,
+            prepend_bos=sae.metadata.get("prepend_bos") is not False,
+            skip_bad_lines=options.text.skip_bad_lines,
+        )
     observers = [Collector(sae.d_sae, sae.W_dec.device)] if options.report and folder else []
     result = evaluate(
         sae,

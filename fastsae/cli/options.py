@@ -37,7 +37,7 @@ class SaeFlags:
     """The language model: an id on the hub or a directory. [what the SAE says]"""
     layer: int | None = None
     """Decoder layer whose output the SAE reads (0 is the first). [what the SAE says]"""
-    quantization: Literal["nf4", "nf4-dequantized", "none"] | None = None
+    quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] | None = None
     """Weights of the language model. [what the SAE says, or none]"""
     context_length: int | None = None
     """Tokens per row given to the language model. [what the SAE says, or 128]"""
@@ -48,6 +48,8 @@ class SaeFlags:
     pass; inf keeps all. [what the SAE was trained with]"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
+    revision: str | None = None
+    """Branch, tag or commit of the language model on the hub. [what the SAE says, or the main branch]"""
 
     def load(self) -> SAE:
         """The SAE, on the device. Raises FormatError or ConfigError."""
@@ -70,8 +72,14 @@ class SaeFlags:
 
         layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
+        own = self.model in (None, sae.metadata.get("model_name"))
         return SplicedModel.load(
-            self.model_name(sae), layer, quantization=quantization, device=sae.W_dec.device
+            self.model_name(sae),
+            layer,
+            quantization=quantization,
+            device=sae.W_dec.device,
+            revision=self.revision or (sae.metadata.get("model_revision") if own else None),
+            context_length=self.context(sae),
         )
 
     def outliers(self, sae: SAE) -> float | None:
@@ -100,7 +108,11 @@ class TextFlags:
     dataset_split: str = _RECIPE.dataset_split
     """Split of the data set."""
     text_column: str = _RECIPE.text_column
-    """Column that holds the text."""
+    """Column that holds the text; or chats, for the tokenizer's chat template; or token ids."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the data set on the hub. [its main branch]"""
+    skip_bad_lines: bool = False
+    """Leave out records that hold no text, and count them, instead of stopping at the first."""
     seed: int = _RECIPE.seed
     """Order of the text. With the text and the seed of a training run, its first tokens are held out."""
 
@@ -114,7 +126,9 @@ class TextFlags:
             self.dataset or preset.dataset,
             self.dataset_config or config,
             self.dataset_split,
+            dataset_revision=self.dataset_revision,
             text_column=self.text_column,
+            skip_bad_lines=self.skip_bad_lines,
             seed=self.seed,
         )
 

@@ -52,12 +52,12 @@ def parse(arguments: Sequence[str], prog: str = "fastsae train") -> Sweep:
         ConfigError: a flag that does not exist, or an impossible value.
         SystemExit: ``--help`` (0).
     """
-    default = TrainConfig()
+    flags = TrainFlags()
     if "--demo" in arguments:
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
             default = replace(default, d_sae=None)
-    flags = TrainFlags.of(default)
+        flags = TrainFlags.of(default)
     return options.parse(TrainFlags, arguments, prog, __doc__, flags).sweep()
 
 

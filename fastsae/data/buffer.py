@@ -187,6 +187,8 @@ class ActivationBuffer:
         if self._beside is not None:
             self._beside.synchronize()
         kept = []
+        if generation.pending:
+            self._source.require_mostly_finite(torch.cat([v for _, v, _ in generation.pending]))
         for slots, verdict, special in generation.pending:
             keep = verdict == KEPT
             nonfinite = int((verdict == NONFINITE).sum())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,13 +28,23 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, StreamError
-from ..files import checksum, existing_ancestor, hold, plain, read_json, write_json, write_tensors
-from .harvest import ChunkSource, Harvest, to_device
+from ..files import (
+    checksum,
+    existing_ancestor,
+    fingerprint,
+    hold,
+    plain,
+    read_json,
+    write_json,
+    write_tensors,
+)
+from ..lm.loading import weights_of
+from .harvest import NONFINITE, OUTLIER, ChunkSource, Harvest, to_device
 from .opening import open_text_chunks
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 1 << 28
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE = "state."
@@ -99,6 +110,11 @@ class CachedChunks(ChunkSource):
         self._order = np.arange(len(self._chunks))
         if self._seed is not None:
             self._order[:count] = np.random.default_rng(self._seed).permutation(count)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was dropped when the whole cache was written."""
+        return {f"cache_{name}": count for name, count in self._manifest["counts"].items()}
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
@@ -167,18 +183,17 @@ class CachedChunks(ChunkSource):
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that the cached activations depend on, but for the seed and the layers."""
     text = {
-        "text_files": [[Path(p).name, _size(Path(p))] for p in config.text_files],
+        "text_files": [_content(Path(path)) for path in config.text_files],
         "text_column": config.text_column,
     }
     if not config.text_files:
-        text |= {
-            name: getattr(config, name) for name in ("dataset", "dataset_config", "dataset_split")
-        }
+        names = ("dataset", "dataset_config", "dataset_split", "dataset_revision")
+        text |= {name: getattr(config, name) for name in names}
     model = Path(config.model)
-    weights = sorted(p for p in model.glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
     return {
         "model": model.name if model.is_dir() else config.model,
-        "model_files": [[p.name, p.stat().st_size] for p in weights],
+        "model_files": weights_of(config.model) if model.is_dir() else {},
+        "revision": config.revision,
         "quantization": config.quantization,
         "context_length": config.context_length,
         "harvest_batch": config.harvest_batch,
@@ -190,10 +205,12 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    return path.stat().st_size if path.exists() else 0
+def _content(path: Path) -> dict[str, str]:
+    """What tells a text file, or the files of a folder, apart from others of the same names."""
+    if not path.is_dir():
+        return {path.name: fingerprint(path)} if path.exists() else {}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): fingerprint(file) for file in files}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -284,6 +301,7 @@ def _write(
                     "checksums": {name: checksum(rows) for name, rows in held_out.items()},
                 },
                 "shards": [],
+                "counts": {"special": 0, "nonfinite": 0, "outliers": 0},
                 "text_ended": False,
                 "source": None,
             }
@@ -296,7 +314,8 @@ def _write(
         while _rows(manifest) < wanted and not manifest["text_ended"]:
             parts: list[tuple[Tensor, ...]] = []
             chunks: list[dict[str, Any]] = []
-            rows = 0
+            rows, counts = 0, Counter(manifest["counts"])
+            verdicts: list[Tensor] = []
             while rows * row_bytes < SHARD_BYTES and _rows(manifest) + rows < wanted:
                 chunk = source.draw()
                 if chunk is None:
@@ -306,6 +325,8 @@ def _write(
                 kept = tuple(layer.to(dtype).cpu() for layer in harvest.kept())
                 if len(harvest.verdict) and not len(kept[0]):
                     raise source.explain(harvest.verdict)
+                verdicts.append(harvest.verdict.cpu())
+                counts["special"] += harvest.special
                 parts.append(kept)
                 sums = {n: checksum(layer) for n, layer in zip(names, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
@@ -313,12 +334,17 @@ def _write(
             state = source.state_dict()
             name = f"activations_{len(manifest['shards']):05}.safetensors"
             if chunks:
+                verdict = torch.cat(verdicts)
+                source.require_mostly_finite(verdict)
+                counts["nonfinite"] += int((verdict == NONFINITE).sum())
+                counts["outliers"] += int((verdict == OUTLIER).sum())
                 stacked = (torch.cat(layer) for layer in zip(*parts, strict=True))
                 tensors = {f"layer.{n}": t for n, t in zip(names, stacked, strict=True)}
                 tensors |= {_STATE + n: t.contiguous() for n, t in state["tensors"].items()}
                 size = _save(tensors, folder / name)
                 manifest["shards"].append({"file": name, "bytes": size, "chunks": chunks})
                 manifest["source"] = state["meta"]
+                manifest["counts"] = {**counts, **source.counts}
             _save(manifest, folder / "manifest.json")
             done = _rows(manifest)
             speed = (done - before) / (time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import sysconfig
@@ -11,6 +12,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
+from ..files import describe_content
 from .text import TextSource
 
 TEXT = "docstrings"
@@ -27,7 +29,12 @@ def open_text(seed: int) -> TextSource:
     """The documents as a text source, in an order drawn from ``seed``."""
     found = documents()
     order = np.random.default_rng(seed).permutation(len(found))
-    return TextSource([[found[i] for i in order]], iter, name="installed documentation", seed=seed)
+    everything = "\n\n".join(found).encode()
+    content = describe_content(len(everything), hashlib.sha256(everything).hexdigest())
+    name = "installed documentation"
+    return TextSource(
+        [[found[i] for i in order]], iter, name=name, seed=seed, content={name: content}
+    )
 
 
 def documents(packages: Sequence[str] = _PACKAGES) -> list[str]:

@@ -6,6 +6,7 @@ A source of chunks is what the buffer draws from. There are two: text that a lan
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import StreamError
+from ..errors import CheckpointError, StreamError
+from ..files import differences
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import CutModel, is_outlier
 from .tokens import TokenPacker
+
+log = logging.getLogger(__name__)
 
 KEPT, NONFINITE, OUTLIER = 0, 1, 2
 
@@ -51,6 +55,7 @@ class ChunkSource(ABC):
     d_model: int
     num_streams: int
     device: torch.device
+    _told = False
 
     @property
     @abstractmethod
@@ -60,6 +65,11 @@ class ChunkSource(ABC):
     @property
     def seconds(self) -> dict[str, float]:
         """Time spent so far by stages other than ``harvest``."""
+        return {}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of what the activations are made from, since the start of the run."""
         return {}
 
     @abstractmethod
@@ -72,7 +82,18 @@ class ChunkSource(ABC):
 
     @abstractmethod
     def explain(self, verdict: Tensor) -> StreamError:
-        """The error of a chunk of which nothing is finite."""
+        """What to say of activations that are not finite, given the verdict of them and the others."""
+
+    def require_mostly_finite(self, verdict: Tensor) -> None:
+        """Tell once that activations are not finite; raise StreamError if that is more than half of them."""
+        share = float((verdict == NONFINITE).double().mean()) if len(verdict) else 0.0
+        if share > 0.5:
+            raise self.explain(verdict)
+        if share and not self._told:
+            self._told = True
+            log.warning(
+                "%s. Such rows are dropped, and counted as nonfinite", self.explain(verdict)
+            )
 
     @abstractmethod
     def held_out(self) -> tuple[Tensor, ...]:
@@ -200,7 +221,16 @@ class TextChunks(ChunkSource):
             "quantization": model.quantization,
             "outlier_norm": self._outlier_norm,
         }
+        revisions = {
+            "model_revision": model.weights.get("commit"),
+            "dataset_revision": self.packer.text.revision,
+        }
+        common |= {name: commit for name, commit in revisions.items() if commit}
         return tuple({"hook_name": hook_name, **common} for hook_name in model.hook_names)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.packer.counts
 
     def draw(self) -> Chunk | None:
         rows: list[Tensor] = []
@@ -215,23 +245,25 @@ class TextChunks(ChunkSource):
 
     def explain(self, verdict: Tensor) -> StreamError:
         model = self.model
-        advice = (
-            "use --quantization none"
-            if model.quantization != "none"
-            else "convert the model to float32 or bfloat16, or train on an earlier layer"
-        )
+        advice = "convert the model to float32 or bfloat16, or train on an earlier layer"
+        if model.quantization != "none":
+            advice = "use --quantization none"
+        if model.quantization in ("nf4", "nf4-dequantized"):
+            advice = "use --quantization nf4-bf16, which computes in bf16, or --quantization none"
         layers = ", ".join(map(str, model.layers))
+        lost = int((verdict == NONFINITE).sum())
+        share = "no activation" if lost == len(verdict) else "not every activation"
         return StreamError(
-            f"no activation of layer {layers} of {model.name} is finite ({len(verdict)} rows, "
-            f"{model.dtype}, quantization {model.quantization}): the model overflows; {advice}"
+            f"{share} of layer {layers} of {model.name} is finite ({lost:,} of {len(verdict):,} rows, "
+            f"{lost / len(verdict):.1%}, are not; {model.dtype}, quantization {model.quantization}): the "
+            f"model overflows; {advice}"
         )
 
     def held_out(self) -> tuple[Tensor, ...]:
         assert self._held_out_rows is not None
-        found = [
-            self.harvest(part).kept() for part in self._held_out_rows.split(self._harvest_batch)
-        ]
-        layers = zip(*found, strict=True)
+        harvests = [self.harvest(part) for part in self._held_out_rows.split(self._harvest_batch)]
+        self.require_mostly_finite(torch.cat([harvest.verdict for harvest in harvests]))
+        layers = zip(*(harvest.kept() for harvest in harvests), strict=True)
         return tuple(torch.cat(layer)[: self._held_out_tokens].float() for layer in layers)
 
     def held_out_text(self) -> HeldOutText:
@@ -262,11 +294,18 @@ class TextChunks(ChunkSource):
         if self._held_out_rows is not None:
             rows = self._held_out_rows
             tensors |= {"held_out.tokens": rows.tokens, "held_out.lengths": rows.lengths}
-        return {"tensors": tensors, "meta": {"packer": state["meta"]}}
+        meta = {"packer": state["meta"], "weights": self.model.weights}
+        return {"tensors": tensors, "meta": meta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises CheckpointError if the text is another one."""
-        tensors = state["tensors"]
+        """Go on where ``state`` was taken. Raises CheckpointError if text or model is another one."""
+        tensors, weights = state["tensors"], self.model.weights
+        if changed := differences(state["meta"].get("weights", weights), weights):
+            raise CheckpointError(
+                f"{self.model.name} is not the language model that the run was started on:\n  "
+                + "\n  ".join(changed)
+                + "\nGive the same model to go on, or another --name to start anew"
+            )
         if "held_out.tokens" in tensors:
             self._held_out_rows = Chunk(tensors["held_out.tokens"], tensors["held_out.lengths"])
         prefix = "packer."

@@ -25,13 +25,15 @@ def open_text_chunks(
     config: TrainConfig, layers: Sequence[int], device: torch.device
 ) -> TextChunks:
     """The language model, hooked after ``layers``, and the text of ``config``, without a buffer."""
-    load_config(config.model, layers, config.context_length)
+    load_config(config.model, layers, config.context_length, config.revision)
     text = open_text(
         config.text_files,
         config.dataset,
         config.dataset_config,
         config.dataset_split,
+        dataset_revision=config.dataset_revision,
         text_column=config.text_column,
+        skip_bad_lines=config.skip_bad_lines,
         seed=config.resolved_stream_seed,
     )
     model = CutModel.load(
@@ -41,6 +43,7 @@ def open_text_chunks(
         device=device,
         separate_documents=config.separate_documents,
         compile=config.compile_model,
+        revision=config.revision,
     )
     log.info(
         "%s, first %d of %d layers, %s: %.2f GB",
@@ -51,7 +54,7 @@ def open_text_chunks(
         model.memory_bytes / 1e9,
     )
     return TextChunks(
-        TokenPacker(text, model.tokenizer, config.context_length),
+        TokenPacker(text, model.tokenizer, config.context_length, embeddings=model.embeddings),
         model,
         harvest_batch=config.harvest_batch,
         held_out_tokens=config.eval_tokens,
@@ -65,7 +68,9 @@ def open_text(
     dataset_config: str | None = None,
     dataset_split: str = "train",
     *,
+    dataset_revision: str | None = None,
     text_column: str = "text",
+    skip_bad_lines: bool = False,
     seed: int = 0,
 ) -> TextSource:
     """Documents of ``text_files`` if there are any, else of ``dataset``: the demo's text by its name, a
@@ -74,7 +79,17 @@ def open_text(
     Raises StreamError and ConfigError, each with what to do.
     """
     if text_files:
-        return open_files(text_files, text_column=text_column, seed=seed)
+        return open_files(
+            text_files, text_column=text_column, seed=seed, skip_bad_lines=skip_bad_lines
+        )
     if dataset == demo_text.TEXT and not Path(dataset).is_dir():
         return demo_text.open_text(seed)
-    return open_dataset(dataset, dataset_config, dataset_split, text_column=text_column, seed=seed)
+    return open_dataset(
+        dataset,
+        dataset_config,
+        dataset_split,
+        revision=dataset_revision,
+        text_column=text_column,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )

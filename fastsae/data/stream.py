@@ -50,7 +50,7 @@ class Stream(ActivationSource):
 
     @property
     def counts(self) -> dict[str, int]:
-        return asdict(self.buffer.counts)
+        return {**asdict(self.buffer.counts), **self.source.counts}
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ speaks of what was taken out of it, never of what was read ahead.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..lm.encoding import Encoder
 from .read_ahead import ReadAhead
 from .text import TextSource
 
@@ -27,7 +29,8 @@ BATCHES_AHEAD = 8
 
 class _Tokenised(NamedTuple):
     ids: np.ndarray  # int32
-    text: dict[str, int]  # the position in the text after them
+    text: dict[str, Any]  # the position in the text after them
+    counts: Counter[str]  # what the encoder met until then
 
 
 class TokenPacker:
@@ -38,7 +41,8 @@ class TokenPacker:
     come out exactly once, in order.
 
     ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent so far on waiting for text to be
-    read and tokenised. ``text`` belongs to the packer once the first row was asked for.
+    read and tokenised; ``counts`` are those of the text and of its :class:`Encoder`, as far as tokens
+    were taken. ``embeddings``, if given, is how many token ids the language model knows. ``text`` belongs to the packer once the first row was asked for.
     """
 
     def __init__(
@@ -48,12 +52,14 @@ class TokenPacker:
         context_length: int,
         *,
         documents_per_batch: int = 64,
+        embeddings: int | None = None,
     ) -> None:
         self.text = text
         self.context_length = context_length
         self.seconds = 0.0
         self._tokenizer = tokenizer
         self._documents_per_batch = documents_per_batch
+        self._embeddings = embeddings
         self._bos = tokenizer.bos_token_id
         has_only_eos = self._bos is None and tokenizer.eos_token_id is not None
         self._prefix = [] if self._bos is None else [self._bos]
@@ -62,6 +68,7 @@ class TokenPacker:
         self._ids = np.empty(0, np.int32)  # tokenised; those before _taken are given out already
         self._taken = 0
         self._text_state = text.state_dict()  # after what is in _ids
+        self._counts: Counter[str] = Counter()  # the encoder's, likewise
         self._ahead: ReadAhead[_Tokenised] | None = None
 
     def __iter__(self) -> TokenPacker:
@@ -89,8 +96,15 @@ class TokenPacker:
     def _tokenise(self) -> bool:
         """Append the next documents' tokens; False at the end of the text."""
         if self._ahead is None:
+            encoder = Encoder(
+                self._tokenizer,
+                self.text.name,
+                skip=self.text.skip_bad_lines,
+                embeddings=self._embeddings,
+            )
+            encoder.counts.update(self._counts)
             batches = _tokenised(
-                self.text, self._tokenizer, self._prefix, self._suffix, self._documents_per_batch
+                self.text, encoder, self._prefix, self._suffix, self._documents_per_batch
             )
             self._ahead = ReadAhead(batches, BATCHES_AHEAD)
         start = time.perf_counter()
@@ -99,13 +113,20 @@ class TokenPacker:
         if new is None:
             return False
         self._ids, self._taken = np.concatenate([self._ids[self._taken :], new.ids]), 0
-        self._text_state = new.text
+        self._text_state, self._counts = new.text, new.counts
         return True
+
+    @property
+    def counts(self) -> dict[str, int]:
+        both = Counter(self._text_state["counts"])
+        both.update(self._counts)
+        return dict(both)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """``tensors``: the int32 ids not given out yet; ``meta``: the position in the text after them."""
         leftover = torch.from_numpy(self._ids[self._taken :].copy())
-        return {"tensors": {"leftover": leftover}, "meta": {"text": self._text_state}}
+        meta = {"text": self._text_state, "counts": dict(self._counts)}
+        return {"tensors": {"leftover": leftover}, "meta": meta}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on with the row that came next at ``state``; nothing is tokenised again."""
@@ -113,21 +134,20 @@ class TokenPacker:
             self._ahead.close()
             self._ahead = None
         self.text.load_state_dict(state["meta"]["text"])
-        self._text_state = state["meta"]["text"]
+        self._text_state = self.text.state_dict()
+        self._counts = Counter(state["meta"].get("counts", {}))
         self._ids, self._taken = state["tensors"]["leftover"].numpy().astype(np.int32), 0
 
 
 def _tokenised(
     text: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     prefix: list[Any],
     suffix: list[Any],
     documents_per_batch: int,
 ) -> Iterator[_Tokenised]:
     """The tokens of the text, some documents at a time, and where each batch of them ends."""
     while documents := list(islice(text, documents_per_batch)):
-        encoded = tokenizer(
-            documents, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        ids = [np.asarray(prefix + ids + suffix, np.int32) for ids in encoded if ids]
-        yield _Tokenised(np.concatenate([np.empty(0, np.int32), *ids]), text.state_dict())
+        ids = [np.asarray(prefix + ids + suffix, np.int32) for ids in encoder(documents) if ids]
+        tokens = np.concatenate([np.empty(0, np.int32), *ids])
+        yield _Tokenised(tokens, text.state_dict(), encoder.counts.copy())

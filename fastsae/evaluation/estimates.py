@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-REPLICATES = 1000
+REPLICATES = 1000  # of the bootstrap
 LEVEL = 0.95
 
 
@@ -30,6 +31,11 @@ class Estimate(float):
         return {"value": float(self), "low": self.low, "high": self.high}
 
 
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """The commonest formula of an estimate."""
+    return part / whole
+
+
 class DocumentSums:
     """Named sums over tokens, one of each for every document; float64, on the CPU.
 
@@ -39,24 +45,19 @@ class DocumentSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._documents = 0
 
     def add(self, documents: Tensor, **values: Tensor) -> None:
         """Add ``values [n]`` to the sums of ``documents [n]`` (int64)."""
         if not len(documents):
             return
-        self._documents = max(self._documents, int(documents.max()) + 1)
+        count = int(documents.max()) + 1
         for name, value in values.items():
-            sums = self[name] if name in self._sums else torch.zeros(0, dtype=torch.float64)
-            if len(sums) < self._documents:
+            sums = self._sums.get(name, torch.zeros(0, dtype=torch.float64))
+            if len(sums) < count:
                 # Twice as long as needed, so that growing costs little in the long run.
-                sums = torch.cat([sums, sums.new_zeros(2 * self._documents - len(sums))])
+                sums = torch.cat([sums, sums.new_zeros(2 * count - len(sums))])
             sums.index_add_(0, documents.cpu(), value.to("cpu", torch.float64))
             self._sums[name] = sums
-
-    def __getitem__(self, name: str) -> Tensor:
-        """``[documents]``: the sum of each."""
-        return self._sums[name]
 
     def estimate(self, formula: Callable[..., Tensor], *names: str) -> Estimate:
         """``formula`` of the totals of ``names``, with the percentile interval of the bootstrap.
@@ -64,30 +65,25 @@ class DocumentSums:
         ``formula`` takes and gives tensors, elementwise over replicates. Documents without a token
         in any of the sums are left out. With fewer than two documents there is no interval.
         """
-        length = max(len(self._sums[name]) for name in names)
-        table = torch.stack([_padded(self._sums[name], length) for name in names], dim=1)
+        table = pad_sequence([self._sums[name] for name in names])
         table = table[(table != 0).any(dim=1)]
         value = formula(*table.sum(0))
         if len(table) < 2:
             return Estimate(float(value))
-        replicates = formula(*resampled_totals(table).unbind(1))
+        replicates = formula(*_resampled_totals(table).unbind(1))
         tail = (1 - LEVEL) / 2
         low, high = replicates.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
         return Estimate(float(value), float(low), float(high))
 
 
-def resampled_totals(table: Tensor, replicates: int = REPLICATES, seed: int = 0) -> Tensor:
-    """``[replicates, names]``: totals of as many rows of ``table`` as it has, drawn with replacement.
+def _resampled_totals(table: Tensor) -> Tensor:
+    """``[REPLICATES, names]``: totals of as many rows of ``table`` as it has, drawn with replacement.
 
-    The draws follow from ``seed`` alone, so quantities of the same documents share their draws.
+    The draws are the same in every call, so quantities of the same documents share their draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-    totals = torch.empty(replicates, table.shape[1], dtype=torch.float64)
-    for i in range(replicates):
+    generator = torch.Generator().manual_seed(0)
+    totals = torch.empty(REPLICATES, table.shape[1], dtype=torch.float64)
+    for i in range(REPLICATES):
         drawn = torch.randint(len(table), (len(table),), generator=generator)
         totals[i] = torch.bincount(drawn, minlength=len(table)).double() @ table
     return totals
-
-
-def _padded(sums: Tensor, length: int) -> Tensor:
-    return torch.cat([sums, sums.new_zeros(length - len(sums))])

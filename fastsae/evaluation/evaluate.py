@@ -20,7 +20,8 @@ from ..sae.module import SAE
 from .covariance import RunningCovariance
 from .estimates import Estimate
 from .losses import SplicedLosses
-from .scores import Scores, ScoreSums, finite
+from .provenance import require_same_activations
+from .scores import Scores, ScoreSums
 
 _AT_ONCE = 2**27
 """Logits of one forward pass, and latents of one batch: with more, fewer rows are taken at a time."""
@@ -38,25 +39,24 @@ class Evaluation:
     tokens: int
     documents: int
     documents_are: str
-    nonfinite: int
-    """Tokens whose activation is not finite; they are left out, and left as they are in the model."""
-    outliers: int
-    """Tokens left out, in the same way, because the norm of their activation is far from the others'."""
+    text: str
     pca_components: int
     pca_explained_variance: float | None
     """Of PCA with as many components as latents per token, fitted to half of the documents and scored
     on the other half, both ways round; None with a single document."""
+    nonfinite: int = 0
+    """Tokens whose activation is not finite; they are left out, and left as they are in the model."""
+    outliers: int = 0
+    """Tokens left out, in the same way, because the norm of their activation is far from the others'."""
     losses: dict[str, Estimate] = field(default_factory=dict)
     """Of the language model, if there was one: ``clean``, and ``zero`` (residual zero at every position)
     and ``mean`` (mean activation at every position that is text): cross-entropy in nats per token; and
     ``kl_zero``, ``kl_mean``."""
-    text: str = ""
 
     def __getitem__(self, mode: str) -> Scores:
         return self.scores[mode]
 
     def to_json(self) -> dict[str, Any]:
-        pca = self.pca_explained_variance
         return {
             "text": self.text,
             "tokens": self.tokens,
@@ -66,7 +66,7 @@ class Evaluation:
             "interval": f"95 %, bootstrap over {self.documents} {self.documents_are}",
             "pca": {
                 "components": self.pca_components,
-                "explained_variance": None if pca is None else finite(pca),
+                "explained_variance": self.pca_explained_variance,
                 "fitted_on": f"half of the {self.documents_are}, scored on the other half, both ways",
             },
             "losses": {name: value.to_json() for name, value in self.losses.items()},
@@ -118,7 +118,15 @@ def evaluate(
     ConfigError if widths do not fit or there is no such mode, StreamError if nothing is finite.
     """
     modes = inference_modes(sae) if modes is None else (modes,) if isinstance(modes, str) else modes
-    _require_modes(sae, modes)
+    possible = INFERENCE_MODES if isinstance(sae.activation, BatchTopK) else inference_modes(sae)
+    for mode in modes:
+        if mode not in possible:
+            raise ConfigError(
+                f"inference mode {mode!r}: this SAE selects by {type(sae.activation).__name__}, which "
+                f"has {', '.join(map(repr, possible))}"
+            )
+    if not modes or len(set(modes)) < len(modes):
+        raise ConfigError(f"modes = {tuple(modes)!r}: expected at least one, and each of them once")
     if isinstance(source, HeldOutText):
         if model is None:
             raise ConfigError(
@@ -129,6 +137,7 @@ def evaluate(
                 f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
                 f"{model.name} has width {model.d_model}: they do not belong together"
             )
+        require_same_activations(sae, source, model)
     was_training = sae.training
     sae.eval()
     try:
@@ -152,16 +161,16 @@ def _evaluate_activations(
         )
     device = sae.W_dec.device
     documents = torch.arange(len(x))
+    batches = list(zip(x.split(batch_size), documents.split(batch_size), strict=True))
     covariance = RunningCovariance(sae.d_in, device)
-    for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
+    for batch, ids in batches:
         covariance.add(batch.to(device), ids)
-    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, covariance.mean) for mode in modes}
-    for batch, ids in zip(x.split(batch_size), documents.split(batch_size), strict=True):
+    sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
+    for batch, ids in batches:
         batch = batch.to(device)
         for mode in modes:
             sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
-    scores = {mode: sums[mode].scores() for mode in modes}
-    return _evaluation(sae, scores, covariance, len(x), "rows", 0, 0, "activations")
+    return _evaluation(sae, sums, covariance, len(x), "rows", "activations")
 
 
 def _evaluate_text(
@@ -177,22 +186,20 @@ def _evaluate_text(
     covariance = RunningCovariance(sae.d_in, sae.W_dec.device)
     nonfinite = outliers = 0
     for batch in text.batches(rows, model.device):
-        residual = model.residual(batch.tokens)
-        measured, x = _measured(batch, residual, outlier_norm)
-        finite_tokens = int(_finite(batch, residual).sum())
-        nonfinite += int(batch.text.sum()) - finite_tokens
-        outliers += finite_tokens - len(x)
+        finite, measured, x = _measured(batch, model.residual(batch.tokens), outlier_norm)
+        nonfinite += int((batch.text & ~finite).sum())
+        outliers += int(finite.sum()) - len(x)
         covariance.add(x.to(sae.W_dec.device), batch.documents_of(measured))
     if not covariance.count:
         raise StreamError(
             f"no activation of layer {model.layer} of {model.name} is finite: the model overflows; "
             f"use another precision, or an SAE of an earlier layer"
         )
-    sums = {mode: ScoreSums(sae.d_in, sae.d_sae, covariance.mean) for mode in modes}
+    sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
     spliced = SplicedLosses(model, covariance.mean) if losses else None
     for batch in text.batches(rows, model.device):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
-        measured, x = _measured(batch, residual, outlier_norm)
+        _, measured, x = _measured(batch, residual, outlier_norm)
         if not len(x):
             continue
         x = x.to(sae.W_dec.device)
@@ -207,15 +214,13 @@ def _evaluate_text(
             if i == 0:
                 for observe in observers:
                     observe(batch, measured, x, z)
-    scores = {mode: sums[mode].scores() for mode in modes}
+    documents = len(set(text.documents))
+    result = _evaluation(sae, sums, covariance, documents, text.documents_are, text.name)
+    result.nonfinite, result.outliers = nonfinite, outliers
     if spliced is not None:
         for mode in modes:
-            spliced.complete(mode, scores[mode])
-    documents = len(set(text.documents))
-    result = _evaluation(
-        sae, scores, covariance, documents, text.documents_are, nonfinite, outliers, text.name
-    )
-    result.losses = {} if spliced is None else spliced.losses()
+            spliced.complete(mode, result[mode])
+        result.losses = spliced.losses()
     return result
 
 
@@ -225,63 +230,33 @@ def text_activations(
     """Every batch of ``text``, the mask ``[n, t]`` of what is text, finite and no outlier (see
     :func:`evaluate`), and x ``[m, D]`` there."""
     for batch in text.batches(rows, model.device):
-        yield batch, *_measured(batch, model.residual(batch.tokens), outlier_norm)
+        yield batch, *_measured(batch, model.residual(batch.tokens), outlier_norm)[1:]
 
 
-def _finite(batch: Batch, residual: Tensor) -> Tensor:
-    return batch.text & residual.isfinite().all(dim=-1)
-
-
-def _measured(batch: Batch, residual: Tensor, outlier_norm: float | None) -> tuple[Tensor, Tensor]:
-    measured = _finite(batch, residual)
-    if outlier_norm is not None and measured.any():
-        measured = measured.masked_scatter(measured, ~is_outlier(residual[measured], outlier_norm))
-    return measured, residual[measured].float()
+def _measured(
+    batch: Batch, residual: Tensor, outlier_norm: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    finite = measured = batch.text & residual.isfinite().all(dim=-1)
+    if outlier_norm is not None and finite.any():
+        measured = finite.masked_scatter(finite, ~is_outlier(residual[finite], outlier_norm))
+    return finite, measured, residual[measured].float()
 
 
 def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor]:
-    selectable = isinstance(sae.activation, BatchTopK)
-    z = sae.encode(x, mode if selectable else None)
+    z = sae.encode(x, mode if isinstance(sae.activation, BatchTopK) else None)
     return z, sae.decode(z, sae.token_statistics(x.to(z.dtype)))
 
 
 def _evaluation(
     sae: SAE,
-    scores: dict[str, Scores],
+    sums: dict[str, ScoreSums],
     covariance: RunningCovariance,
     documents: int,
     documents_are: str,
-    nonfinite: int,
-    outliers: int,
     text: str,
 ) -> Evaluation:
-    first = next(iter(scores.values()))
-    activation = sae.activation
-    if isinstance(activation, BatchTopK):
-        components = activation.k_per_token
-    else:
-        components = getattr(activation, "k", None) or max(1, round(first.l0))
-    components = min(components, sae.d_in)
-    return Evaluation(
-        scores=scores,
-        tokens=covariance.count,
-        documents=documents,
-        documents_are=documents_are,
-        nonfinite=nonfinite,
-        outliers=outliers,
-        pca_components=components,
-        pca_explained_variance=covariance.pca_explained_variance(components),
-        text=text,
-    )
-
-
-def _require_modes(sae: SAE, modes: Sequence[Inference]) -> None:
-    possible = INFERENCE_MODES if isinstance(sae.activation, BatchTopK) else inference_modes(sae)
-    for mode in modes:
-        if mode not in possible:
-            raise ConfigError(
-                f"inference mode {mode!r}: this SAE selects by {type(sae.activation).__name__}, which "
-                f"has {', '.join(map(repr, possible))}"
-            )
-    if not modes or len(set(modes)) < len(modes):
-        raise ConfigError(f"modes = {tuple(modes)!r}: expected at least one, and each of them once")
+    scores = {mode: of_mode.scores() for mode, of_mode in sums.items()}
+    k = sae.k or next(iter(scores.values())).l0
+    components = min(max(1, round(k)), sae.d_in)
+    pca = covariance.pca_explained_variance(components)
+    return Evaluation(scores, covariance.count, documents, documents_are, text, components, pca)

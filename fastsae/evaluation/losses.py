@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 
 from ..lm.held_out import Batch
 from ..lm.hooked import SplicedModel
-from .estimates import DocumentSums, Estimate
+from .estimates import DocumentSums, Estimate, ratio
 from .scores import Scores
 
 _LOGITS_AT_ONCE = 2**24
@@ -36,9 +36,7 @@ class SplicedLosses:
 
     def ablate(self, measured: Tensor) -> None:
         self._add("zero", torch.zeros_like(self._residual))
-        mean = self._residual.clone()
-        mean[measured] = self._mean.to(mean.device, mean.dtype)
-        self._add("mean", mean)
+        self.replace("mean", measured, self._mean)
 
     def replace(self, mode: str, measured: Tensor, x_hat: Tensor) -> None:
         replaced = self._residual.clone()
@@ -57,25 +55,21 @@ class SplicedLosses:
         )
 
     def complete(self, mode: str, scores: Scores) -> None:
-        ratio = lambda part, whole: part / whole
         recovered = lambda ablated, replaced, clean: (ablated - replaced) / (ablated - clean)
         estimate = self._sums.estimate
-        scores.cross_entropy = estimate(ratio, f"ce_{mode}", "predictions")
+        scores.cross_entropy, scores.kl = self._cross_entropy(mode), self._kl(mode)
         scores.loss_recovered = estimate(recovered, "ce_zero", f"ce_{mode}", "ce_clean")
         scores.loss_recovered_from_mean = estimate(recovered, "ce_mean", f"ce_{mode}", "ce_clean")
-        scores.kl = estimate(ratio, f"kl_{mode}", f"kl_tokens_{mode}")
 
     def losses(self) -> dict[str, Estimate]:
-        ratio = lambda part, whole: part / whole
-        ce = {
-            n: self._sums.estimate(ratio, f"ce_{n}", "predictions")
-            for n in ("clean", "zero", "mean")
-        }
-        kl = {
-            f"kl_{n}": self._sums.estimate(ratio, f"kl_{n}", f"kl_tokens_{n}")
-            for n in ("zero", "mean")
-        }
-        return ce | kl
+        found = {n: self._cross_entropy(n) for n in ("clean", "zero", "mean")}
+        return found | {f"kl_{n}": self._kl(n) for n in ("zero", "mean")}
+
+    def _cross_entropy(self, name: str) -> Estimate:
+        return self._sums.estimate(ratio, f"ce_{name}", "predictions")
+
+    def _kl(self, name: str) -> Estimate:
+        return self._sums.estimate(ratio, f"kl_{name}", f"kl_tokens_{name}")
 
 
 # --- sums over the vocabulary, a slice of the positions at a time ---

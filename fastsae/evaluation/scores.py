@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..metrics import density_edges, density_histogram
-from .estimates import DocumentSums, Estimate
+from .estimates import DocumentSums, Estimate, ratio
 
 DENSE = 0.1
 """A latent that is active on more than this share of tokens counts as dense."""
@@ -82,39 +81,27 @@ class Scores:
         return {"edges": list(_EDGES), "counts": density_histogram(self.fired, self.tokens, _EDGES)}
 
     def to_json(self) -> dict[str, Any]:
-        estimates = {
-            name: value.to_json()
-            for name, value in vars(self).items()
-            if isinstance(value, Estimate)
-        }
+        estimates = {n: v.to_json() for n, v in vars(self).items() if isinstance(v, Estimate)}
+        counts = {n: getattr(self, n) for n in ("alive", "dead", "dense", "alive_fraction")}
+        shares = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
         return {
             **estimates,
-            "alive": self.alive,
-            "dead": self.dead,
-            "dense": self.dense,
-            "alive_fraction": self.alive_fraction,
-            "l0_quantiles": {
-                f"{share:g}": self.l0_quantile(share)
-                for share in (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-            },
+            **counts,
+            "l0_quantiles": {f"{share:g}": self.l0_quantile(share) for share in shares},
             "density_histogram": self.density_histogram(),
         }
 
 
-@dataclass
 class ScoreSums:
-    """The running sums behind :class:`Scores`; memory does not grow with the number of tokens."""
+    """The running sums behind :class:`Scores`; memory does not grow with the number of tokens.
 
-    d_in: int
-    d_sae: int
-    mean: Tensor
-    """``[D]``: the mean activation over all tokens that will be added."""
-    sums: DocumentSums = field(default_factory=DocumentSums)
+    ``mean [D]`` is the mean activation over all tokens that will be added.
+    """
 
-    def __post_init__(self) -> None:
-        self.fired = torch.zeros(self.d_sae, dtype=torch.int64, device=self.mean.device)
-        self.l0_counts = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=self.mean.device)
-        self.tokens = 0
+    def __init__(self, mean: Tensor, d_sae: int) -> None:
+        self.mean, self.sums, self.tokens = mean, DocumentSums(), 0
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=mean.device)
+        self.l0_counts = torch.zeros(d_sae + 1, dtype=torch.int64, device=mean.device)
 
     def add(self, x: Tensor, z: Tensor, x_hat: Tensor, documents: Tensor) -> None:
         """Take in raw activations ``x [n, D]``, latents ``z [n, F]`` and reconstructions ``x_hat``."""
@@ -122,37 +109,29 @@ class ScoreSums:
         active = z > 0
         l0 = active.sum(1)
         norms = x.norm(dim=1) * x_hat.norm(dim=1)
-        cosine = (x * x_hat).sum(1) / norms.where(norms > 0, 1)
         self.sums.add(
             documents,
             tokens=torch.ones_like(norms),
             error=(x - x_hat).square().sum(1),
             energy=x.square().sum(1),
             variance=(x - self.mean).square().sum(1),
-            cosine=cosine,
+            cosine=(x * x_hat).sum(1) / norms.where(norms > 0, 1),
             l0=l0,
         )
         self.fired += active.sum(0)
-        self.l0_counts += torch.bincount(l0, minlength=self.d_sae + 1)
+        self.l0_counts += torch.bincount(l0, minlength=len(self.l0_counts))
         self.tokens += len(x)
 
     def scores(self) -> Scores:
-        ratio = lambda part, whole: part / whole
         estimate = self.sums.estimate
         counts = self.l0_counts.cpu()
-        highest = int(counts.nonzero().max()) if counts.any() else 0
         return Scores(
             explained_variance=estimate(lambda e, v: 1 - e / v, "error", "variance"),
             normalized_mse=estimate(ratio, "error", "energy"),
-            mse=estimate(lambda e, n: e / n / self.d_in, "error", "tokens"),
+            mse=estimate(lambda e, n: e / n / len(self.mean), "error", "tokens"),
             cosine=estimate(ratio, "cosine", "tokens"),
             l0=estimate(ratio, "l0", "tokens"),
-            l0_counts=counts[: highest + 1],
+            l0_counts=counts[: int(counts.nonzero().max()) + 1],
             fired=self.fired.cpu(),
             tokens=self.tokens,
         )
-
-
-def finite(value: float) -> float | None:
-    """``value`` for JSON, which has no NaN."""
-    return value if math.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
+from .encoding import Document, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,25 +67,30 @@ class HeldOutText:
     @classmethod
     def tokenize(
         cls,
-        texts: Iterable[str],
+        texts: Iterable[Document],
         tokenizer: PreTrainedTokenizerBase,
         context_length: int,
         tokens: int | None = None,
         name: str = "the text",
+        prepend_bos: bool = True,
+        skip_bad_lines: bool = False,
     ) -> HeldOutText:
-        """Cut every document into rows of at most ``context_length``, each beginning with BOS, if any.
+        """Cut every document into rows of at most ``context_length``, each beginning with BOS, if the
+        tokenizer has one and ``prepend_bos`` is set.
 
+        Documents that cannot be encoded raise StreamError, or with ``skip_bad_lines`` are left out.
         Reading stops after ``tokens`` tokens of text, in the middle of a document if need be, or at
         the end of the text.
         """
         bos = tokenizer.bos_token_id
-        prefix = [] if bos is None else [bos]
+        prefix = [bos] if prepend_bos and bos is not None else []
         width = context_length - len(prefix)
         rows: list[Tensor] = []
         documents: list[int] = []
-        left = float("inf") if tokens is None else tokens
+        left = sys.maxsize if tokens is None else tokens
+        encode = Encoder(tokenizer, name, skip=skip_bad_lines)
         for number, text in enumerate(texts):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            (ids,) = encode([text])
             ids = ids[: min(left, len(ids))]
             for start in range(0, len(ids), width):
                 rows.append(torch.tensor(prefix + ids[start : start + width]))

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, StreamError
 from .held_out import special_ids
-from .loading import dequantize, load_config, load_pretrained, require_layers
+from .loading import (
+    dequantize,
+    load_config,
+    load_pretrained,
+    require_layers,
+    require_positions,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +30,7 @@ class HookedModel:
 
     Attributes: ``name``; ``tokenizer``; ``device``; ``dtype`` and ``d_model`` of the residual
     stream; ``vocabulary``; ``num_layers`` of the whole model; ``hook_names``, the path of each hooked
-    module in it.
+    module in it; ``weights``, what tells it apart from others (``weights_of``), if it was loaded.
 
     Raises:
         ConfigError: there is no such layer.
@@ -37,8 +44,11 @@ class HookedModel:
         layers: Sequence[int],
         name: str,
     ) -> None:
-        self._decoder = model.get_decoder()
-        config = self._decoder.config.get_text_config(decoder=True)
+        self.weights: dict[str, str] = {}
+        # Some models call a part of their head so.
+        decoder = model.get_decoder()
+        self._decoder = decoder if hasattr(decoder, "config") else model.base_model
+        self._config = config = self._decoder.config.get_text_config(decoder=True)
         path, self._modules = find_layers(model, self._decoder, config.num_hidden_layers, name)
         self.num_layers = len(self._modules)
         require_layers(layers, self.num_layers, name)
@@ -48,8 +58,20 @@ class HookedModel:
         self.vocabulary: int = config.vocab_size
         embedding = self._decoder.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
+        self.embeddings = len(embedding)
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
+
+    def require_fitting(self, tokens: Tensor) -> None:
+        """Raise ConfigError if rows ``[n, t]`` of token ids are too long for the model, StreamError if it
+        has no embedding for one of them."""
+        require_positions(tokens.shape[1], self._config, self.name)
+        largest = int(tokens.max()) if tokens.numel() else 0
+        if largest >= self.embeddings:
+            raise StreamError(
+                f"the text holds token {largest}, and {self.name} has embeddings for {self.embeddings}: its "
+                f"tokenizer belongs to another model, or was given tokens that the model does not know"
+            )
 
 
 class CutModel(HookedModel):
@@ -103,11 +125,14 @@ class CutModel(HookedModel):
         device: torch.device | str = "cpu",
         separate_documents: bool = False,
         compile: bool = False,
+        revision: str | None = None,
     ) -> CutModel:
         """Load with ``load_pretrained``, cut, and try out. Raises StreamError or ConfigError."""
         # What is dequantized is what is left after the cut.
         stored = "nf4" if quantization == "nf4-dequantized" else quantization
-        model, tokenizer = load_pretrained(name, quantization=stored, device=device, head=False)
+        model, tokenizer = load_pretrained(
+            name, quantization=stored, device=device, head=False, revision=revision
+        )
         cut = cls(
             model,
             tokenizer,
@@ -118,6 +143,7 @@ class CutModel(HookedModel):
             compile=compile,
         )
         del model
+        cut.weights = weights_of(name, revision)
         cut._try_out()
         if cut.device.type == "cuda":
             torch.cuda.empty_cache()  # what was cut away
@@ -233,14 +259,21 @@ class SplicedModel(HookedModel):
         *,
         quantization: str = "none",
         device: torch.device | str = "cpu",
+        revision: str | None = None,
+        context_length: int | None = None,
     ) -> SplicedModel:
         """From the hub, a local directory, or the demo's; see ``load_pretrained``.
 
-        Raises StreamError or ConfigError, each with what to do.
+        Raises StreamError or ConfigError, each with what to do; at once, if rows of ``context_length``
+        are too long for the model.
         """
-        load_config(name, (layer,))
-        model, tokenizer = load_pretrained(name, quantization=quantization, device=device)
-        return cls(model, tokenizer, layer, name)
+        load_config(name, (layer,), context_length, revision)
+        model, tokenizer = load_pretrained(
+            name, quantization=quantization, device=device, revision=revision
+        )
+        spliced = cls(model, tokenizer, layer, name)
+        spliced.weights = weights_of(name, revision)
+        return spliced
 
     @torch.no_grad()
     def residual(self, tokens: Tensor) -> Tensor:
@@ -263,6 +296,7 @@ class SplicedModel(HookedModel):
     def _run(
         self, module: nn.Module, tokens: Tensor, replacement: Tensor | None, stop: bool = False
     ) -> Any:
+        self.require_fitting(tokens)
         kept: list[Tensor] = []
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -282,20 +316,45 @@ class SplicedModel(HookedModel):
             handle.remove()
         return kept[0], output
 
-    def unembedding(self) -> tuple[Tensor, Tensor, bool]:
-        """``[V, D]`` unembedding; ``[D]`` gain of the final norm; whether that norm subtracts the mean."""
+    @torch.no_grad()
+    def unembedding(self) -> tuple[Tensor, Tensor, bool] | None:
+        """``[V, D]`` unembedding; ``[D]`` gain of the final norm; whether that norm subtracts the mean. None
+        if there is more than that between the residual stream and the logits."""
         head = self._model.get_output_embeddings()
-        assert head is not None
+        behind = [
+            child
+            for child in self._model.children()
+            if child is not head and all(module is not self._decoder for module in child.modules())
+        ]
+        if head is None or any(list(child.parameters()) for child in behind):
+            return None
+        weight = head.weight
+        if weight.shape[1] != self.d_model:
+            narrowing = self._narrowing(weight.shape[1])
+            if narrowing is None:
+                return None
+            weight = weight @ narrowing.to(weight.dtype)
         norms = [m for _, m in self._decoder.named_children() if _is_norm(m)]
         # The gain as the norm applies it, however it is parametrised (w, or 1 + w): a vector of signs
         # has mean 0 and mean square 1, and a bias cancels in the difference.
-        signs = torch.ones(self.d_model, device=self.device, dtype=head.weight.dtype)
+        signs = torch.ones(self.d_model, device=self.device, dtype=weight.dtype)
         signs[1::2] = -1
         if not norms:
-            return head.weight, torch.ones_like(signs), False
-        with torch.no_grad():
-            gain = (norms[-1](signs) - norms[-1](-signs)) / 2 * signs
-        return head.weight, gain, isinstance(norms[-1], nn.LayerNorm)
+            return weight, torch.ones_like(signs), False
+        gain = (norms[-1](signs) - norms[-1](-signs)) / 2 * signs
+        return weight, gain, isinstance(norms[-1], nn.LayerNorm)
+
+    def _narrowing(self, width: int) -> Tensor | None:
+        """``[width, D]``: what some models (OPT-350m) multiply the residual stream by before their head."""
+        found = [
+            module
+            for module in self._decoder.children()
+            if isinstance(module, nn.Linear)
+            and (module.in_features, module.out_features) == (self.d_model, width)
+        ]
+        if len(found) != 1:
+            return None
+        return found[0](torch.eye(self.d_model, device=self.device, dtype=self.dtype)).T
 
 
 class _Stop(Exception):
@@ -350,7 +409,7 @@ def _truncate(decoder: nn.Module, layers: nn.ModuleList, count: int) -> None:
 def layer_of(hook_name: str | None) -> int:
     """The decoder layer whose output a hook name means, in the names that SAE programs use.
 
-    ``model.layers.17``, ``layers.17`` and ``blocks.17.hook_resid_post`` are the output of layer 17;
+    ``model.layers.17``, ``transformer.blocks.17`` and ``blocks.17.hook_resid_post`` are the output of layer 17;
     ``blocks.17.hook_resid_pre`` is that of layer 16. Raises ConfigError for any other.
     """
     advice = "give the decoder layer whose output it reads with --layer"
@@ -360,7 +419,8 @@ def layer_of(hook_name: str | None) -> int:
         layer = int(found[1]) - (found[2] == "pre")
         if layer >= 0:
             return layer
-    elif (found := re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name)) or (
+    # An element of a list that is in no other one: layers, h, blocks, whatever the model calls it.
+    elif (found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(\d+)", hook_name)) or (
         found := re.fullmatch(r"resid_post_layer_(\d+)", hook_name)
     ):
         return int(found[1])

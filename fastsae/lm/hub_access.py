@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..errors import FastsaeError, StreamError
 
@@ -23,6 +24,28 @@ def hub_is_reachable() -> bool:
     except Exception:  # the client library decides which exceptions a lost network raises
         return False
     return True
+
+
+def commit_of(dataset: str, revision: str | None) -> str | None:
+    """The commit that ``revision`` (by default the main branch) of a data set is at now; None where the hub
+    does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+    except Exception:  # opening it says what is wrong, if anything is
+        return None
+
+
+def cached_commit(model: str, revision: str | None) -> str | None:
+    """The commit that ``revision`` of a model stood for when it was last loaded here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # not a name of the hub
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def access_error(kind: str, name: str, error: Exception) -> StreamError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from ..device import resolve_device
 from ..errors import ConfigError, StreamError
+from ..files import fingerprint
 from . import demo
-from .hub_access import access_error, hub_is_reachable
+from .hub_access import access_error, cached_commit, hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,30 +32,73 @@ _NEVER_QUANTIZED = ["lm_head", "per_layer_model_projection"]
 
 
 def load_config(
-    name: str, layers: Sequence[int] = (), context_length: int | None = None
+    name: str,
+    layers: Sequence[int] = (),
+    context_length: int | None = None,
+    revision: str | None = None,
 ) -> PreTrainedConfig:
     """The configuration of a model, after checking that ``layers`` and ``context_length`` fit it.
 
     Cheap: reads one small file. Raises StreamError (unknown, gated, unreachable) or ConfigError.
     """
+    if revision is not None and (_embedded(name) or Path(name).is_dir()):
+        raise ConfigError(
+            f"revision = {revision!r}, but {name} does not come from the hub, and has no revisions"
+        )
     if load := _embedded(name):
         config = load()[0].config
     else:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(name, local_files_only=_local_only(name))
+            config = AutoConfig.from_pretrained(
+                name, revision=revision or "main", local_files_only=_local_only(name)
+            )
         except Exception as error:  # transformers wraps the hub's errors in several kinds
             raise access_error("model", name, error) from error
     text = config.get_text_config(decoder=True)
     require_layers(layers, text.num_hidden_layers, name)
-    longest = getattr(text, "max_position_embeddings", None)
-    if context_length is not None and longest is not None and context_length > longest:
+    if context_length is not None:
+        require_positions(context_length, text, name)
+    return config
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The longest row that a language model with this configuration handles; None if it has no limit."""
+    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    return next((n for n in (getattr(config, name, None) for name in names) if n), None)
+
+
+def require_positions(context_length: int, config: PreTrainedConfig, name: str) -> None:
+    """Raise ConfigError if rows of so many tokens are too long for the model."""
+    longest = most_positions(config)
+    if longest is not None and context_length > longest:
         raise ConfigError(
             f"context_length = {context_length}, but {name} handles at most {longest} positions; "
             f"use --context-length {longest} or less"
         )
-    return config
+
+
+def weights_of(name: str, revision: str | None = None) -> dict[str, str]:
+    """What tells a model that was loaded, and its tokenizer, apart from others of the same shape: the commit
+    on the hub, the version of the package, or a fingerprint of every file of a directory."""
+    if _embedded(name):
+        return {name: importlib.metadata.version(name)}
+    folder = Path(name)
+    if not folder.is_dir():
+        commit = cached_commit(name, revision)
+        return {"commit": commit} if commit else {}
+    return {
+        path.name: fingerprint(path)
+        for path in sorted(folder.iterdir())
+        if path.name in _OF_A_MODEL or path.suffix in (".safetensors", ".bin", ".gguf", ".model")
+    }
+
+
+_OF_A_MODEL = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
+    "merges.txt",
+)  # fmt: skip
 
 
 def _embedded(name: str) -> Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None:
@@ -76,13 +121,15 @@ def load_pretrained(
     quantization: str = "none",
     device: torch.device | str = "cpu",
     head: bool = True,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A whole causal language model and its tokenizer: from the hub, a local directory, or the demo's.
 
     ``quantization``: ``none`` keeps the dtype on disk (but takes float32 on a CPU without instructions
     for bf16); ``nf4`` stores the linear layers in 4 bits through bitsandbytes, computes in fp16, and
-    keeps all else in bf16; ``nf4-dequantized`` then unpacks them with ``dequantize``. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that
-    lacks a weight is an error; with ``head=False``, the LM head may be missing.
+    keeps all else in bf16; ``nf4-bf16`` computes in bf16; ``nf4-dequantized`` is ``nf4``, unpacked with
+    ``dequantize``. The towers of a multimodal Gemma 4 are not loaded, and a checkpoint that lacks a
+    weight is an error; with ``head=False``, the LM head may be missing.
 
     Raises StreamError or ConfigError, each with what to do.
     """
@@ -98,23 +145,27 @@ def load_pretrained(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = load_config(name)
+    config = load_config(name, revision=revision)
+    _refuse_quantized_twice(name, config, quantization)
     stored = device.type == "cuda" or _cpu_has_bf16()
     options: dict[str, Any] = {"dtype": "auto" if stored else torch.float32}
     if quantization != "none":
-        options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config()}
+        compute = torch.bfloat16 if quantization == "nf4-bf16" else torch.float16
+        options = {"dtype": torch.bfloat16, "quantization_config": _nf4_config(compute)}
     if config.model_type == "gemma4":
         config.vision_config = config.audio_config = None
-    local_only = _local_only(name)
+    # By the commit of the configuration: nothing that is pushed in between is mixed in.
+    commit = None if Path(name).is_dir() else cached_commit(name, revision)
+    origin = {"revision": commit or revision or "main", "local_files_only": _local_only(name)}
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
+            tokenizer = AutoTokenizer.from_pretrained(name, **origin)
             model, report = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 device_map={"": device},
                 output_loading_info=True,
-                local_files_only=local_only,
+                **origin,
                 **options,
             )
     except Exception as error:  # transformers, bitsandbytes and the hub raise many kinds
@@ -129,6 +180,18 @@ def load_pretrained(
     if quantization == "nf4-dequantized":
         dequantize(model)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _refuse_quantized_twice(name: str, config: PreTrainedConfig, quantization: str) -> None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or quantization == "none":
+        return
+    get = stored.get if isinstance(stored, dict) else lambda name: getattr(stored, name, None)
+    method = getattr(get("quant_method"), "value", get("quant_method")) or "some way"
+    raise ConfigError(
+        f"quantization = {quantization!r}, but the checkpoint of {name} is quantized already ({method}), "
+        f"and cannot be quantized again; use --quantization none to run it as it is stored"
+    )
 
 
 class DequantizedLinear(nn.Module):
@@ -195,7 +258,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _nf4_config() -> Any:
+def _nf4_config(compute: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise StreamError(
             "quantization = 'nf4' needs bitsandbytes, which is not installed; run `pip install "
@@ -208,7 +271,7 @@ def _nf4_config() -> Any:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float16,
+            bnb_4bit_compute_dtype=compute,
             llm_int8_skip_modules=_NEVER_QUANTIZED,
         )
     except (

@@ -90,7 +90,10 @@ def report_run(
                     config.run_name, f"{text.tokens:,}",
                 )  # fmt: skip
                 loaded = load_model(
-                    config.model, quantization=config.quantization, device=sae.W_dec.device
+                    config.model,
+                    quantization=config.quantization,
+                    device=sae.W_dec.device,
+                    revision=sae.metadata.get("model_revision", config.revision),
                 )
                 model = SplicedModel(*loaded, layer_of(sae.hook_name), config.model)
                 collector = Collector(sae.d_sae, sae.W_dec.device)

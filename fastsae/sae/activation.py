@@ -61,7 +61,8 @@ class BatchTopK(nn.Module):
         self, k: float, inference: Inference = "topk", threshold_rate: float = 0.01
     ) -> None:
         super().__init__()
-        check_k(k)
+        if isinstance(k, bool) or not isinstance(k, (int, float)) or not 0 < k < math.inf:
+            raise ConfigError(f"k must be a finite number above 0, got {k!r}")
         check_inference(inference)
         self.k = k
         self.inference: Inference = inference
@@ -156,9 +157,3 @@ class JumpReLU(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         return torch.where((pre > self.threshold) & (pre > 0), pre, 0)
-
-
-def check_k(k: float) -> None:
-    """Raise ConfigError unless ``k`` is a positive finite number."""
-    if isinstance(k, bool) or not isinstance(k, (int, float)) or not math.isfinite(k) or k <= 0:
-        raise ConfigError(f"k must be a finite number above 0, got {k!r}")

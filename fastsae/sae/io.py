@@ -1,17 +1,6 @@
 """SAEs on disk, in the formats of SAELens, dictionary_learning and sparsify.
 
-=======================  =================================  ====================================
-format                   files                              holds
-=======================  =================================  ====================================
-``saelens``              ``cfg.json``,                      top-k per token, JumpReLU;
-                         ``sae_weights.safetensors``,       input scaling ``layer_norm``
-                         ``sae_weights.pt`` (the same)
-``dictionary_learning``  ``config.json``, ``ae.pt``         top-k per token (AutoEncoderTopK),
-                                                            one threshold (BatchTopKSAE)
-``sparsify``             ``cfg.json``, ``sae.safetensors``  top-k per token
-=======================  =================================  ====================================
-
-Each module of this package translates one format, to and from what its files contain; reading and
+Each module of ``formats`` translates one format, to and from what its files contain; reading and
 writing the files is done here. Whatever a format cannot hold is refused, never approximated.
 """
 
@@ -30,11 +19,7 @@ from .formats.files import first_line, read_json, read_tensors, replace_files
 from .formats.portable import export
 from .module import SAE
 
-FORMATS = {
-    "saelens": saelens,
-    "dictionary_learning": dictionary_learning,
-    "sparsify": sparsify,
-}
+FORMATS = {"saelens": saelens, "dictionary_learning": dictionary_learning, "sparsify": sparsify}
 
 
 def save(
@@ -104,6 +89,11 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
         sae = module.from_files(read_json(directory / module.CONFIG), read_tensors(weights))
     except (FormatError, ConfigError) as error:
         raise FormatError(f"the {name} SAE in {directory} cannot be read: {error}") from error
+    if name == "sparsify" and re.fullmatch(
+        r"(\w+\.)*(layers|h|blocks)\.\d+(\.\w+)*", directory.name
+    ):
+        # sparsify says which module an SAE reads by the name of its folder alone.
+        sae.metadata.setdefault("hook_name", directory.name)
     return sae.to(device).eval()
 
 

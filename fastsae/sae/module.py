@@ -92,15 +92,12 @@ class SAE(nn.Module):
 
         # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
         rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
-        rows = rows.to(device)
         self.W_enc = nn.Parameter(rows.clone().T)
         self.W_dec = nn.Parameter(rows)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, device=device, dtype=dtype))
-        self.register_buffer("scale", torch.ones((), device=device, dtype=dtype))
-        self.activation.to(device=device)
-
-    # --- description ---
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.register_buffer("scale", torch.ones((), dtype=dtype))
+        self.to(device=device)
 
     @property
     def k(self) -> float | None:
@@ -146,7 +143,8 @@ class SAE(nn.Module):
             ValueError: the last dimension of x is not D.
         """
         scaled, _ = self.scale_input(x)
-        return self._to_raw_latents(self._select(self._pre_activations(scaled), inference))
+        pre = self._pre_activations(scaled)
+        return self.to_raw_units(self._select(pre, inference))
 
     def encode_sparse(self, x: Tensor, inference: Inference | None = None) -> CSR:
         """The active latents of ``x [..., D]``: ``values``, ``indices`` (int32, ascending within a token)
@@ -176,9 +174,8 @@ class SAE(nn.Module):
                 "statistics=sae.token_statistics(x), or call sae(x)"
             )
         z = z * self.scale if self.normalize == "scalar" else z
-        return self.to_raw_input(
-            reference.decode(z, self._operand(self.W_dec), self.b_dec), statistics
-        )
+        x_hat = reference.decode(z, self._operand(self.W_dec), self.b_dec)
+        return self.to_raw_units(x_hat, statistics)
 
     def forward(self, x: Tensor, inference: Inference | None = None) -> Tensor:
         """Reconstruction ``[..., D]`` of activations ``x [..., D]``."""
@@ -197,8 +194,7 @@ class SAE(nn.Module):
         Against the ``D / 2`` of Gao et al., twice the live latents revived more dead ones at equal
         explained variance: each serves fewer tokens, and so finds a place of its own.
         """
-        k = getattr(self.activation, "k", None)
-        return max(1, self.d_in // 2 if k is None else round(2 * k))
+        return max(1, self.d_in // 2 if self.k is None else round(2 * self.k))
 
     def loss(
         self,
@@ -242,7 +238,7 @@ class SAE(nn.Module):
                 scaled,
             )
         loss = reference.objective(error, aux, weight, objective)
-        return Loss(loss, error, aux, self._to_raw_latents(z), self.to_raw_input(x_hat, statistics))
+        return Loss(loss, error, aux, self.to_raw_units(z), self.to_raw_units(x_hat, statistics))
 
     # --- input scaling ---
 
@@ -272,14 +268,11 @@ class SAE(nn.Module):
             return reference.layer_norm(x, statistics), statistics
         return (x * self.scale if self.normalize == "scalar" else x), None
 
-    def to_raw_input(self, x: Tensor, statistics: TokenStatistics | None) -> Tensor:
-        """Scaled activations in raw units; the inverse of :meth:`scale_input`."""
+    def to_raw_units(self, x: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
+        """Scaled activations, the inverse of :meth:`scale_input`; or, without statistics, latents."""
         if statistics is not None:
             return reference.undo_layer_norm(x, statistics)
         return x / self.scale if self.normalize == "scalar" else x
-
-    def _to_raw_latents(self, z: Tensor) -> Tensor:
-        return z / self.scale if self.normalize == "scalar" else z
 
     # --- the two halves of encode ---
 

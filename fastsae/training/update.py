@@ -290,7 +290,7 @@ class FusedUpdate(Update):
             dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip,
         )  # fmt: skip
         self.activation.track(selection.threshold)
-        residual = x - sae.to_raw_input(scaled - decoded.residual, statistics)
+        residual = x - sae.to_raw_units(scaled - decoded.residual, statistics)
         counts = csc.counts()
         self._count(len(x), counts)
         objective = reference.objective(error, aux, config.aux_weight, config.objective)

@@ -34,6 +34,7 @@ class FakeModel:
     """
 
     name, quantization = "fake", "none"
+    weights: dict[str, str] = {}  # noqa: RUF012
     d_model, dtype, device = 3, torch.float32, torch.device("cpu")
     special_ids = torch.tensor([1, 2, 3])  # 0 pads short rows, and is a word in some vocabularies
 
@@ -317,6 +318,56 @@ def test_all_nonfinite_stops_with_layer_and_dtype(quantization: str, remedy: str
     model.quantization = quantization
     with pytest.raises(StreamError, match=rf"layer 3 of fake.*float32.*{remedy}"):
         buffer(["hello", "world"], model).next_batch()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "remedy"),
+    [
+        ("nf4", "--quantization nf4-bf16, which computes in bf16, or --quantization none"),
+        ("nf4-dequantized", "--quantization nf4-bf16"),
+        ("nf4-bf16", "use --quantization none"),
+        ("none", "convert the model"),
+    ],
+)
+def test_some_nonfinite_is_told_once_with_its_share_and_remedy(
+    quantization: str, remedy: str, caplog
+):
+    model = FakeModel(poisoned="b")
+    model.quantization = quantization
+    drain(buffer(["abcabcaaab"] * 60, model, pool_tokens=64))
+    (told,) = [r.getMessage() for r in caplog.records if "is finite" in r.getMessage()]
+    share = float(told.split("rows, ")[1].split("%")[0])
+    assert 20 < share < 40 and remedy in told and "counted as nonfinite" in told
+
+
+def test_more_than_half_nonfinite_stops():
+    model = FakeModel(poisoned="b")
+    model.quantization = "nf4"
+    with pytest.raises(StreamError, match=r"6\d\.\d%, are not.*use --quantization nf4-bf16"):
+        drain(buffer(["abb"] * 60, model))
+    with pytest.raises(StreamError, match="no activation of layer 3"):
+        chunks(["bbbb"] * 60, FakeModel("b"), 3, held_out=40).held_out()
+
+
+def test_another_model_is_refused_on_resume():
+    def of(weights: dict[str, str]):
+        model = FakeModel()
+        model.weights = weights
+        return buffer(text_of(40), model)
+
+    source = of({"model.safetensors": "9 bytes, sha256 12", "config.json": "1 bytes, sha256 56"})
+    source.next_batch()
+    state = through_disk(source.state_dict())
+    of(
+        {"model.safetensors": "9 bytes, sha256 12", "config.json": "1 bytes, sha256 56"}
+    ).load_state_dict(state)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: 9 bytes, sha256 12 in the run"
+    ) as e:
+        of(
+            {"model.safetensors": "9 bytes, sha256 34", "config.json": "1 bytes, sha256 56"}
+        ).load_state_dict(state)
+    assert "config" not in str(e.value)
 
 
 def test_a_model_that_gives_other_rows_is_refused_on_resume():

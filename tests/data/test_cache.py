@@ -185,7 +185,7 @@ class TestRefused:
     def test_other_text(self, text: str, folder: Path, tmp_path: Path) -> None:
         other = tmp_path / "prose.txt"
         other.write_text("Other words. " * 1000)
-        with pytest.raises(StreamError, match=r"text_files: \[\['prose.txt', \d+\]\] in the cache"):
+        with pytest.raises(StreamError, match=r"text_files: .*'prose.txt': '[\d,]+ bytes, sha256 \w+'.* in the cache"):
             open_stream(config(str(other), folder))
 
     def test_a_shard_that_is_cut_off_is_found_at_once(self, text: str, folder: Path) -> None:
@@ -218,7 +218,7 @@ class TestRefused:
 
     def test_a_manifest_that_is_not_one(self, text: str, folder: Path) -> None:
         (folder / "manifest.json").write_text('{"format": 99}')
-        with pytest.raises(StreamError, match=r"damaged.*format 99, this version reads 1"):
+        with pytest.raises(StreamError, match=r"damaged.*format 99, this version reads 2"):
             open_stream(config(text, folder))
 
     def test_a_folder_of_something_else(self, text: str, tmp_path: Path) -> None:
@@ -236,3 +236,35 @@ class TestRefused:
     def test_two_writers(self, text: str, tmp_path: Path) -> None:
         with cache._writing(tmp_path / "c"), pytest.raises(StreamError, match="another process"):
             open_stream(config(text, tmp_path / "c"))
+
+
+def test_text_and_weights_of_the_same_size_are_told_apart(text: str, tmp_path: Path):
+    copied, model = tmp_path / "prose.txt", tmp_path / "model"
+    shutil.copy(text, copied)
+    shutil.copytree(models.llama(), model)
+    settings = config(str(copied), tmp_path / "c", model=str(model))
+    open_stream(settings)
+    open_stream(settings)
+    content = copied.read_bytes()
+    copied.write_bytes(content.replace(b"e", b"i", 1))
+    with pytest.raises(StreamError, match=r"text_files: .*prose.txt.* in the cache, .* now"):
+        open_stream(settings)
+    copied.write_bytes(content)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1000:] = bytes(1000)
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(StreamError, match=r"model_files: .*model.safetensors"):
+        open_stream(settings)
+
+
+def test_what_was_dropped_is_counted_in_the_cache_too(text: str, tmp_path: Path):
+    def of(folder: Path | None) -> dict[str, int]:
+        stream = open_stream(config(text, folder, outlier_norm=1.2))
+        batches(stream, 20)
+        return stream.counts
+
+    live, cached = of(None), of(tmp_path / "c")
+    assert live["outliers"] > 0 and cached["cache_outliers"] >= live["outliers"]
+    assert cached["cache_special"] >= live["special"] > 0 and cached["cache_nonfinite"] == 0
+    assert cached["cache_documents"] > 0 and "documents" not in cached
+    assert of(tmp_path / "c") == cached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -350,3 +351,228 @@ def test_what_the_hub_refuses(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(StreamError, match=message):
         open_dataset("a/b")
+
+
+# --- text that is not tidy ---
+
+
+@pytest.mark.parametrize(
+    ("encoding", "advice"),
+    [
+        ("utf-16", "looks like UTF-16: .*iconv -f utf-16 -t utf-8 a.txt"),  # with a mark
+        ("utf-16-le", "NUL bytes; it looks like UTF-16LE: .*iconv -f utf-16le -t"),
+        ("utf-16-be", "NUL bytes; it looks like UTF-16BE: .*iconv -f utf-16be -t"),
+        ("utf-32", "looks like UTF-32: .*iconv -f utf-32 -t"),
+        ("utf-32-le", "NUL bytes; it looks like UTF-32LE: .*iconv -f utf-32le -t"),
+        ("latin-1", "if it is Latin-1, with `iconv -f latin1 -t utf-8 a.txt"),
+    ],
+)
+def test_other_encodings_are_recognised(tmp_path: Path, encoding: str, advice: str):
+    plain = "What is written here is plain English.\n" * 50
+    text = plain if encoding != "latin-1" else plain + "Übung\n"
+    for name in ("a.txt", "a.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(StreamError, match=advice.replace("a.txt", name)):
+            open_files([str(path)])
+    command = re.search(r"iconv -f (\S+)", advice)
+    assert command is not None
+    # What the advice makes of the file is the text.
+    assert (tmp_path / "a.txt").read_bytes().decode(command[1]).lstrip("\ufeff") == text
+
+
+@pytest.mark.parametrize(
+    ("start", "advice"),
+    [
+        (b"\x1f\x8b\x08\x00", r"gzip.*name it \.gz"),
+        (b"PK\x03\x04\xff", "zip, as office documents are"),
+        (b"%PDF-1.7\n\xff", "PDF"),
+        (b"PAR1\xff", r"Parquet.*name it \.parquet"),
+        (b"\xfd7zXZ\x00", "xz.*unpack it"),
+        (b"\xff\x00\x00\x00\x00\x00\x01\x00" * 9, "it is not text"),
+    ],
+)
+def test_files_of_another_kind_are_not_to_be_converted(tmp_path: Path, start: bytes, advice: str):
+    (tmp_path / "a.txt").write_bytes(start)
+    with pytest.raises(StreamError, match=advice) as error:
+        open_files([str(tmp_path / "a.txt")])
+    assert "iconv" not in str(error.value)
+
+
+def test_a_mark_in_front_of_utf8_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "words"}\n')
+    assert list(open_files([str(tmp_path)])) == ["words", "words"]
+
+
+def test_some_nuls_do_not_make_another_encoding(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"a word\x00 and more of them " * 20 + b"." * 500)
+    assert "".join(open_files([str(tmp_path / "a.txt")])).count("\x00") == 20
+
+
+BAD_LINES = {
+    '{"text": "cut': "line 3: not JSON",
+    "[1, 2]": "line 3: expected a JSON object, found list",
+    '{"title": "x"}': "line 3 has no column 'text'",
+    '{"text": 5}': "line 3: column 'text' holds int",
+    '{"text": ["a", "b"]}': "line 3: column 'text' holds a list of str",
+    '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}": "line 3: JSON that is nested too deeply",
+    '{"text": "x", "id": 1' + "0" * 5000 + "}": "line 3: not JSON",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path: Path, bad: str, caplog):
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "one"}', "", bad, '{"text": "two"}', bad, '{"text": "three"}']
+    path.write_text("\n".join(lines) + "\n")
+    source = open_files([str(path)])
+    assert next(source) == "one"
+    with pytest.raises(StreamError, match=rf"a\.jsonl, {BAD_LINES[bad]}.*--skip-bad-lines"):
+        next(source)
+    # A run that was stopped by it goes on behind it.
+    skipping = open_files([str(path)], skip_bad_lines=True)
+    one = open_files([str(path)])
+    next(one)
+    skipping.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert next(skipping) == "two"
+    state = json.loads(json.dumps(skipping.state_dict()))
+    again = open_files([str(path)], skip_bad_lines=True)
+    again.load_state_dict(state)
+    for source in (skipping, again):  # what was left out before a stop is not counted twice
+        assert list(source) == ["three"]
+        assert source.counts == {"documents": 3, "blank_documents": 1, "skipped_records": 2}
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) == 1 and BAD_LINES[bad] in told[0]
+
+
+def test_a_bad_first_line_may_be_left_out_but_not_every_line(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text"\n{"text": "one"}\n')
+    with pytest.raises(StreamError, match="line 1: not JSON"):
+        open_files([str(path)])
+    assert list(open_files([str(path)], skip_bad_lines=True)) == ["one"]
+    with pytest.raises(StreamError, match="every one of 2 records was left out"):
+        list(open_files([str(path)], skip_bad_lines=True, text_column="body"))
+
+
+def test_a_file_that_breaks_while_it_is_read_is_named(tmp_path: Path):
+    table = pa.table({"text": [f"{i} " * 400 for i in range(4000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000, compression="gzip")
+    lines = "".join(json.dumps({"text": f"{i} " * 400}) + "\n" for i in range(4000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.txt").write_bytes(b"words and more of them\n\n" * 40_000)
+    for name in ("a.parquet", "a.jsonl.gz", "a.txt"):
+        path = tmp_path / name
+        source = open_files([str(path)])
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 4000] = b"\xff" * 4000
+        path.write_bytes(content)
+        with pytest.raises(StreamError, match=rf"the text file '.*{name}' cannot be read"):
+            list(source)
+
+
+def test_a_broken_data_set_says_where(dataset: str):
+    source = open_dataset(dataset)
+    for path in Path(dataset).glob("*.parquet"):
+        content = bytearray(path.read_bytes())
+        content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)
+        path.write_bytes(content)
+    with pytest.raises(StreamError, match="cannot be read behind record 0 of shard"):
+        list(source)
+
+
+CHATS = {
+    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+    "parts": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+    ],
+    "by_column": {"role": ["user", "assistant"], "content": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "data set"])
+def test_chats_and_token_ids_are_documents(tmp_path: Path, kind: str):
+    row = {**CHATS, "input_ids": [2, 5, 6]}
+    if kind == ".jsonl":
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for column in row:
+        if kind == "data set":
+            source = open_dataset(str(tmp_path), text_column=column)
+        else:
+            source = open_files([str(tmp_path)], text_column=column)
+        expected = [2, 5, 6] if column == "input_ids" else CHATS["messages"]
+        assert list(source) == [expected], column
+    with pytest.raises(StreamError, match="no column 'text'.*perhaps --text-column messages"):
+        open_files([str(tmp_path)])
+
+
+# --- other text than the run was started on ---
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".txt.gz", ".parquet"])
+def test_files_that_were_replaced_are_refused_on_resume(tmp_path: Path, kind: str):
+    def write(words: str) -> str:
+        path = tmp_path / f"a{kind}"
+        line = json.dumps({"text": words}) if "json" in kind else words
+        if kind == ".parquet":
+            pq.write_table(pa.table({"text": [words]}), path)
+        else:
+            path.write_bytes(gzip.compress(line.encode()) if "gz" in kind else line.encode())
+        return str(path)
+
+    (tmp_path / "b.txt").write_text("the same")
+    files = [write("some words"), str(tmp_path / "b.txt")]
+    state = json.loads(json.dumps(open_files(files).state_dict()))
+    open_files(files).load_state_dict(state)
+    write("same sizes"[:10])
+    with pytest.raises(CheckpointError, match=rf"a{kind}: \d+ bytes, sha256 \w+ in the run, ") as e:
+        open_files(files).load_state_dict(state)
+    assert "b.txt" not in str(e.value)
+    with pytest.raises(CheckpointError, match=rf"a{kind}: .* in the run, not there now"):
+        open_files(files[1:]).load_state_dict(state)
+
+
+def test_a_data_set_that_was_replaced_is_refused_on_resume(dataset: str, tmp_path: Path):
+    rows = datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(10)]})
+    rows.save_to_disk(tmp_path / "saved")
+    for name, file in (
+        (dataset, "train-00003-of-00005.parquet"),
+        (str(tmp_path / "saved"), "data-00000-of-00001.arrow"),
+    ):
+        state = open_dataset(name).state_dict()
+        path = Path(name) / file
+        path.write_bytes(path.read_bytes().replace(b"row 3", b"row X"))
+        with pytest.raises(CheckpointError, match=rf"{file}: .* in the run"):
+            open_dataset(name).load_state_dict(state)
+
+
+def test_a_data_set_of_the_hub_is_read_at_one_commit(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    rows = datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
+
+    def load(name, config, *, split, streaming, revision):
+        asked.append(revision)
+        return rows
+
+    commits = {None: "1234abcd", "v2": "5678abcd"}
+    monkeypatch.setattr(dataset_module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(dataset_module, "commit_of", lambda _name, r: commits[r])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    state = open_dataset("a/b").state_dict()
+    assert open_dataset("a/b", revision="v2").state_dict()["content"] == {"revision": "5678abcd"}
+    assert asked == ["1234abcd", "5678abcd"]
+    open_dataset("a/b").load_state_dict(state)
+    commits[None] = "9999"
+    with pytest.raises(CheckpointError, match=r"revision: 1234abcd in the run, 9999 now"):
+        open_dataset("a/b").load_state_dict(state)
+
+
+def test_a_folder_has_no_revision(dataset: str):
+    with pytest.raises(ConfigError, match="dataset_revision = 'main', but .* is a local directory"):
+        open_dataset(dataset, revision="main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastsae.data.text import TextSource
 from fastsae.data.tokens import BATCHES_AHEAD, TokenPacker
 from fastsae.errors import StreamError
+from fastsae.lm.held_out import HeldOutText
 
 BOS, EOS = 2, 1
 documents = st.lists(st.text("abc é", max_size=40), max_size=12)
@@ -197,3 +199,102 @@ def test_the_thread_reads_ahead_a_little_and_ends_with_its_packer():
 
 def assert_rows_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+# --- documents that are not plain text ---
+
+
+def with_template(bos: bool = True):
+    found = copy.deepcopy(tokenizer(bos))
+    found.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system messages') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    return found
+
+
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+
+
+def test_half_a_surrogate_pair_is_replaced_and_counted(caplog):
+    texts = ["ab \ud83d", "plain", "\ud83d\ude00 \udc00\udc00"]
+    one = packer(texts, 64, batch=1)
+    ids = [i for row in one for i in row.tolist()]
+    expected = ["ab \ufffd", "plain", "\U0001f600 \ufffd\ufffd"]
+    assert ids == [i for text in expected for i in [BOS, *encode(text)]]
+    assert one.counts["replaced_characters"] == 3
+    told = [r.getMessage() for r in caplog.records if "surrogate" in r.getMessage()]
+    assert len(told) == 1 and "1 of 4 characters" in told[0]
+    text = HeldOutText.tokenize(texts, tokenizer(), 64)
+    assert [row.tolist()[1:] for row in text.rows] == [encode(t) for t in expected]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_text_with_its_own_bos_or_eos_gets_no_second_one(bos: bool):
+    own = "<bos>" if bos else "<eos>"
+    texts = [f"{own}ab" if bos else f"ab{own}", "cd", f"{own}{own}ef" if bos else f"ef{own}{own}"]
+    one = packer(texts, 64, bos=bos)
+    plain = packer(["ab", "cd", "ef"], 64, bos=bos)
+    assert_rows_equal(list(one), list(plain))
+    assert one.counts["own_bos" if bos else "own_eos"] == 2
+    rows, expected = (
+        HeldOutText.tokenize(t, tokenizer(bos), 64).rows for t in (texts, ["ab", "cd", "ef"])
+    )
+    assert_rows_equal(rows, expected)
+
+
+def test_ids_with_their_own_bos_get_no_second_one():
+    documents = [[BOS, *encode("ab")], encode("cd")]
+    assert_rows_equal(list(packer(documents, 64)), list(packer(["ab", "cd"], 64)))
+
+
+def test_token_ids_are_taken_as_they_are():
+    documents = [[5, 6, EOS, 7], [8]]
+    assert [row.tolist() for row in packer(documents, 64)] == [[BOS, 5, 6, EOS, 7, BOS, 8]]
+    with pytest.raises(StreamError, match=r"token id 260, and the tokenizer has 260: .*--skip-bad"):
+        next(packer([[5, 260]], 64))
+
+
+def test_chats_are_written_with_the_template():
+    source = TextSource([[CHAT, "plain"]], iter, name="test", seed=0)
+    (row,) = TokenPacker(source, with_template(), 64)
+    assert row.tolist() == [BOS, *encode("<user>ab<assistant>cd"), BOS, *encode("plain")]
+    with pytest.raises(StreamError, match="no chat template.*--text-column"):
+        next(packer([CHAT], 64))
+
+
+def test_a_chat_that_the_template_refuses_is_named_or_left_out(caplog):
+    documents = [CHAT, [{"role": "system", "content": "x"}], CHAT]
+    for skip in (False, True):
+        source = TextSource([documents], iter, name="chats.jsonl", seed=0, skip_bad_lines=skip)
+        one = TokenPacker(source, with_template(), 64)
+        if not skip:
+            with pytest.raises(
+                StreamError, match=r"chats\.jsonl: .*refuses a chat \(system, .*no system"
+            ):
+                next(one)
+            continue
+        assert int((next(one) == BOS).sum()) == 2
+        assert one.counts["skipped_records"] == 1
+    assert sum("no system messages" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_counts_are_those_of_what_was_taken_and_go_on_after_a_stop():
+    texts = ["a\ud83d" * 4, " ", "b\ud83d" * 6, "c\ud83d" * 8]
+    whole = packer(texts, 4, batch=1)
+    rows = list(whole)
+    assert whole.counts == {
+        "documents": 3, "blank_documents": 1, "skipped_records": 0, "replaced_characters": 18
+    }  # fmt: skip
+    one = packer(texts, 4, batch=1)
+    next(one)
+    time.sleep(0.2)  # the thread is through with the text by now
+    assert one.counts["documents"] == 1 and one.counts["replaced_characters"] == 4
+    resumed = packer(texts, 4, batch=1)
+    state = one.state_dict()
+    resumed.load_state_dict(
+        {"tensors": state["tensors"], "meta": json.loads(json.dumps(state["meta"]))}
+    )
+    assert_rows_equal(list(resumed), rows[1:])
+    assert resumed.counts == whole.counts

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 import torch
 from small_saes import small_sae
 
 import fastsae
-from fastsae import ConfigError
+from fastsae import ConfigError, SplicedModel
 from fastsae.cli import main
-from fastsae.evaluation.contrast import Pooled, contrast
+from fastsae.evaluation.contrast import Pooled, contrast, minhash, near_copies, pool, summary
 from fastsae.evaluation.statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
 
 
@@ -100,6 +102,101 @@ def test_nothing_is_found_where_nothing_is() -> None:
     assert sum(n > 0 for n in shuffled) <= 6 + 3 * (120 * 0.05 * 0.95) ** 0.5
 
 
+# --- documents that repeat ---
+
+
+def rows_of(pooled: Pooled, index: torch.Tensor, noise: float = 0.0) -> Pooled:
+    mean = pooled.mean[index] * (1 + noise * torch.randn(len(index), 1))
+    return Pooled(mean, pooled.active[index], pooled.dense[index])
+
+
+def test_equal_documents_count_once() -> None:
+    """Two sides of one distribution, ten texts twenty times each: 264 of 400 latents were found."""
+    times = torch.arange(10).repeat(20)
+    positive, negative = (rows_of(documents(10, seed), times) for seed in (0, 1))
+    result = contrast(positive, negative)
+    assert result["documents"] == {"positive": 10, "negative": 10}
+    assert result["repeated"] == {
+        "positive": 190, "negative": 190, "in_both_sets": 0, "near_copies": 0
+    }  # fmt: skip
+    assert result["latents_found"] <= 1
+    assert result["probes"]["sparse"] <= 0.8 and result["probes"]["dense"] <= 0.8
+    assert "380 documents more (95%) are equal" in " ".join(summary(result))
+    # What is found is what is found without the repetition.
+    plain = contrast(documents(10, 0), documents(10, 1))
+    for name in ("latents", "probes", "latents_tested", "shuffled", "documents"):
+        assert result[name] == plain[name], name
+
+
+def test_fewer_different_documents_than_are_needed() -> None:
+    times = torch.arange(9).repeat(20)
+    with pytest.raises(ConfigError, match=r"9 documents with text that differ \(171 repeat them\)"):
+        contrast(rows_of(documents(9, 0), times), documents(20, 1))
+
+
+def test_documents_of_both_sets_stay_together_and_are_told() -> None:
+    both = documents(60, 0)
+    result = contrast(both, both)
+    assert result["repeated"]["in_both_sets"] == 60 and result["latents_found"] == 0
+    assert result["probes"]["sparse"] <= 0.6 and result["probes"]["dense"] <= 0.6
+    assert "60 documents are in both sets" in " ".join(summary(result))
+
+
+def texts(topics: int, copies: int, seed: int) -> list[str]:
+    """``copies`` near copies of each of so many texts of random words: one word differs."""
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(0, 26, (n, 4), generator=random).tolist()
+    word = lambda letters: "".join(chr(97 + letter) for letter in letters)
+    found = []
+    for _ in range(topics):
+        words = [word(letters) for letters in draw(24)]
+        for changed in draw(copies):
+            found.append(" ".join([*words[:12], word(changed), *words[13:]]))
+    return found
+
+
+def test_near_copies_are_those_that_share_most_of_their_tokens() -> None:
+    encode = lambda text: np.array(models.tokenizer()(text, add_special_tokens=False)["input_ids"])
+    written = [*texts(6, 5, 0), "", "a", "ab", "ab"]
+    group = near_copies(minhash([encode(text) for text in written]))
+    assert group[:30].tolist() == [i - i % 5 for i in range(30)]
+    assert group[30:].tolist() == [30, 31, 32, 32]
+    # The estimate is that of the definition.
+    one, other = encode("the quick brown fox jumps" * 3), encode("the quick brown cat jumps" * 3)
+    sets = [{tuple(ids[i : i + 3]) for i in range(len(ids) - 2)} for ids in (one, other)]
+    share = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    signatures = minhash([one, other])
+    assert abs(float((signatures[0] == signatures[1]).double().mean()) - share) < 0.2
+
+
+def test_near_copies_are_held_out_together() -> None:
+    """Two sides of one distribution: what tells a topic's copies apart from other topics tells nothing."""
+    model = SplicedModel.load(models.llama(), 2)
+    sae = small_sae(64, 128, 8)
+    written = [texts(6, 10, seed) for seed in (0, 1)]
+    positive, negative = (pool(sae, model, side, 160) for side in written)
+    result = contrast(positive, negative, probe_latents=20)
+    assert result["repeated"]["near_copies"] == 108
+    assert "are near copies of another one" in " ".join(summary(result))
+    assert result["probes"]["dense"] < 0.75
+    apart = replace(positive, signatures=None), replace(negative, signatures=None)
+    assert contrast(*apart, probe_latents=20)["probes"]["dense"] > 0.95
+    # Where all are near copies, nothing can be held out; that is no number.
+    same = [[f"{texts(1, 1, 9)[0]} {i} {side}" for i in range(12)] for side in "ab"]
+    result = contrast(*(pool(sae, model, side, 160) for side in same))
+    assert result["probes"]["sparse"] is None and "Held-out accuracy: –" in summary(result)[-1]
+
+
+def test_equal_texts_are_run_once() -> None:
+    model = SplicedModel.load(models.llama(), 2)
+    sae = small_sae(64, 128, 8)
+    written = texts(12, 1, 0)
+    pooled = pool(sae, model, written * 3, 64)
+    assert pooled.repeated == 24
+    for name in ("mean", "active", "dense", "signatures"):
+        assert torch.equal(getattr(pooled, name), getattr(pool(sae, model, written, 64), name))
+
+
 def test_too_few_documents() -> None:
     with pytest.raises(ConfigError, match="the negative set has 4 documents"):
         contrast(documents(20, 0), documents(4, 1))
@@ -111,7 +208,7 @@ def given(tmp_path: Path) -> list[str]:
     sae = small_sae(64, 128, 8, metadata={"hook_name": "model.layers.2"})
     fastsae.save(sae, tmp_path / "sae")
     for name, word in (("positive", "tick"), ("negative", "BOOM")):
-        lines = (json.dumps({"text": f"{word} " * (3 + i % 4)}) for i in range(12))
+        lines = (json.dumps({"text": f"{word} " * (3 + i)}) for i in range(12))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     files = (f"--{n}={tmp_path / n}.jsonl" for n in ("positive", "negative"))
     return ["contrast", str(tmp_path / "sae"), "--model", models.llama(), *files]

@@ -13,7 +13,7 @@ from small_saes import small_sae
 from fastsae import HeldOutText, SplicedModel
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.reporting.dashboard.collect import AFTER, BEFORE
-from fastsae.reporting.dashboard.geometry import TokenNames, logit_effects, neighbours
+from fastsae.reporting.dashboard.geometry import PART, TokenNames, logit_effects, neighbours
 from fastsae.reporting.dashboard.page import encode, write_page
 from fastsae.reporting.dashboard.write import Collector, write_report_page
 
@@ -53,7 +53,8 @@ def test_neighbours_and_logit_effects_against_their_definitions() -> None:
     cosines = rows @ rows.T - 3 * torch.eye(100)
     assert neighbours(sae, 5).indices.equal(cosines.topk(5).indices)
     gain = model._decoder.norm.weight
-    effects = (sae.W_dec.detach() * gain) @ model._model.lm_head.weight.T
+    # The vocabulary is padded beyond the tokenizer's 260 tokens.
+    effects = (sae.W_dec.detach() * gain) @ model._model.lm_head.weight[:260].T
     promoted, suppressed = logit_effects(sae, model, 5)
     assert promoted.indices.equal(effects.topk(5).indices)
     assert suppressed.indices.equal(effects.topk(5, largest=False).indices)
@@ -66,6 +67,24 @@ def test_token_names_keep_spaces() -> None:
     assert [names(i) for i in ids] == [" ", "<", "a", ">", "\n"]
     part_of_a_character = tokenizer("é", add_special_tokens=False)["input_ids"][0]
     assert "\ufffd" not in names(part_of_a_character)
+
+
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    tokenizer = models.tokenizer()
+    names = TokenNames(tokenizer)
+    ids = tokenizer("a 😀é", add_special_tokens=False)["input_ids"]
+    assert names.row(ids) == ["a", " ", "😀", PART, PART, PART, "é", PART]
+    assert [names.in_row(ids, i) for i in (0, 2, 4, 7)] == ["a", "😀", "😀" + PART, "é" + PART]
+    # By itself, and where a row ends, a part is a byte.
+    assert names(ids[2]) == "<0xF0>" and names.row(ids[:4]) == ["a", " ", "<0xF0>", "<0x9F>"]
+
+
+def test_rows_that_pad_the_vocabulary_are_no_tokens() -> None:
+    model = SplicedModel.load(models.llama(), 2)
+    assert model.vocabulary == 512 and len(model.tokenizer) == 260
+    assert TokenNames(model.tokenizer)(300) == "<300: no token>"
+    for ranked in logit_effects(small_sae(64, 200, 8), model) or ():
+        assert int(ranked.indices.max()) < 260
 
 
 def test_nothing_in_the_data_can_end_the_script(tmp_path: Path) -> None:

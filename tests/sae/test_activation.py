@@ -28,7 +28,7 @@ class TestBatchTopK:
         z = fastsae.BatchTopK(3)(pre)
         assert z.shape == pre.shape and z.dtype == pre.dtype
         rows = pre.reshape(-1, shape[-1])
-        mask = ref.batch_topk_mask(rows, ref.active_budget(3, *rows.shape)).reshape(shape)
+        mask = ref.batch_topk_mask(rows, ref.num_selected(3, *rows.shape)).reshape(shape)
         assert z.equal(torch.where(mask, pre, 0))
         assert mask.any()
 

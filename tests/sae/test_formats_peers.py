@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 
 import fastsae
-from fastsae import SAE, BatchTopK, JumpReLU, TopK
+from fastsae import SAE, BatchTopK, ConfigError, JumpReLU, TopK
+from fastsae.lm.hooked import layer_of
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +152,31 @@ def test_reads_dictionary_learning_by_definition(tmp_path, dict_class, threshold
         assert sae.threshold == torch.tensor(max(threshold, 0))
     else:
         assert isinstance(sae.activation, TopK)
+
+
+@pytest.mark.parametrize(
+    ("submodule", "io", "hook", "layer"),
+    [
+        ("resid_post_layer_3", "out", "resid_post_layer_3", 3),
+        ("gpt_neox.layers.3", None, "gpt_neox.layers.3", 3),
+        ("gpt_neox.layers.3", "in", "blocks.3.hook_resid_pre", 2),
+        ("mlp_out_layer_3", "out", "mlp_out_layer_3", None),
+        ("gpt_neox.layers.3", "in_and_out", "gpt_neox.layers.3, in_and_out", None),
+    ],
+)
+def test_dictionary_learning_says_which_module_it_read(tmp_path, submodule, io, hook, layer):
+    write_dictionary(tmp_path, "BatchTopKSAE")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["trainer"]["submodule_name"] = submodule
+    config["buffer"] |= {"io": io}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sae = fastsae.load(tmp_path)
+    assert sae.hook_name == hook
+    if layer is None:
+        with pytest.raises(ConfigError, match="not the output of a decoder layer"):
+            layer_of(sae.hook_name)
+    else:
+        assert layer_of(sae.hook_name) == layer
 
 
 @pytest.mark.parametrize("dict_class", ["AutoEncoderTopK", "BatchTopKSAE"])
@@ -305,6 +331,16 @@ def test_reads_sparsify_by_definition(tmp_path, num_latents):
     sae = fastsae.load(tmp_path)
     assert isinstance(sae.activation, TopK) and sae.k == 5 and sae.d_sae == 36
     assert_close(ours(sae, x), sparse_coder_by_definition(tensors, 5, x))
+
+
+def test_sparsify_says_which_module_it_read_by_the_folder(tmp_path):
+    for folder, hook in (
+        ("layers.3", "layers.3"),
+        ("layers.3.mlp", "layers.3.mlp"),
+        ("my.3", None),
+    ):
+        fastsae.save(small_sae(metadata={}), tmp_path / folder, "topk", format="sparsify")
+        assert fastsae.load(tmp_path / folder).hook_name == hook
 
 
 def test_reads_what_sparsify_saves(tmp_path, sparsify):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import normalize
 
 from ...lm.hooked import SplicedModel
 from ...sae.module import SAE
+
+log = logging.getLogger(__name__)
 
 _PRODUCTS = 2**26  # entries of one block of a product: 256 MB
 
@@ -53,13 +56,22 @@ def random_cosines(sae: SAE, sample: int = 512) -> Tensor:
 
 
 @torch.no_grad()
-def logit_effects(sae: SAE, model: SplicedModel, count: int = 10) -> tuple[Ranked, Ranked]:
-    """Tokens whose logits one unit of each latent raises and lowers most, on the direct path.
+def logit_effects(sae: SAE, model: SplicedModel, count: int = 10) -> tuple[Ranked, Ranked] | None:
+    """Tokens whose logits one unit of each latent raises and lowers most, on the direct path; None if the
+    model has none.
 
     ``W_dec`` times the gain of the final norm times the unembedding, less its mean over the vocabulary:
-    the norm's scale, the layers in between and a soft cap are left out.
+    the norm's scale, the layers in between and a soft cap are left out. So are rows of the unembedding
+    that pad it beyond the tokenizer's last token.
     """
-    unembedding, gain, centred = model.unembedding()
+    found_path = model.unembedding()
+    if found_path is None:
+        log.info(
+            "%s has no direct path to its logits; no tokens are promoted in the report", model.name
+        )
+        return None
+    unembedding, gain, centred = found_path
+    unembedding = unembedding[: 1 + max(model.tokenizer.get_vocab().values())]
     rows = sae.W_dec.to(unembedding.device, torch.float32)
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
@@ -87,6 +99,7 @@ class TokenNames:
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
+        self._parts: set[int] = set()  # tokens that are part of a character
         # A token alone may lose its leading space in decoding: it is read off behind another one.
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         self._prefix = len(self._decode(self._anchor))
@@ -94,11 +107,59 @@ class TokenNames:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
+    def _text(self, ids: list[int]) -> str:
+        return self._decode([*self._anchor, *ids])[self._prefix :]
+
     def __call__(self, token: int) -> str:
         if token not in self._known:
-            text = self._decode([*self._anchor, token])[self._prefix :]
-            # Part of a character has no text of its own.
+            text = self._text([token])
             if not text or "\ufffd" in text:
-                text = str(self._tokenizer.convert_ids_to_tokens(token))
+                name = self._tokenizer.convert_ids_to_tokens(token)
+                if name is None:  # a row that pads the vocabulary, or a hole in it
+                    text = f"<{token}: no token>"
+                else:
+                    if text and name != text:  # part of a character has no text of its own
+                        self._parts.add(token)
+                    text = _bytes(name) or name
             self._known[token] = text
         return self._known[token]
+
+    def row(self, ids: list[int]) -> list[str]:
+        """The tokens of a text; a character of several is shown by its first, the others are ``PART``."""
+        names = [self(token) for token in ids]
+        start = 0
+        while start < len(ids):
+            length = 1
+            if ids[start] in self._parts:
+                for n in range(2, _MOST_PARTS + 1):
+                    text = self._text(ids[start : start + n])
+                    if "\ufffd" not in text and start + n <= len(ids):
+                        names[start : start + n] = [text, *[PART] * (n - 1)]
+                        length = n
+                        break
+            start += length
+        return names
+
+    def in_row(self, ids: list[int], position: int) -> str:
+        """The token at ``position`` of a text by name; of a part of a character, with the character."""
+        names = self.row(ids)
+        first = position
+        while names[first] == PART:
+            first -= 1
+        return names[first] + PART * (first < position)
+
+
+PART = "⋯"
+_MOST_PARTS = 8
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(b): b for b in _PRINTED} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTED)
+}
+"""The signs in which byte-level vocabularies write bytes."""
+
+
+def _bytes(name: str) -> str | None:
+    """A token of a byte-level vocabulary as hexadecimal bytes, None if it is of another kind."""
+    if name.startswith("<0x") or any(sign not in _BYTES for sign in name):
+        return None
+    return "".join(f"<0x{_BYTES[sign]:02X}>" for sign in name)

@@ -63,9 +63,7 @@ def write_latents(
     if collector is not None and text is not None and names is not None:
         rows_per_file = max(1, TOKENS_PER_FILE // max(map(len, text.rows)))
         for number, start in enumerate(range(0, len(text), rows_per_file)):
-            rows = [
-                [names(t) for t in r.tolist()] for r in text.rows[start : start + rows_per_file]
-            ]
+            rows = [names.row(r.tolist()) for r in text.rows[start : start + rows_per_file]]
             _write_data(folder, f"text-{number}", rows)
         fired = collector.fired.cpu()
         index |= {
@@ -128,7 +126,7 @@ def _peak_tokens(top: Passages, text: HeldOutText, names: TokenNames) -> list[li
         top.keys.tolist(), top.rows.tolist(), top.positions.tolist(), strict=True
     ):
         tokens = [
-            names(int(text.rows[row][position]))
+            names.in_row(text.rows[row].tolist(), position)
             for key, row, position in zip(keys, rows, positions, strict=True)
             if math.isfinite(key)
         ]

@@ -38,7 +38,7 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             f"dictionary_learning's format has no place for normalize = {sae.normalize!r}; save as "
             f"'saelens', or train with normalize='scalar'"
         )
-    if sae.selection == "topk":
+    if sae.k is not None:
         dict_class, k = "AutoEncoderTopK", sae.k
     elif "k" in sae.provenance:
         # At inference this class selects by the threshold; its whole k is for training alone.
@@ -49,9 +49,11 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             "JumpReLU SAE has no k and may have a threshold for each latent. Save it as 'saelens'"
         )
     threshold = sae.threshold
-    if threshold is None or (sae.selection == "topk" and not sae.provenance["threshold_updates"]):
+    if threshold is None or (sae.k is not None and not sae.provenance["threshold_updates"]):
         threshold = torch.tensor(-1.0)  # not known
     d_in, d_sae = sae.W_enc.shape
+    hook_name = sae.metadata.get("hook_name")
+    layer = re.search(r"\.(\d+)$", str(hook_name))
     config = {
         "trainer": {
             "trainer_class": _TRAINERS[dict_class],
@@ -60,9 +62,9 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
             "dict_size": d_sae,
             "k": k,
             "device": "cpu",
-            "layer": _layer(sae.metadata.get("hook_name")),
+            "layer": int(layer[1]) if layer else None,
             "lm_name": sae.metadata.get("model_name"),
-            "submodule_name": sae.metadata.get("hook_name"),
+            "submodule_name": hook_name,
         },
         "buffer": {"d_submodule": d_in, "ctx_len": sae.metadata.get("context_size")},
         "fastsae": {**sae.provenance, "metadata": sae.metadata},
@@ -78,9 +80,14 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
     return {CONFIG: config, WEIGHTS[0]: tensors}
 
 
-def _layer(hook_name: object) -> int | None:
-    found = re.search(r"\.(\d+)$", str(hook_name))
-    return int(found[1]) if found else None
+def _hook_name(submodule: object, io: object) -> str | None:
+    """The hook that a module and its side stand for: the input of a layer is the stream before it."""
+    if not isinstance(submodule, str):
+        return None
+    layer = re.fullmatch(r"resid_post_layer_(\d+)|(?:[A-Za-z_]\w*\.)+(\d+)", submodule)
+    if io == "in" and layer:
+        return f"blocks.{layer[1] or layer[2]}.hook_resid_pre"
+    return f"{submodule}, {io}" if io in ("in", "in_and_out") else submodule
 
 
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
@@ -96,15 +103,9 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     if encoder.dim() != 2:
         raise FormatError(f"encoder.weight has shape {tuple(encoder.shape)}, expected (F, D)")
     d_sae, d_in = encoder.shape
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (d_sae, d_in),
-        "encoder.bias": (d_sae,),
-        "decoder.weight": (d_in, d_sae),
-        "b_dec": (d_in,),
-        "k": (),
-        "threshold": (),
-    }
-    found = take_tensors(tensors, shapes)
+    halves = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
+    halves |= {"decoder.weight": (d_in, d_sae), "b_dec": (d_in,)}
+    found = take_tensors(tensors, {**halves, "k": (), "threshold": ()})
     k = int(found["k"])
     for name, value in (("activation_dim", d_in), ("dict_size", d_sae), ("k", k)):
         if trainer.get(name, value) != value:
@@ -114,23 +115,21 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
             )
     check_k(k, d_sae)
 
-    provenance = dict(section(config, "fastsae"))
+    provenance = section(config, "fastsae")
     if provenance:
         metadata = section(provenance, "metadata")
     else:
+        buffer = section(config, "buffer")
         known = {
             "model_name": trainer.get("lm_name"),
-            "context_size": section(config, "buffer").get("ctx_len"),
+            "hook_name": _hook_name(trainer.get("submodule_name"), buffer.get("io")),
+            "context_size": buffer.get("ctx_len"),
         }
         metadata = {name: value for name, value in known.items() if value is not None}
     if dict_class == "AutoEncoderTopK":
         activation = topk_activation(k, d_sae, provenance)
     else:
         activation = threshold_activation(found["threshold"].clamp_min(0), {"k": k} | provenance)
-    weights = {
-        "W_enc": encoder.T,
-        "W_dec": found["decoder.weight"].T,
-        "b_enc": found["encoder.bias"],
-        "b_dec": found["b_dec"],
-    }
-    return build(weights, activation, encoder.dtype, "none", metadata)
+    weights = {"W_enc": encoder.T, "W_dec": found["decoder.weight"].T}
+    biases = {"b_enc": found["encoder.bias"], "b_dec": found["b_dec"]}
+    return build(weights | biases, activation, metadata)

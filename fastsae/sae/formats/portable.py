@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,9 +29,8 @@ class ExportedSAE(NamedTuple):
     W_dec: Tensor  # [F, D]
     b_enc: Tensor  # [F]
     b_dec: Tensor  # [D]
-    selection: Literal["topk", "jumprelu"]
-    k: int | None  # active latents per token under top-k
-    threshold: Tensor | None  # [] or [F]; under top-k, what BatchTopK tracked, if anything
+    k: int | None  # active latents per token; None: the latents above the threshold
+    threshold: Tensor | None  # [] or [F]; beside a k, what BatchTopK tracked, if anything
     normalize: Literal["none", "layer_norm"]
     metadata: dict[str, Any]
     provenance: dict[str, Any]  # what only fastsae knows and needs to read the SAE back as it was
@@ -49,22 +49,20 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
     Raises:
         FormatError: no program could select that way, or a value is not finite.
     """
-    selection, k = _selection(sae, inference)
+    k = _k_per_token(sae, inference)
     # Folding: the scaled SAE sees c x, so dividing what is added or compared by c gives the same.
     # c is 1 without scalar scaling.
-    tensors: dict[str, Tensor] = {
-        "W_enc": sae.W_enc,
-        "W_dec": sae.W_dec,
-        "b_enc": sae.b_enc / sae.scale,
-        "b_dec": sae.b_dec / sae.scale,
-    }
+    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec}
+    tensors |= {"b_enc": sae.b_enc / sae.scale, "b_dec": sae.b_dec / sae.scale}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold
     # Copied always: a tensor that is a view of a larger one would take all of that to the file.
     weights = {
         name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    threshold = None if sae.threshold is None else sae.threshold.detach().cpu()
-    _require_finite(weights if threshold is None else {**weights, "threshold": threshold})
+    _require_finite(weights)
+    threshold = weights.pop("threshold", None)
     dtypes = {t.dtype for t in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES.values()):
         raise FormatError(
@@ -77,12 +75,11 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
             "k": sae.activation.k,
             "threshold": threshold.item(),
             "threshold_updates": int(sae.activation.threshold_updates),
-            "inference": "topk" if selection == "topk" else "threshold",
+            "inference": "threshold" if k is None else "topk",
         }
     normalize = "layer_norm" if sae.normalize == "layer_norm" else "none"
     return ExportedSAE(
         **weights,
-        selection=selection,
         k=k,
         threshold=threshold,
         normalize=normalize,
@@ -91,25 +88,17 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
     )
 
 
-def _selection(
-    sae: SAE, inference: Inference | None
-) -> tuple[Literal["topk", "jumprelu"], int | None]:
-    activation = sae.activation
-    if isinstance(activation, BatchTopK):
-        mode = inference or activation.inference
-        if mode == "topk":
-            return "topk", min(activation.k_per_token, sae.d_sae)
-        if mode == "threshold":
-            return "jumprelu", None
-        if mode == "batch":
-            raise FormatError(
-                "inference = 'batch' selects over whatever batch comes, which no format can hold; "
-                "save with inference='topk' or 'threshold'"
-            )
-    elif isinstance(activation, TopK) and inference in (None, "topk"):
-        return "topk", min(activation.k, sae.d_sae)
-    elif isinstance(activation, JumpReLU) and inference in (None, "threshold"):
-        return "jumprelu", None
+def _k_per_token(sae: SAE, inference: Inference | None) -> int | None:
+    activation, mode = sae.activation, inference or sae.inference
+    if isinstance(activation, BatchTopK) and mode == "batch":
+        raise FormatError(
+            "inference = 'batch' selects over whatever batch comes, which no format can hold; "
+            "save with inference='topk' or 'threshold'"
+        )
+    if isinstance(activation, (BatchTopK, TopK)) and mode in ("topk", None):
+        return min(max(1, round(activation.k)), sae.d_sae)
+    if isinstance(activation, (BatchTopK, JumpReLU)) and mode in ("threshold", None):
+        return None
     raise FormatError(
         f"an SAE that selects by {type(activation).__name__} cannot be saved with inference = "
         f"{inference!r}; BatchTopK can be saved as 'topk' or 'threshold', TopK as 'topk', JumpReLU as "
@@ -123,11 +112,11 @@ def _selection(
 def build(
     weights: dict[str, Tensor],
     activation: nn.Module,
-    dtype: torch.dtype,
-    normalize: Literal["none", "layer_norm"],
     metadata: dict[str, Any],
+    normalize: Literal["none", "layer_norm"] = "none",
 ) -> SAE:
-    """An SAE of ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]`` and ``b_dec [D]``."""
+    """An SAE of ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]`` and ``b_dec [D]``, in W_enc's dtype."""
+    dtype = weights["W_enc"].dtype
     if dtype not in DTYPES.values():
         raise FormatError(f"the weights are {dtype}, expected one of {', '.join(DTYPES)}")
     d_in, d_sae = weights["W_enc"].shape
@@ -185,10 +174,8 @@ def _batch_topk(
 
 def _number(provenance: dict[str, Any], name: str) -> float | None:
     value = provenance.get(name)
-    if value is None:
-        return None
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not math.isfinite(value) or value < 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value < math.inf):
         raise FormatError(
             f"fastsae's own entry {name!r} is {value!r}, expected a finite number of at least 0; "
             f"restore it, or delete the entry 'fastsae' to read the SAE without it"
@@ -200,7 +187,7 @@ def _number(provenance: dict[str, Any], name: str) -> float | None:
 
 
 def take_tensors(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Exactly the tensors that ``shapes`` names. Raises FormatError for any difference or NaN."""
     missing = [name for name in shapes if name not in tensors]
@@ -216,11 +203,11 @@ def take_tensors(
             f"fastsae does not have would lose its meaning without them"
         )
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
+        found = tuple(tensors[name].shape)
+        if found != shape:
             reason = (
                 "the matrix is stored transposed: the program that wrote it keeps another format"
-                if found == shape[::-1] and found != shape
+                if found == shape[::-1]
                 else "config and weights do not belong together"
             )
             raise FormatError(f"{name} has shape {found}, expected {shape}; {reason}")

@@ -53,7 +53,7 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
     }
-    if sae.selection == "topk":
+    if sae.k is not None:
         settings |= {"k": sae.k, "rescale_acts_by_decoder_norm": False, "architecture": "topk"}
     else:
         settings["architecture"] = "jumprelu"
@@ -83,15 +83,14 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     metadata = section(config, "metadata")
     architecture = _architecture(config, metadata)
     d_in, d_sae = positive_int(config, "d_in"), positive_int(config, "d_sae")
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae),
-        "W_dec": (d_sae, d_in),
-        "b_enc": (d_sae,),
-        "b_dec": (d_in,),
-    }
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if architecture == "jumprelu":
         shapes["threshold"] = (d_sae,)
-    dtype = _dtype(config)
+    dtype = DTYPES.get(str(config.get("dtype")).removeprefix("torch."))
+    if dtype is None:
+        raise FormatError(
+            f"dtype = {config.get('dtype')!r} in cfg.json is not one of {', '.join(DTYPES)}"
+        )
     weights = {name: t.to(dtype) for name, t in take_tensors(tensors, shapes).items()}
     threshold = weights.pop("threshold", None)
     _fold_options(config, architecture, weights)
@@ -109,7 +108,7 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     filled_in = provenance.get("filled_in")
     own = {"sae_lens_version", "fastsae", *(filled_in if isinstance(filled_in, list) else ())}
     kept = {name: value for name, value in metadata.items() if name not in own}
-    return build(weights, activation, dtype, _normalize(config), kept)
+    return build(weights, activation, kept, _normalize(config))
 
 
 def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:
@@ -132,16 +131,6 @@ def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:
             f"architecture = {architecture!r}; fastsae reads 'standard', 'topk' and 'jumprelu'"
         )
     return architecture
-
-
-def _dtype(config: dict[str, Any]) -> torch.dtype:
-    name = config.get("dtype")
-    try:
-        return DTYPES[str(name).removeprefix("torch.")]
-    except KeyError:
-        raise FormatError(
-            f"dtype = {name!r} in cfg.json is not one of {', '.join(DTYPES)}"
-        ) from None
 
 
 def _normalize(config: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "s
 
 def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for anything but top-k of unnormalized inputs."""
-    if sae.selection != "topk":
+    if sae.k is None:
         raise FormatError(
             "sparsify's format has no thresholds, only k active latents per token; save with "
             "inference='topk', or as 'saelens'"
@@ -68,24 +68,12 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         d_sae = positive_int(config, "num_latents")
     else:
         d_sae = d_in * positive_int(config, "expansion_factor")
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (d_sae, d_in),
-        "encoder.bias": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-    }
-    found = take_tensors(tensors, shapes)
-    provenance = section(config, "fastsae")
-    weights = {
-        "W_enc": found["encoder.weight"].T,
-        "W_dec": found["W_dec"],
-        "b_enc": found["encoder.bias"],
-        "b_dec": found["b_dec"],
-    }
-    return build(
-        weights,
-        topk_activation(k, d_sae, provenance),
-        found["encoder.weight"].dtype,
-        "none",
-        section(provenance, "metadata"),
+    encoder = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
+    weights = take_tensors(tensors, {**encoder, "W_dec": (d_sae, d_in), "b_dec": (d_in,)})
+    weights["W_enc"], weights["b_enc"] = (
+        weights.pop("encoder.weight").T,
+        weights.pop("encoder.bias"),
     )
+    provenance = section(config, "fastsae")
+    activation = topk_activation(k, d_sae, provenance)
+    return build(weights, activation, section(provenance, "metadata"))
