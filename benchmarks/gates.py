@@ -9,7 +9,7 @@ fast by not training, and ours may not be fast by training worse.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import torch
 from measure import Shape, activations
@@ -33,41 +33,30 @@ runs hundreds of times as long, so this finds what does not train, not which tra
 (``quality.py`` compares that)."""
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 def require_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = relative_error(found, expected)
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
     assert error <= tolerance, (
         f"{what}: relative error {error:.2e}, at most {tolerance:.0e} allowed"
     )
 
 
-def unambiguous(problem: Problem, search: int = 512) -> Problem:
-    """``problem`` with a k near its own at which selection cannot depend on rounding.
+def settled(problem: Problem) -> Problem:
+    """``problem`` without what rounding alone could decide: of bf16 numbers if low, its k near its own.
 
     Of the gaps between neighbouring values around the K-th largest, the selection ends at the widest. Not
     far from K: a latent that is a token's only one reconstructs it along its own row, and its gradient is
     nothing but rounding.
     """
+    if problem.low:
+        batches = [x.bfloat16().float() for x in problem.batches]
+        problem = replace(problem, batches=batches, rounded=True)
     weights, x = Weights(problem), problem.batches[0]
     pre = reference.pre_activations(x, weights.W_dec.T, weights.b_enc, weights.b_dec)
     K = problem.shape.K
-    search = min(search, K // 4)
+    search = min(512, K // 4)
     values = pre.flatten().topk(K + search + 1).values[K - search :]
     at = K - search + 1 + int((values[:-1] - values[1:]).argmax())
-    return dataclasses.replace(
-        problem, shape=dataclasses.replace(problem.shape, k=(at + 0.5) / len(x))
-    )
-
-
-def settled(problem: Problem) -> Problem:
-    """``problem`` without what rounding alone could decide: a selection at a gap, of bf16 numbers if low."""
-    if problem.low:
-        batches = [x.bfloat16().float() for x in problem.batches]
-        problem = dataclasses.replace(problem, batches=batches, rounded=True)
-    return unambiguous(problem)
+    return replace(problem, shape=replace(problem.shape, k=(at + 0.5) / len(x)))
 
 
 @torch.no_grad()
@@ -83,7 +72,7 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
         since = since.masked_fill(problem.dead, DEAD_AFTER)
     # As given: the reference starts from rows of unit norm to the last bit.
     params = reference.Gradients(weights.W_dec.T, weights.b_enc, weights.W_dec, weights.b_dec)
-    state = dataclasses.replace(state, tokens_since_active=since, params=params)
+    state = replace(state, tokens_since_active=since, params=params)
     settings = reference.Settings(
         k=problem.shape.k, k_aux=problem.k_aux, lr=problem.lr, aux_coefficient=18.75
     )
@@ -92,11 +81,10 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
         assert expected.aux > 0, "the aux loss does not run"
     coarse = problem.low and trainer_type.coarse_selection
     tolerance = COARSE if coarse else RELATIVE[problem.precision]
-    for name, found, at in zip(("W_enc", "W_dec"), trainer.moments(), (0, 2), strict=True):
-        moment = expected.state.moments[at].m
-        require_close(
-            f"gradient of {name}", found, moment.T if name == "W_enc" else moment, tolerance
-        )
+    W_enc, _, W_dec, _ = (moment.m for moment in expected.state.moments)
+    of_W_enc, of_W_dec = trainer.moments()
+    require_close("gradient of W_enc", of_W_enc, W_enc.T, tolerance)
+    require_close("gradient of W_dec", of_W_dec, W_dec, tolerance)
     if trainer.counts is not None:
         wrong = int((trainer.counts != expected.mask.sum(0)).sum())
         assert wrong == 0, f"selection: {wrong} latents have other counts than the reference"
@@ -106,13 +94,11 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
 def check_reconstruction(trainer_type: type[Trainer], problem: Problem) -> None:
     """From equal weights the reference's reconstruction, hence its loss."""
     trainer, weights, x = trainer_type(problem), Weights(problem), problem.batches[0]
-    params = (weights.W_dec.T, weights.b_enc, weights.b_dec)
-    pre = reference.pre_activations(x, *params)
-    mask = (
-        reference.topk_mask(pre, int(problem.shape.k))
-        if trainer.per_token
-        else reference.batch_topk_mask(pre, problem.shape.K)
-    )
+    pre = reference.pre_activations(x, weights.W_dec.T, weights.b_enc, weights.b_dec)
+    if trainer.per_token:
+        mask = reference.topk_mask(pre, int(problem.shape.k))
+    else:
+        mask = reference.batch_topk_mask(pre, problem.shape.K)
     expected = reference.decode(pre * mask, weights.W_dec, weights.b_dec)
     tolerance = RECONSTRUCTION if problem.precision == "fp32" else RELATIVE["bf16"]
     require_close("reconstruction", trainer.reconstruct(x), expected, tolerance)
@@ -123,9 +109,8 @@ def trained_variance(trainer_type: type[Trainer], device: str) -> float:
     batches = activations(TRAINED, 16, device)
     trainer = trainer_type(Problem(TRAINED, batches, device, lr=TRAINED_LR))
     trainer.run(TRAINED_STEPS)
-    x = torch.cat(batches[:4])
-    parts = [trainer.reconstruct(batch) for batch in batches[:4]]
-    return float(reference.explained_variance(x, torch.cat(parts)))
+    found = torch.cat([trainer.reconstruct(batch) for batch in batches[:4]])
+    return float(reference.explained_variance(torch.cat(batches[:4]), found))
 
 
 def check(name: str, problem: Problem) -> dict[str, float]:
@@ -135,11 +120,9 @@ def check(name: str, problem: Problem) -> dict[str, float]:
         check_step(trainer_type, problem)
         return {}
     # One of our own ways rounds its operands as the reference does not.
-    check_reconstruction(
-        trainer_type, settled(problem) if issubclass(trainer_type, ours) else problem
-    )
-    found = trained_variance(trainer_type, problem.device)
-    expected = trained_variance(ours, problem.device)
+    equal = settled(problem) if issubclass(trainer_type, ours) else problem
+    check_reconstruction(trainer_type, equal)
+    found, expected = (trained_variance(each, problem.device) for each in (trainer_type, ours))
     assert abs(expected - found) <= CLOSE, (
         f"explained variance after {TRAINED_STEPS} steps: {found:.3f}, ours {expected:.3f}"
     )

@@ -30,7 +30,12 @@ def test_the_wheel_holds_two_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"fastsae", "fastsae_kernels"}
-    assert {"fastsae/py.typed", "fastsae_kernels/py.typed", "fastsae/data/stream.py"} <= set(names)
+    assert {
+        "fastsae/py.typed",
+        "fastsae_kernels/py.typed",
+        "fastsae/data/stream.py",
+        "fastsae/reporting/card.md",
+    } <= set(names)
 
 
 def test_every_public_name_is_there_and_unknown_ones_are_not() -> None:

@@ -61,9 +61,8 @@ class Problem:
         dead = None
         if dead_share:
             order = torch.randperm(shape.F, generator=torch.Generator().manual_seed(2))
-            dead = torch.zeros(shape.F, dtype=torch.bool)
-            dead[order[: round(dead_share * shape.F)]] = True
-            dead = dead.to(device)
+            dead = torch.zeros(shape.F, dtype=torch.bool, device=device)
+            dead[order[: round(dead_share * shape.F)].to(device)] = True
         return cls(shape, activations(shape, BATCHES, device), device, precision, dead)
 
     @property
@@ -149,13 +148,14 @@ class Trainer(ABC):
 
     def run(self, steps: int) -> None:
         """Train for ``steps`` more steps."""
-        self.mark_dead()
+        if self.problem.dead is not None:
+            self.mark_dead(self.problem.dead)
         self.train(islice(self._cycle, steps), steps)
 
     @abstractmethod
     def train(self, batches: Iterator[Tensor], steps: int) -> None: ...
 
-    def mark_dead(self) -> None:  # noqa: B027
+    def mark_dead(self, dead: Tensor) -> None:  # noqa: B027
         """Tell the trainer which latents are dead, again: some may have been active since."""
 
     @abstractmethod

@@ -28,9 +28,8 @@ class DictionaryLearning(Trainer):
         for _ in range(self.trainer.warmup_steps):
             self.trainer.scheduler.step()
 
-    def mark_dead(self) -> None:
-        if self.problem.dead is not None:
-            self.trainer.num_tokens_since_fired[self.problem.dead] = DEAD_AFTER
+    def mark_dead(self, dead: Tensor) -> None:
+        self.trainer.num_tokens_since_fired[dead] = DEAD_AFTER
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         with self.problem.autocast():
@@ -45,11 +44,12 @@ class DictionaryLearning(Trainer):
 
     @classmethod
     def train_sae(cls, problem: Problem, normalize_activations: bool = False) -> fastsae.SAE:
+        """Changes the problem's batches where it normalizes them."""
         from dictionary_learning.training import trainSAE
 
         with quiet(), tempfile.TemporaryDirectory() as directory:
             trainSAE(
-                data=_Clones(problem.batches), steps=problem.steps, save_dir=directory,
+                data=problem.batches, steps=problem.steps, save_dir=directory,
                 trainer_configs=[{"trainer": new_trainer, "problem": problem}], device="cpu",
                 normalize_activations=normalize_activations,
             )  # fmt: skip
@@ -68,13 +68,3 @@ def new_trainer(problem: Problem) -> Any:
     )  # fmt: skip
     trainer.dead_feature_threshold = problem.dead_after
     return trainer
-
-
-class _Clones:
-    """Batches that may be read several times and changed in place, as trainSAE does."""
-
-    def __init__(self, batches: list[Tensor]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (batch.clone() for batch in self._batches)

@@ -47,19 +47,14 @@ class Llamascopium(Trainer):
 
             def with_dead_latents(sae) -> None:
                 initialize(sae)
-                assert trainer.tokens_since_last_activation is not None
                 trainer.tokens_since_last_activation[dead] = DEAD_AFTER
                 trainer.is_dead = dead.clone()
 
             trainer._initialize_dead_statistics = with_dead_latents
-        given = [
-            {
-                "x": x,
-                "tokens": torch.zeros(len(x), dtype=torch.long, device=x.device),
-                "mask": torch.ones(len(x), dtype=torch.bool, device=x.device),
-            }
-            for x in batches
-        ]
+        given = []
+        for x in batches:
+            tokens = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            given.append({"x": x, "tokens": tokens, "mask": tokens == 0})
         with quiet():
             trainer.fit(self.sae, given)
 

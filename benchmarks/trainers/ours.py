@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -32,9 +31,8 @@ class Fastsae(Trainer):
         weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
         self.step = UPDATES[config.step](sae, config)
 
-    def mark_dead(self) -> None:
-        if self.problem.dead is not None:
-            self.step.tokens_since_active.masked_fill_(self.problem.dead, DEAD_AFTER)
+    def mark_dead(self, dead: Tensor) -> None:
+        self.step.tokens_since_active.masked_fill_(dead, DEAD_AFTER)
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         for x in batches:
@@ -61,26 +59,18 @@ class Fastsae(Trainer):
     @classmethod
     def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
         # Imported here: a step needs neither the language model's packages nor the text's.
-        from .text import open_stream
+        from .text import Timed, open_stream
 
         config = dataclasses.replace(config, **cls.settings)
-        stream, waiting = open_stream(config), 0.0
-        next_batch, before = stream.next_batch, stream.seconds  # held-out rows are not trained on
-
-        def timed() -> Any:
-            nonlocal waiting
-            start = time.perf_counter()
-            batches = next_batch()
-            waiting += time.perf_counter() - start
-            return batches
-
-        stream.next_batch = timed
-        start = time.perf_counter()
-        (sae,) = fastsae.Trainer(config, stream).fit()
-        total = time.perf_counter() - start
+        stream = open_stream(config)
+        before = stream.seconds  # held-out rows are not trained on
+        waiting = stream.next_batch = Timed(stream.next_batch)
+        fit = Timed(lambda: fastsae.Trainer(config, stream).fit())
+        (sae,) = fit()
         stages = {stage: seconds - before[stage] for stage, seconds in stream.seconds.items()}
-        stages |= {"mix": waiting - sum(stages.values()), "step": total - waiting}
-        return Trained(stages | {"total": total}, lambda x: sae(x, inference="batch"))
+        mixing = waiting.seconds - sum(stages.values())
+        stages |= {"mix": mixing, "step": fit.seconds - waiting.seconds, "total": fit.seconds}
+        return Trained(stages, lambda x: sae(x, inference="batch"))
 
 
 class Autograd(Fastsae):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,13 +48,10 @@ class Dense(Trainer):
         self.parameters = [p.clone().requires_grad_() for p in start]
         self.adam = torch.optim.Adam(self.parameters, lr=self.problem.lr, fused=True)
         self.since = torch.zeros_like(weights.b_enc, dtype=torch.int64)
-        self.objective: Callable = (
-            torch.compile(dense_objective) if self.compiled else dense_objective
-        )
+        self.objective = torch.compile(dense_objective) if self.compiled else dense_objective
 
-    def mark_dead(self) -> None:
-        if self.problem.dead is not None:
-            self.since.masked_fill_(self.problem.dead, DEAD_AFTER)
+    def mark_dead(self, dead: Tensor) -> None:
+        self.since.masked_fill_(dead, DEAD_AFTER)
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         for x in batches:
@@ -68,9 +65,7 @@ class Dense(Trainer):
         objective.backward()
         with torch.no_grad():
             W_dec = self.parameters[1]
-            assert W_dec.grad is not None
-            along = (W_dec.grad * W_dec).sum(1, keepdim=True)
-            W_dec.grad -= along * W_dec
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
             self.adam.step()
             self.adam.zero_grad()
             W_dec /= W_dec.norm(dim=1, keepdim=True)
@@ -85,8 +80,8 @@ class Dense(Trainer):
         return reference.decode(pre * mask, W_dec, b_dec)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        first, second = (self.adam.state[p]["exp_avg"] for p in self.parameters[:2])
-        return first, second
+        W_enc, W_dec, *_ = (self.adam.state[p]["exp_avg"] for p in self.parameters)
+        return W_enc, W_dec
 
 
 class Compiled(Dense):

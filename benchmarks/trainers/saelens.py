@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -29,9 +28,8 @@ class SAELens(Trainer):
         sae = self.trainer.sae
         weights.copy_to(sae.W_dec, sae.W_enc, sae.b_enc, sae.b_dec)
 
-    def mark_dead(self) -> None:
-        if self.problem.dead is not None:
-            self.trainer.n_forward_passes_since_fired[self.problem.dead] = DEAD_AFTER
+    def mark_dead(self, dead: Tensor) -> None:
+        self.trainer.n_forward_passes_since_fired[dead] = DEAD_AFTER
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         self.trainer.data_provider = batches
@@ -55,25 +53,20 @@ class SAELens(Trainer):
     @classmethod
     def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
         """Its runner as a user starts it, without evaluations, logging and saving."""
+        import sae_lens
         from datasets import Dataset
-        from sae_lens import (
-            BatchTopKTrainingSAEConfig,
-            LanguageModelSAERunnerConfig,
-            LanguageModelSAETrainingRunner,
-            LoggingConfig,
-        )
         from sae_lens.load_model import HookedProxyLM
 
-        from .text import documents, language_model
+        from .text import Timed, documents, language_model
 
         model, tokenizer, d_in = language_model(config)
         hook = f"model.layers.{config.layer}"
         with quiet():
-            sae_config = BatchTopKTrainingSAEConfig(
+            sae_config = sae_lens.BatchTopKTrainingSAEConfig(
                 d_in=d_in, d_sae=config.resolve_d_sae(d_in), k=config.k
             )
-            runner = LanguageModelSAETrainingRunner(
-                LanguageModelSAERunnerConfig(
+            runner = sae_lens.LanguageModelSAETrainingRunner(
+                sae_lens.LanguageModelSAERunnerConfig(
                     sae=sae_config, model_name=config.model, hook_name=hook,
                     model_class_name="AutoModelForCausalLM", dataset_path="text",
                     is_dataset_tokenized=False, streaming=False, context_size=config.context_length,
@@ -81,29 +74,18 @@ class SAELens(Trainer):
                     n_batches_in_buffer=config.pool_tokens // config.context_length,
                     train_batch_size_tokens=config.batch_size, training_tokens=config.tokens,
                     lr=config.lr, exclude_special_tokens=True, device="cpu", verbose=False,
-                    logger=LoggingConfig(log_to_wandb=False), n_checkpoints=0, checkpoint_path=None,
+                    logger=sae_lens.LoggingConfig(log_to_wandb=False), n_checkpoints=0, checkpoint_path=None,
                     output_path=None,
                 ),
                 override_dataset=Dataset.from_dict({"text": documents(config)}),
                 override_model=HookedProxyLM(model, tokenizer, [hook]),
             )  # fmt: skip
-            store, waiting = runner.activations_store, 0.0
-            loader = store.get_data_loader()
-
-            def timed() -> Iterator[Tensor]:
-                nonlocal waiting
-                while True:
-                    start = time.perf_counter()
-                    batch = next(loader)
-                    waiting += time.perf_counter() - start
-                    yield batch
-
-            store._dataloader = timed()
-            start = time.perf_counter()
-            sae = runner.run()
-            total = time.perf_counter() - start
-        stages = {"tokenise, harvest, mix": waiting, "step": total - waiting, "total": total}
-        return Trained(stages, sae.train())
+            store, run = runner.activations_store, Timed(runner.run)
+            waiting = Timed(store.get_data_loader().__next__)
+            store._dataloader = (waiting() for _ in count())
+            sae = run()
+        stages = {"tokenise, harvest, mix": waiting.seconds, "step": run.seconds - waiting.seconds}
+        return Trained(stages | {"total": run.seconds}, sae.train())
 
 
 def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) -> Any:

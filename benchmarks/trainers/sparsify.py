@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +23,18 @@ class Sparsify(Trainer):
     per_token = True
 
     def prepare(self, weights: Weights) -> None:
-        _choose_kernels(self.problem.device)
+        s, batches = self.problem.shape, self.problem.batches
         with quiet():
-            from sparsify import SparseCoderConfig, TrainConfig, Trainer
-
-            s = self.problem.shape
-            config = TrainConfig(
-                SparseCoderConfig(num_latents=s.F, k=int(s.k)), batch_size=1, hookpoints=["layer"],
+            self.trainer = new_trainer(
+                _Rows(0, 1, s.B, len(batches)), _Replay(torch.cat(batches)), s.F, s.k,
+                batch_size=1, hookpoints=["layer"], dead_feature_threshold=DEAD_AFTER - 1,
                 auxk_alpha=0.0 if self.problem.dead is None else AUX,
-                dead_feature_threshold=DEAD_AFTER - 1, log_to_wandb=False, save_every=10**9,
             )  # fmt: skip
-            model = _Replay(torch.cat(self.problem.batches))
-            self.trainer = Trainer(config, _Rows(0, 1, s.B, len(self.problem.batches)), model)
-        self.trainer.save = lambda: None  # what it writes when a run ends is no part of a step
         self.sae = sae = self.trainer.saes["layer"]
         weights.copy_to(sae.W_dec, sae.encoder.weight.T, sae.encoder.bias, sae.b_dec)
 
-    def mark_dead(self) -> None:
-        if self.problem.dead is not None:
-            self.trainer.num_tokens_since_fired["layer"][self.problem.dead] = DEAD_AFTER
+    def mark_dead(self, dead: Tensor) -> None:
+        self.trainer.num_tokens_since_fired["layer"][dead] = DEAD_AFTER
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         s, done = self.problem.shape, self.trainer.global_step
@@ -59,7 +53,6 @@ class Sparsify(Trainer):
 
         from .text import documents, language_model
 
-        _choose_kernels("cpu")
         model, tokenizer, d_in = language_model(config)
         texts, context = documents(config), config.context_length
         start = time.perf_counter()
@@ -73,18 +66,12 @@ class Sparsify(Trainer):
             raise ValueError(f"the text has {len(ids):,} tokens, fewer than {config.tokens:,}")
         tokenised = time.perf_counter()
         with quiet():
-            from sparsify import SparseCoderConfig, Trainer
-            from sparsify import TrainConfig as SparsifyConfig
-
-            settings = SparsifyConfig(
-                SparseCoderConfig(num_latents=config.resolve_d_sae(d_in), k=int(config.k)),
-                batch_size=max(1, config.batch_size // context), layers=[config.layer],
-                log_to_wandb=False, save_every=10**9,
-            )  # fmt: skip
             packed = torch.tensor(ids[: rows * context]).view(rows, context)
-            dataset = Dataset.from_dict({"input_ids": packed}).with_format("torch")
-            trainer = Trainer(settings, dataset, model)
-            trainer.save = lambda: None
+            trainer = new_trainer(
+                Dataset.from_dict({"input_ids": packed}).with_format("torch"), model,
+                config.resolve_d_sae(d_in), config.k,
+                batch_size=max(1, config.batch_size // context), layers=[config.layer],
+            )  # fmt: skip
             trainer.fit()
         end = time.perf_counter()
         (sae,) = trainer.saes.values()
@@ -92,9 +79,17 @@ class Sparsify(Trainer):
         return Trained(stages | {"total": end - start}, lambda x: sae(x).sae_out)
 
 
-def _choose_kernels(device: str) -> None:
-    if not device.startswith("cuda"):
+def new_trainer(dataset: Any, model: Any, latents: int, k: float, **settings: Any) -> Any:
+    """A ``Trainer`` that writes nothing; ``settings``: fields of its ``TrainConfig``."""
+    if model.device.type != "cuda":
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels fail without a GPU
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+
+    coder = SparseCoderConfig(num_latents=latents, k=int(k))
+    config = TrainConfig(coder, log_to_wandb=False, save_every=10**9, **settings)
+    trainer = Trainer(config, dataset, model)
+    trainer.save = lambda: None  # what it writes when a run ends is no part of a step
+    return trainer
 
 
 class _Replay(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,21 +13,25 @@ from fastsae.data.opening import open_text
 from fastsae.data.stream import open_stream
 from fastsae.lm.loading import load_pretrained
 
-__all__ = ["documents", "held_out", "language_model", "open_stream"]
+__all__ = ["Timed", "documents", "held_out", "language_model", "open_stream"]
+
+
+class Timed:
+    """A call that adds up the ``seconds`` it takes."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.seconds = call, 0.0
+
+    def __call__(self) -> Any:
+        start = time.perf_counter()
+        found = self.call()
+        self.seconds += time.perf_counter() - start
+        return found
 
 
 def documents(config: TrainConfig) -> list[str]:
     """The whole text, in the order in which fastsae reads it."""
-    return list(
-        open_text(
-            config.text_files,
-            config.dataset,
-            config.dataset_config,
-            config.dataset_split,
-            text_column=config.text_column,
-            seed=config.resolved_stream_seed,
-        )
-    )
+    return list(open_text(config.text_files, config.dataset, seed=config.resolved_stream_seed))
 
 
 def language_model(config: TrainConfig) -> tuple[Any, Any, int]:

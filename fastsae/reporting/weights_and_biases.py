@@ -71,7 +71,8 @@ class WandbRun:
 
     def close(self, summary: dict[str, Any], *, failed: bool) -> None:
         """End the run on the service, after what was logged and with its final numbers."""
-        patience = HURRIED_SECONDS if failed or WandbRun._hung else PATIENCE_SECONDS
+        hurried = failed or WandbRun._hung
+        patience = min(PATIENCE_SECONDS, HURRIED_SECONDS) if hurried else PATIENCE_SECONDS
         deadline = time.monotonic() + patience
         self._connecting.join(patience)
         self._send()

@@ -282,11 +282,10 @@ def _select(Z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values, columns, counts = [], [], [Z.new_zeros(1, dtype=torch.int64)]
     for block in Z.split(TOKENS_PER_SELECTION):
         block = torch.where(block > 0, block, 0)  # NaN is not
-        keep = keep_largest(block, k, positive=True)
-        row, column = keep.nonzero(as_tuple=True)
+        row, column = keep_largest(block, k, positive=True).nonzero(as_tuple=True)
         values.append(block[row, column])
         columns.append(column.int())
-        counts.append(keep.sum(1))
+        counts.append(row.bincount(minlength=len(block)))
     return torch.cat(values), torch.cat(columns), torch.cat(counts).cumsum(0).int()
 
 

@@ -139,7 +139,7 @@ def test_the_gate_refuses_wrong_steps(load, problem):
                 self.counts = self.step(x * 1.001).counts
 
     class WithoutAux(dense):
-        def mark_dead(self):
+        def mark_dead(self, dead):
             pass
 
     for wrong in (Unprojected, Skipping, WithoutAux):

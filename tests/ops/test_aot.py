@@ -40,6 +40,8 @@ defined = {
     if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
 }
 covered = {case.kernel.__name__ for case in all_cases()}
+assert covered == {case.kernel.__name__ for case in all_cases() if case.representative}
+assert len({case.label for case in all_cases()}) == len(all_cases())
 assert defined == covered, defined ^ covered
 """
     result = run("-c", code)
@@ -56,7 +58,7 @@ import compile as aot
 by_label = {case.label: case for case in aot.all_cases()}
 def faults(case, capability=80):
     return "; ".join(aot.check(case, capability).faults)
-plain = by_label["group_max fp32"]
+plain = by_label["group max fp32"]
 assert faults(plain) == "", faults(plain)
 assert "no 128-bit load" in faults(replace(plain, divisible=()))
 assert "no mma.sync" in faults(replace(plain, matrix=True))
@@ -65,7 +67,7 @@ gemm = by_label["encode descriptors bf16"]
 blocks = dict(gemm.constexprs) | {"BLOCK_F": 256, "BLOCK_D": 64}
 deep = faults(replace(gemm, num_stages=6), 90)
 assert "shared memory" in deep, deep
-narrow = by_label["batch_topk emit fp32"]
+narrow = by_label["batch emit fp32"]
 crowded = faults(replace(narrow, num_warps=1, constexprs={"GROUP": 32, "BLOCK": 128}))
 assert "spills" in crowded, crowded
 """

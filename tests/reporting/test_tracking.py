@@ -288,9 +288,14 @@ PROGRAM = textwrap.dedent("""
         for batch in t.batches():
             time.sleep({pause})
             yield batch
-    started = time.monotonic()
+    waited, close = [], t.WandbRun.close
+    def timed(*arguments, **options):
+        started = time.monotonic()
+        close(*arguments, **options)
+        waited.append(time.monotonic() - started)
+    t.WandbRun.close = timed
     fastsae.Trainer(fastsae.Sweep(config, ks=(2, 4)), slowly()).fit()
-    print(time.monotonic() - started)
+    print(len(waited), max(waited))
 """)
 
 
@@ -365,7 +370,9 @@ def test_the_service_goes_away_during_the_run(tmp_path: Path) -> None:
         printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "not finished within 2 s" in errors and "is sent by\n  wandb sync " in errors
-    assert float(printed.split()[-1]) < 30
+    # Two ends, each of which may wait for 2 s; what the training itself takes depends on the machine.
+    ends, longest = printed.split()[-2:]
+    assert int(ends) == 2 and float(longest) < 5
     for run in tmp_path.iterdir():
         assert len(read_metrics(run)) == 10
         assert json.loads((run / "summary.json").read_text())["tokens_seen"] == 640

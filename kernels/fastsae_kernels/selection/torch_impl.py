@@ -35,7 +35,7 @@ def keep_largest(rows: Tensor, k: int, *, positive: bool = False) -> Tensor:
         return rows > 0 if positive else torch.ones_like(rows, dtype=torch.bool)
     kth = rows.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     keep = (rows >= kth) & (rows > 0) if positive else rows >= kth
-    if (keep.sum(-1) > k).any():
+    if (keep.sum(-1, dtype=torch.int32) > k).any():
         above, equal = keep & (rows > kth), keep & (rows == kth)
         quota = k - above.sum(-1, keepdim=True, dtype=torch.int32)
         keep = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= quota))
