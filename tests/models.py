@@ -164,4 +164,4 @@ def family(name: str) -> str:
     special = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     torch.manual_seed(3)
     config = getattr(transformers, config_class)(**special, **options)
-    return _save(transformers.AutoModelForCausalLM.from_config(config), name)
+    return _save(transformers.AutoModelForCausalLM.from_config(config), f"family-{name}")

@@ -185,7 +185,10 @@ class TestRefused:
     def test_other_text(self, text: str, folder: Path, tmp_path: Path) -> None:
         other = tmp_path / "prose.txt"
         other.write_text("Other words. " * 1000)
-        with pytest.raises(StreamError, match=r"text_files: .*'prose.txt': '[\d,]+ bytes, sha256 \w+'.* in the cache"):
+        with pytest.raises(
+            StreamError,
+            match=r"text_files: .*'prose.txt': '[\d,]+ bytes, sha256 \w+'.* in the cache",
+        ):
             open_stream(config(str(other), folder))
 
     def test_a_shard_that_is_cut_off_is_found_at_once(self, text: str, folder: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from small_saes import small_sae
 from transformers import AutoModelForCausalLM
 
-import fastsae
 from fastsae import ConfigError, HeldOutText, StreamError, TrainConfig, Trainer
+from fastsae.cli import main
 from fastsae.evaluation.contrast import pool
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.lm.hooked import CutModel, SplicedModel, layer_of
@@ -114,17 +114,35 @@ def test_what_trains_has_a_report_and_can_be_evaluated(family: str, tmp_path: Pa
     (tmp_path / "a.txt").write_text(
         "\n\n".join(f"Line {i} of a text with words." for i in range(900))
     )
-    config = TrainConfig(
-        model=models.family(family), layer=1, quantization="none", context_length=64,
-        text_files=(str(tmp_path / "a.txt"),), k=4, d_sae=128, tokens=4096, batch_size=512,
-        pool_tokens=4096, eval_tokens=1024, out=str(tmp_path), name="run", wandb="disabled",
-    )  # fmt: skip
-    Trainer(config).fit()
+    text = ["--text-files", str(tmp_path / "a.txt")]
+    sizes = {
+        "layer": 1,
+        "context-length": 64,
+        "k": 4,
+        "d-sae": 128,
+        "tokens": 4096,
+        "batch-size": 512,
+    }
+    sizes |= {"pool-tokens": 4096, "eval-tokens": 1024}
+    flags = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    others = [
+        "--quantization",
+        "none",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--wandb",
+        "disabled",
+    ]
+    assert main(["train", "--model", models.family(family), *text, *flags, *others]) == 0
+    run = str(tmp_path / "run")
     assert json.loads((tmp_path / "run/summary.json").read_text())["report"] == "report.html"
-    sae = fastsae.load(tmp_path / "run")
-    model = SplicedModel.load(sae.metadata["model_name"], layer_of(sae.hook_name))
-    found = evaluate(sae, text_of(model), model=model)
-    assert found["topk"].explained_variance > -1 and found.losses
+    assert main(["evaluate", run]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    assert main(["evaluate", run, *text, "--tokens", "500", "--out", str(elsewhere)]) == 0
+    found = json.loads((elsewhere / "evaluation.json").read_text())
+    assert found["losses"]["clean"] and (elsewhere / "report.html").is_file()
 
 
 def test_tokens_without_an_embedding_are_refused():
