@@ -49,12 +49,8 @@ class ContrastOptions:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """The command. Raises FastsaeError."""
-    run(parse(ContrastOptions, arguments, prog, __doc__))
-
-
-def run(options: ContrastOptions) -> None:
-    """Compare, print the table, and write what there is to write."""
+    """Compare, print the table, and write what there is to write. Raises FastsaeError."""
+    options = parse(ContrastOptions, arguments, prog, __doc__)
     from ..data.text_files import open_files
     from ..evaluation.contrast import check, contrast, describe, pool, summary
     from ..evaluation.evaluate import evaluate
@@ -63,20 +59,18 @@ def run(options: ContrastOptions) -> None:
     from ..reporting.dashboard.write import Collector, write_report_page
 
     folder = output_folder(options.out, options.sae.source)
-    texts = [
-        list(
-            islice(
-                open_files(files, text_column=options.text_column, seed=options.seed),
-                options.documents,
-            )
-        )
-        for files in (options.positive, options.negative)
-    ]
+    texts: list[list[str]] = []
+    for files in (options.positive, options.negative):
+        source = open_files(files, text_column=options.text_column, seed=options.seed)
+        texts.append(list(islice(source, options.documents)))
     check(options.fdr, options.probe_latents, *map(len, texts))
     sae = options.sae.load()
-    context, outliers = options.sae.context(sae), options.sae.outliers(sae)
+    context, outliers, rows = (
+        options.sae.context(sae),
+        options.sae.outliers(sae),
+        options.sae.batch_rows,
+    )
     model = options.sae.load_model(sae)
-    rows = options.sae.batch_rows
     positive, negative = (pool(sae, model, side, context, rows, outliers) for side in texts)
     result = contrast(positive, negative, options.fdr, options.probe_latents, options.seed)
     print(describe(result))  # noqa: T201
@@ -85,7 +79,7 @@ def run(options: ContrastOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "contrast.json"
     write_json(path, result)
-    both = list(chain(*texts))
+    both = chain(*texts)
     text = HeldOutText.tokenize(both, model.tokenizer, context, name="both sets of texts")
     collector = Collector(sae.d_sae, sae.W_dec.device)
     evaluation = evaluate(
