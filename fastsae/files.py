@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -152,7 +151,7 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def existing_ancestor(path: Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 def require_writable(directory: Path, option: str = "--out") -> None:
@@ -163,13 +162,14 @@ def require_writable(directory: Path, option: str = "--out") -> None:
     ancestor = existing_ancestor(directory)
     probe = ancestor / f".fastsae-{os.getpid()}"
     try:
-        if not ancestor.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{ancestor} is a file")
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
+        reason = f"{error.strerror or error} in {ancestor}"
+        if not ancestor.is_dir():
+            reason = f"{ancestor} is a file"
         raise ConfigError(
-            f"cannot write to {directory}: {error.strerror or error}. Choose another folder with {option}"
+            f"cannot write to {directory}: {reason}. Choose another folder with {option}"
         ) from error
 
 

@@ -21,6 +21,13 @@ COMMANDS = {
     "compare": "compare runs, finished or running",
     "plan": "count the memory of a run, and predict its time from a machine's rates",
 }
+HELP = """usage: fastsae COMMAND ...
+
+Exact, fast training of BatchTopK sparse autoencoders.
+
+{}
+
+fastsae COMMAND --help lists its flags; fastsae --version says the version."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -42,19 +49,22 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(given, prog)
+        return 0
     except FastsaeError as error:
-        return _end(f"error: {error}", 2)
+        said, code = f"error: {error}", 2
     except Interrupted as interruption:
-        return _end(str(interruption), 128 + interruption.signal)
+        said, code = interruption, 128 + interruption.signal
     except KeyboardInterrupt:
-        return _end("interrupted", 130)
-    return 0
+        said, code = "interrupted", 130
+    print(said, file=sys.stderr)  # noqa: T201
+    return code
 
 
 def _run(arguments: list[str], prog: str | None) -> None:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(_help())  # noqa: T201
+        commands = (f"  {command:10}{what}" for command, what in COMMANDS.items())
+        print(HELP.format("\n".join(commands)))  # noqa: T201
     elif name == "--version":
         print(f"fastsae {__version__}")  # noqa: T201
     elif name in COMMANDS:
@@ -64,20 +74,3 @@ def _run(arguments: list[str], prog: str | None) -> None:
         raise ConfigError(
             f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
         )
-
-
-def _help() -> str:
-    return "\n".join([
-        "usage: fastsae COMMAND ...",
-        "",
-        "Exact, fast training of BatchTopK sparse autoencoders.",
-        "",
-        *(f"  {name:10}{what}" for name, what in COMMANDS.items()),
-        "",
-        "fastsae COMMAND --help lists its flags; fastsae --version says the version.",
-    ])  # fmt: skip
-
-
-def _end(said: str, code: int) -> int:
-    print(said, file=sys.stderr)  # noqa: T201
-    return code

@@ -35,12 +35,8 @@ class CompareOptions:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """The command. Raises FastsaeError."""
-    run(parse(CompareOptions, arguments, prog, __doc__))
-
-
-def run(options: CompareOptions) -> None:
-    """Print a table of the runs, and draw them."""
+    """Print a table of the runs, and draw them. Raises FastsaeError."""
+    options = parse(CompareOptions, arguments, prog, __doc__)
     from ..reporting.compare import find_runs, plot, read_run, table
 
     folders = find_runs(options.runs)

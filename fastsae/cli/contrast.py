@@ -51,12 +51,8 @@ class ContrastOptions:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """The command. Raises FastsaeError."""
-    run(parse(ContrastOptions, arguments, prog, __doc__))
-
-
-def run(options: ContrastOptions) -> None:
-    """Compare, print the table, and write what there is to write."""
+    """Compare, print the table, and write what there is to write. Raises FastsaeError."""
+    options = parse(ContrastOptions, arguments, prog, __doc__)
     from ..data.text_files import open_files
     from ..evaluation.contrast import check, contrast, describe, pool, summary
     from ..evaluation.evaluate import evaluate
@@ -65,25 +61,23 @@ def run(options: ContrastOptions) -> None:
     from ..reporting.dashboard.write import Collector, write_report_page
 
     folder = output_folder(options.out, options.sae.source)
-    texts = [
-        list(
-            islice(
-                open_files(
-                    files,
-                    text_column=options.text_column,
-                    seed=options.seed,
-                    skip_bad_lines=options.skip_bad_lines,
-                ),
-                options.documents,
-            )
+    texts: list[list[str]] = []
+    for files in (options.positive, options.negative):
+        source = open_files(
+            files,
+            text_column=options.text_column,
+            seed=options.seed,
+            skip_bad_lines=options.skip_bad_lines,
         )
-        for files in (options.positive, options.negative)
-    ]
-    check(options.fdr, options.probe_latents, len(texts[0]), len(texts[1]))
+        texts.append(list(islice(source, options.documents)))
+    check(options.fdr, options.probe_latents, *map(len, texts))
     sae = options.sae.load()
-    context, outliers = options.sae.context(sae), options.sae.outliers(sae)
+    context, outliers, rows = (
+        options.sae.context(sae),
+        options.sae.outliers(sae),
+        options.sae.batch_rows,
+    )
     model = options.sae.load_model(sae)
-    rows = options.sae.batch_rows
     positive, negative = (
         pool(sae, model, side, context, rows, outliers, options.skip_bad_lines) for side in texts
     )
@@ -94,9 +88,8 @@ def run(options: ContrastOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "contrast.json"
     write_json(path, result)
-    both = list(chain(*texts))
     text = HeldOutText.tokenize(
-        both,
+        chain(*texts),
         model.tokenizer,
         context,
         name="both sets of texts",

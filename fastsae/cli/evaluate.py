@@ -43,12 +43,8 @@ class EvaluateOptions:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """The command. Raises FastsaeError."""
-    run(parse(EvaluateOptions, arguments, prog, __doc__))
-
-
-def run(options: EvaluateOptions) -> None:
-    """Evaluate, print the table, and write what there is to write."""
+    """Evaluate, print the table, and write what there is to write. Raises FastsaeError."""
+    options = parse(EvaluateOptions, arguments, prog, __doc__)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.table import describe
     from ..files import write_json
@@ -59,9 +55,9 @@ def run(options: EvaluateOptions) -> None:
 
     folder = output_folder(options.out, options.sae.source)
     finished = None
-    if (Path(options.sae.source) / RUN).is_file():
-        finished = RunFolder.read(Path(options.sae.source))
-        device = options.sae.device
+    source, device = Path(options.sae.source), options.sae.device
+    if (source / RUN).is_file():
+        finished = RunFolder.read(source)
         if options == EvaluateOptions(SaeFlags(options.sae.source, device=device), TextFlags()):
             evaluation = report_run(finished, device=None if device == "auto" else device)
             if evaluation is not None:
@@ -76,29 +72,23 @@ def run(options: EvaluateOptions) -> None:
     if isinstance(own, HeldOutText):
         text, model = own, options.sae.load_model(sae)
     else:
-        source = options.text.open(preset)
+        texts = options.text.open(preset)
         model = options.sae.load_model(sae)
         tokens = options.tokens or preset.eval_tokens
         text = HeldOutText.tokenize(
-            source,
+            texts,
             model.tokenizer,
             context,
             tokens,
-            source.name,
+            texts.name,
             prepend_bos=sae.metadata.get("prepend_bos") is not False,
             skip_bad_lines=options.text.skip_bad_lines,
         )
     observers = [Collector(sae.d_sae, sae.W_dec.device)] if options.report and folder else []
     result = evaluate(
-        sae,
-        text,
-        options.modes or None,
-        model=model,
-        losses=options.losses,
-        rows=options.sae.batch_rows,
-        outlier_norm=outliers,
-        observers=observers,
-    )
+        sae, text, options.modes or None, model=model, losses=options.losses, rows=options.sae.batch_rows,
+        outlier_norm=outliers, observers=observers,
+    )  # fmt: skip
     print(describe(result))  # noqa: T201
     if folder is None:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,11 +69,12 @@ class SaeFlags:
         """The language model, on the SAE's device. Raises ConfigError or StreamError."""
         from ..lm.hooked import SplicedModel, layer_of
 
+        name = self.model_name(sae)
         layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
         own = self.model in (None, sae.metadata.get("model_name"))
         return SplicedModel.load(
-            self.model_name(sae),
+            name,
             layer,
             quantization=quantization,
             device=sae.W_dec.device,
@@ -120,11 +120,13 @@ class TextFlags:
         """The text, by default that of ``preset``. Raises ConfigError or StreamError."""
         from ..data.opening import open_text
 
-        config = preset.dataset_config if self.dataset is None else None
+        dataset, config = self.dataset or preset.dataset, self.dataset_config
+        if self.dataset is None:
+            config = config or preset.dataset_config
         return open_text(
             self.text_files,
-            self.dataset or preset.dataset,
-            self.dataset_config or config,
+            dataset,
+            config,
             self.dataset_split,
             dataset_revision=self.dataset_revision,
             text_column=self.text_column,
@@ -139,17 +141,12 @@ def output_folder(out: str | None, source: str) -> Path | None:
     It is created when there are results; whether it can be written is checked now, before the work.
     Raises ConfigError if it cannot.
     """
+    from ..files import require_writable
+
     folder = Path(source if out is None else out).expanduser()
     if out is None and not folder.is_dir():
         return None
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    reason = None
-    if not there.is_dir():
-        reason = f"{there} is a file" if there != folder else "it is a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        reason = "it is not writable" if there == folder else f"{there} is not writable"
-    if reason:
-        raise ConfigError(f"cannot write to {folder}: {reason}; choose another folder with --out")
+    require_writable(folder)
     return folder
 
 
@@ -158,25 +155,20 @@ def parse(
     arguments: Sequence[str],
     prog: str,
     description: str | None,
-    default: Options | None = None,
+    **default: Any,
 ) -> Options:
-    """The ``options`` that ``arguments`` ask for, on top of ``default``.
+    """The ``options`` that ``arguments`` ask for, on top of a ``default=``, if there is one.
 
     Raises:
         ConfigError: an unknown flag, a missing argument, or an impossible value.
         SystemExit: ``--help`` (0).
     """
-    start: dict[str, Any] = {} if default is None else {"default": default}
+    flat = (tyro.conf.OmitArgPrefixes,)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(
-                options,
-                prog=prog,
-                description=description,
-                args=arguments,
-                config=(tyro.conf.OmitArgPrefixes,),
-                **start,
+                options, prog=prog, description=description, args=arguments, config=flat, **default
             )
     except SystemExit as end:
         if not end.code:

@@ -72,17 +72,15 @@ class PlanOptions:
             raise ConfigError(f"model_gib must be at least 0, got {self.model_gib:g}")
         if not 0 <= self.dead_share <= 1:
             raise ConfigError(f"dead_share is a share of the latents, got {self.dead_share:g}")
+        missing = None
         if (self.tflops is None) != (self.bandwidth is None):
-            raise ConfigError(
-                "a step is predicted from two rates; give both --tflops and --bandwidth"
-            )
-        if self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
-            raise ConfigError(
+            missing = "a step is predicted from two rates; give both --tflops and --bandwidth"
+        elif self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
+            missing = (
                 "a run's time and price follow from a step's; give --tflops and --bandwidth too"
             )
-
-
-# --- memory -------------------------------------------------------------------------------------
+        if missing:
+            raise ConfigError(missing)
 
 
 def state_bytes(D: int, F: int, *, copy: bool = True, quantized: bool = False) -> int:
@@ -114,29 +112,21 @@ def step_bytes(B: int, D: int, F: int, k: float, *, dead: int = 0) -> int:
 
 
 def run_bytes(
-    B: int,
-    D: int,
-    F: int,
-    k: float,
-    *,
-    pool_tokens: int,
-    dead_share: float = 0.0,
-    copy: bool = True,
-    quantized: bool = False,
+    B: int, D: int, F: int, k: float, *, pool_tokens: int, dead_share: float = 0.0, **kept: bool
 ) -> int:
-    """Bytes of a whole run beside the language model: state, step, and two pools of 16-bit activations."""
+    """Bytes of a whole run beside the language model: state, step, and two pools of 16-bit activations.
+
+    ``kept`` are the options of :func:`state_bytes`.
+    """
     pools = 2 * pool_tokens * D * 2
     step = step_bytes(B, D, F, k, dead=round(dead_share * F))
-    return state_bytes(D, F, copy=copy, quantized=quantized) + step + pools
+    return state_bytes(D, F, **kept) + step + pools
 
 
 def largest_F(gib: float, B: int, D: int, k: float, **options) -> int:
     """The largest multiple of 1024 latents whose run takes at most ``gib`` GiB; 0 if none does."""
     need = lambda thousands: run_bytes(B, D, thousands * 1024, k, **options)
     return bisect_right(range(1, 2**30), gib * GIB, key=need) * 1024
-
-
-# --- time ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,9 +168,6 @@ def step_seconds(B: int, D: int, F: int, k: float, rates: Rates, **options) -> f
     return sum(stage_seconds(B, D, F, k, rates, **options).values())
 
 
-# --- command line -------------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command. Raises ConfigError."""
     print("\n".join(describe(parse(PlanOptions, arguments, prog, __doc__))))  # noqa: T201
@@ -189,14 +176,10 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def describe(o: PlanOptions) -> list[str]:
     """What the command prints."""
     shape = (o.batch_size, o.d_in, o.d_sae, o.k)
-    copy, quantized = o.precision == "bf16", o.moments == "8bit"
-    extra = {
-        "pool_tokens": o.pool_tokens,
-        "dead_share": o.dead_share,
-        "copy": copy,
-        "quantized": quantized,
-    }
-    state = state_bytes(o.d_in, o.d_sae, copy=copy, quantized=quantized) / GIB
+    quantized = o.moments == "8bit"
+    kept = {"copy": o.precision == "bf16", "quantized": quantized}
+    extra = {"pool_tokens": o.pool_tokens, "dead_share": o.dead_share, **kept}
+    state = state_bytes(o.d_in, o.d_sae, **kept) / GIB
     step = step_bytes(*shape, dead=round(o.dead_share * o.d_sae)) / GIB
     need = run_bytes(*shape, **extra) / GIB
     lines = [
@@ -219,7 +202,7 @@ def describe(o: PlanOptions) -> list[str]:
     if o.tflops is None or o.bandwidth is None:
         return [*lines, "", "give --tflops and --bandwidth of your GPU to have its time predicted"]
     rates = Rates(1e12 * o.tflops, 1e12 * o.bandwidth)
-    stages = stage_seconds(*shape, rates, low=2 if copy else 4, quantized=quantized)
+    stages = stage_seconds(*shape, rates, low=2 if kept["copy"] else 4, quantized=quantized)
     seconds = sum(stages.values())
     lines += [
         "",

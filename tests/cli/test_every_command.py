@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ WRONG = {
     "a folder without an SAE": (["evaluate", "."], ["holds no SAE"]),
     "no such folder of runs": (["compare", "nowhere"], ["nowhere does not exist"]),
     "a file for a run": (["compare", __file__], ["is not a run"]),
-    "a file for the output": (["evaluate", "nowhere", "--out", __file__], ["it is a file"]),
+    "a file for the output": (["evaluate", "nowhere", "--out", __file__], [f"{__file__} is a file"]),
     "a file above the output": (
         ["contrast", "nowhere", "--positive", "a", "--negative", "b", "--out", f"{__file__}/x/y"],
         ["cannot write to", "is a file", "--out"],
@@ -102,11 +103,16 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # The administrator may write everywhere, so the system's answer is put in its place.
-    monkeypatch.setattr("os.access", lambda path, _mode: Path(path) != tmp_path)
+    def refuse(path: Path) -> None:
+        assert path.parent == tmp_path
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     texts = ["--positive", "a", "--negative", "b"] if command == "contrast" else []
     for where in ([str(tmp_path)], ["nowhere", "--out", str(tmp_path / "new")]):
         assert main([command, *where, *texts]) == 2
-        assert "not writable; choose another folder with --out" in capsys.readouterr().err
+        said = f"Permission denied in {tmp_path}. Choose another folder with --out"
+        assert said in capsys.readouterr().err
 
 
 def test_codes_of_what_ends_early(
