@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from harness import Measured, ratios, time_steps
 from measure import Shape
-from trainers import OURS, PEERS, PLAIN, WAYS
+from trainers import OURS, TRAINERS, WAYS
 
-NAMES = (OURS, *WAYS, *PLAIN, *PEERS)
+NAMES = tuple(name for name in TRAINERS if name != "fastsae, autograd")
 DEAD_SHARES = (0.0, 0.38)
 GRID = [
     *(("F", size) for size in (4096, 8192, 16384, 32768, 65536, 131072)),

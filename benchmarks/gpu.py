@@ -65,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--rehearse", action="store_true", help="all but tests, tiny, on the CPU, to find what is broken")
+    parser.add_argument("--rehearse", action="store_true", help="all but tests, tiny, on the CPU")
     parser.add_argument("-k", metavar="EXPRESSION", help="pytest's, in place of the part's own")
     options = parser.parse_args()
     codes, folder = {}, options.out.resolve()

@@ -135,7 +135,7 @@ def _values(row: Row) -> Iterator[tuple[str, float, str, int]]:
 
 def append(path: Path, lines: Iterable[dict[str, str]]) -> None:
     """Add those of ``lines`` that it does not have to the history at ``path``."""
-    known = read_history(path) if path.exists() else None
+    known = read_csv(path) if path.exists() else None
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if known is None:
@@ -143,7 +143,7 @@ def append(path: Path, lines: Iterable[dict[str, str]]) -> None:
         writer.writerows(line for line in lines if line not in (known or ()))
 
 
-def read_history(path: Path = HISTORY) -> list[dict[str, str]]:
+def read_csv(path: Path = HISTORY) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
