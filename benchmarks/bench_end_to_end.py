@@ -7,8 +7,7 @@ and runs every layer. dictionary_learning's buffer wants nnsight's wrapper and i
 those of a longer run less a shorter one; the speed of an SAE that explains less than half of what ours
 does is not shown.
 
-    pytest benchmarks/bench_end_to_end.py                   with the demo's language model and text
-    pytest benchmarks/bench_end_to_end.py --model DIR --text DIR/text.jsonl --layer 15 --rounds 3
+``--model``, ``--text`` and ``--layer`` take the place of the demo's language model and text.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from bench_step import add
-from harness import Measured, time_pipelines
+from harness import time_pipelines
 
 from fastsae import TrainConfig
 from fastsae.cli.presets import demo_config
@@ -42,9 +41,7 @@ def settings(model: str | None, text: str | None, layer: int) -> tuple[TrainConf
     return config, f"{Path(model).name}, layer {layer}, 16x, k=32, B=1024", 32_768, 114_688
 
 
-@functools.cache
-def measured(config: TrainConfig, short: int, long: int, rounds: int) -> dict[str, Measured]:
-    return time_pipelines(config, NAMES, rounds=rounds, short=short, long=long)
+measured = functools.cache(time_pipelines)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,8 +50,8 @@ def bench_tokens(request, report, device, name):
         pytest.skip("the language model runs on a CPU here; on a GPU, bench_stream")
     option = request.config.getoption
     config, setting, short, long = settings(option("--model"), option("--text"), option("--layer"))
-    found = measured(config, short, long, max(1, option("--rounds")))
-    group = "seconds per token, language model in the loop" + (
-        f" | {setting}" if option("--model") else ""
-    )
+    rounds = max(1, option("--rounds"))
+    found = measured(config, NAMES, rounds=rounds, short=short, long=long)
+    group = "seconds per token, language model in the loop"
+    group += f" | {setting}" if option("--model") else ""
     add(report, found, name, kind="end to end", group=group, setting=setting)

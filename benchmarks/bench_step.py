@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from harness import Measured, ratios, time_steps
 from measure import Shape
-from trainers import OURS, PEERS, PLAIN, WAYS
+from trainers import OURS, TRAINERS, WAYS
 
-NAMES = (OURS, *WAYS, *PLAIN, *PEERS)
+NAMES = tuple(name for name in TRAINERS if name != "fastsae, autograd")
 DEAD_SHARES = (0.0, 0.38)
 GRID = [
     *(("F", size) for size in (4096, 8192, 16384, 32768, 65536, 131072)),
@@ -23,9 +23,7 @@ GRID = [
 ]
 
 
-@functools.cache
-def measured(shape: Shape, names: tuple[str, ...], **options) -> dict[str, Measured]:
-    return time_steps(shape, names, **options)
+measured = functools.cache(time_steps)
 
 
 def settings(request, device: str) -> dict:
@@ -66,10 +64,8 @@ def bench_step(request, report, shape, device, name, dead):
     gate = {"gate_shape": request.config.getoption("--gate")}
     if name in (OURS, *WAYS) and device != "cpu":
         rates = request.getfixturevalue("rates")
-        bytes_of_moments = 1 if "8-bit" in name else 4
-        gate["roofline_seconds"] = least_seconds(
-            shape, rates, dead=round(dead * shape.F), moment_bytes=bytes_of_moments
-        )
+        sizes = {"dead": round(dead * shape.F), "moment_bytes": 1 if "8-bit" in name else 4}
+        gate["roofline_seconds"] = least_seconds(shape, rates, **sizes)
     group = f"training step | {shape} {options['precision']}, {dead:.0%} dead"
     add(report, found, name, kind="step", group=group, **size, **gate)
 

@@ -34,21 +34,22 @@ def pytest_addoption(parser):
     add("--text", help="its text: a file, .jsonl or .txt")
     add("--layer", type=int, default=15, help="its layer [15]")
     add("--out", type=Path, help="file for the results, .json; the same in long format beside it")
-    add("--history", type=Path, default=HISTORY, help="CSV that every result is added to")
-    add("--no-history", action="store_const", const=None, dest="history", help="add nothing to it")
+    add("--no-history", action="store_true", help="add nothing to the history of results")
     add("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
 
 
 def pytest_configure(config):
     option = config.getoption
     device, scale, shape = option("--device"), option("--scale"), option("--shape")
-    if shape is None:
-        scale = scale_for(device) if scale == "auto" else scale
-        shape = SCALES[scale]
+    if shape is not None:
+        scale = "given"
+    elif scale == "auto":
+        scale = scale_for(device)
+    shape = shape or SCALES[scale]
     config.fastsae_shapes = [replace(shape, B=B) for B in option("--batches") or [shape.B]]
     config.fastsae_deadline = time.monotonic() + option("--seconds")
-    scale = "given" if option("--shape") else scale
-    config.fastsae_report = Report(option("--out"), device, option("--history"), scale=scale)
+    history = None if option("--no-history") else HISTORY
+    config.fastsae_report = Report(option("--out"), device, history, scale=scale)
 
 
 def pytest_generate_tests(metafunc):
@@ -59,13 +60,6 @@ def pytest_generate_tests(metafunc):
 def pytest_runtest_setup(item):
     if time.monotonic() > item.config.fastsae_deadline:
         pytest.skip("out of time")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config, machine_info):
-    # Only what a figure needs: nothing that names a machine.
-    machine_info.clear()
-    machine_info.update(config.fastsae_report.about)
 
 
 def pytest_report_header(config):
@@ -80,14 +74,14 @@ def pytest_report_header(config):
 def pytest_terminal_summary(terminalreporter, config):
     shown = ("step", "scaling", "end to end", "stream")  # pytest-benchmark shows a CPU's operations
     shown = shown if config.getoption("--device") == "cpu" else (*shown, "op")
-    found = config.fastsae_report.rows
-    rows = [row for row in found if row.get("seconds") and row["kind"] in shown]
-    if rows:
+    groups: dict[str, list[str]] = {}
+    for row in config.fastsae_report.rows:
+        if row.get("seconds") and row["kind"] in shown:
+            groups.setdefault(row["group"], []).append("  " + describe(row))
+    if groups:
         terminalreporter.section("medians and extremes")
-    for group in dict.fromkeys(row["group"] for row in rows):
-        terminalreporter.write_line(group)
-        for row in (row for row in rows if row["group"] == group):
-            terminalreporter.write_line("  " + describe(row))
+    for group, lines in groups.items():
+        terminalreporter.write_line("\n".join([group, *lines]))
 
 
 def describe(row: dict) -> str:

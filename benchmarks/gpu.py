@@ -4,11 +4,9 @@
 
 Runs from the tree without an install, on torch, triton, numpy and pytest (``stream`` needs transformers
 and bitsandbytes too, a peer's step its package). ``smoke`` checks every operation and each of our ways
-to step at a small size, in a minute. Each part is a run of pytest that begins nothing after 8 minutes; DIR gets
-``<part>.json``, ``<part>.csv`` in the history's format, and ``<part>.xml`` with what failed or was left
-out and why, the first two written again after every measurement. Without a GPU it says what it skips and ends
-well; ``--rehearse`` runs everything on the CPU at sizes that mean nothing, to find what is broken before
-there is a GPU.
+to step, in a minute. Each part is a run of pytest that begins nothing after 8 minutes; DIR gets its
+results after every measurement (``<part>.json``, and ``.csv`` as in the history) and ``<part>.xml``, what
+failed or was left out. Without a GPU it says what it skips and ends well.
 """
 
 import argparse
@@ -32,7 +30,7 @@ PARTS = {
     "stream": "bench_stream.py",
 }
 """Each part's arguments of pytest."""
-REHEARSAL = "--device cpu --shape 64,64,512,8 --batches 64 --rounds 1 --no-history"
+REHEARSAL = "--device cpu --shape 64,64,512,8 --batches 64 --no-history"
 
 
 def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
@@ -44,9 +42,7 @@ def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
         # A plain pytest has no plugins: their options in pytest.ini would stop it.
         arguments += ["-c", "pytest.ini", "-o", "addopts=--import-mode=importlib"]
     if rehearse:
-        arguments += REHEARSAL.split()
-        if part == "smoke":
-            arguments += ["--rounds", "0"]
+        arguments += [*REHEARSAL.split(), "--rounds", "0" if part == "smoke" else "1"]
     if only is not None:
         arguments += ["-k", only]
     command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={folder / part}.xml"]
@@ -74,14 +70,12 @@ def main() -> int:
     options = parser.parse_args()
     codes, folder = {}, options.out.resolve()
     for part in PARTS if options.part == "all" else (options.part,):
-        if options.rehearse and part != "tests":
-            codes[part] = run(part, folder, True, options.k)
-        elif options.rehearse or not torch.cuda.is_available():
+        if part != "tests" if options.rehearse else torch.cuda.is_available():
+            codes[part] = run(part, folder, options.rehearse, options.k)
+        else:
             why = "not rehearsed" if options.rehearse else "no CUDA device"
             Report(folder / f"{part}.json").add(part=part, skipped=why)
             print(f"{part}: skipped ({why})")
-        else:
-            codes[part] = run(part, folder, False, options.k)
     for part, code in codes.items():
         print(f"{part}: {'ended well' if code == 0 else f'failed (exit code {code})'}")
     return int(any(codes.values()))

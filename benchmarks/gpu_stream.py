@@ -36,8 +36,6 @@ E2B: dict[str, Any] = {
     "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
     "max_position_embeddings": 131_072, "final_logit_softcapping": 30.0,
 }  # fmt: skip
-
-
 TINY_TEXT = E2B | {
     "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128,
     "hidden_size_per_layer_input": 64, "intermediate_size": 128, "num_hidden_layers": 10,
@@ -157,31 +155,28 @@ def _byte_tokenizer() -> Any:
     )
 
 
-def memory_table(text: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def memory_table(text: dict[str, Any] = E2B) -> list[dict[str, Any]]:
     """Bytes of weights that are kept when E2B is hooked at each layer, by precision: no weight is made.
 
     ``nf4``: half a byte a weight and a float32 scale for every 64, embeddings and norms in bf16.
     """
-    config = Gemma4TextConfig(**(text or E2B))
+    config = Gemma4TextConfig(**text)
     with torch.device("meta"):
         decoder = Gemma4ForCausalLM(config).get_decoder()
-
-    per_layer = ("embed_tokens_per_layer", "per_layer_model_projection")
-    size = {name: p.numel() for name, p in decoder.named_parameters()}
-    matrices = [0] * config.num_hidden_layers
-    rest = list(matrices)
+    layers = config.num_hidden_layers
+    matrices, rest, cut, kept = [0] * layers, [0] * layers, 0, 0
     for name, p in decoder.named_parameters():
         if name.startswith("layers."):
             (matrices if p.ndim == 2 else rest)[int(name.split(".")[1])] += p.numel()
-    cut = sum(n for name, n in size.items() if name.startswith(per_layer))
-    kept = sum(n for name, n in size.items() if not name.startswith(("layers.", *per_layer)))
+        elif name.startswith(("embed_tokens_per_layer", "per_layer_model_projection")):
+            cut += p.numel()
+        else:
+            kept += p.numel()
     rows = []
-    for layer in range(config.num_hidden_layers):
-        packed = sum(matrices[: layer + 1])
-        other = kept + sum(rest[: layer + 1]) + cut * (layer + 1) // config.num_hidden_layers
+    for n in range(1, layers + 1):
+        packed, other = sum(matrices[:n]), kept + sum(rest[:n]) + cut * n // layers
         nf4 = packed // 2 + packed // 64 * 4 + 2 * other
-        bf16 = 2 * (packed + other)
-        rows.append({"layer": layer, "nf4": nf4, "nf4-dequantized": bf16, "bf16": bf16})
+        rows.append({"layer": n - 1, "nf4": nf4, "nf4-dequantized": 2 * (packed + other)})
     return rows
 
 

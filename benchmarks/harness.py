@@ -13,8 +13,8 @@ from statistics import median
 from typing import Any
 
 from measure import Shape, rounded, two_lengths
-from trainers import OURS, PEERS, PLAIN, missing
-from worker import Worker, WorkerError
+from trainers import OURS, missing
+from worker import Worker
 
 from fastsae import TrainConfig
 
@@ -46,37 +46,28 @@ class Measured:
         return found | {"gate": self.gate} | ({"stages": self.stages} if self.stages else {})
 
 
-Start = Callable[[Worker, str], tuple[dict[str, float], Callable[[], float]]]
-"""Sets a trainer up: what its gate found, and a call that gives the seconds per unit of one round."""
+Started = tuple[dict[str, float], Callable[[], float]]
+"""Of a trainer: what its gate found, and a call that gives the seconds per unit of one round."""
 
 
 def in_turns(
-    names: Sequence[str], start: Start, rounds: int
+    names: Sequence[str], start: Callable[[Worker, str], Started], rounds: int
 ) -> tuple[dict[str, Measured], dict[str, Worker]]:
     """``rounds`` of everybody who starts; the workers of those who came through are still open."""
-    found: dict[str, Measured] = {name: Measured() for name in names}
-    workers: dict[str, Worker] = {}
+    absent = {name: f"{package} is not installed" for name in names if (package := missing(name))}
+    found = {name: Measured(refused=absent.get(name)) for name in names}
+    workers = {name: Worker() for name in names if name not in absent}
     calls: dict[str, Callable[[], float]] = {}
-
-    def refuse(name: str, error: Exception) -> None:
-        found[name] = Measured(refused=str(error))
-        workers.pop(name).close()
-
-    for name in names:
-        if (package := missing(name)) is not None:
-            found[name].refused = f"{package} is not installed"
-            continue
-        workers[name] = Worker()
-        try:
-            found[name].gate, calls[name] = start(workers[name], name)
-        except (WorkerError, RuntimeError) as error:
-            refuse(name, error)
-    for _ in range(rounds):
+    for turn in range(1 + rounds):
         for name in list(workers):
             try:
-                found[name].seconds.append(calls[name]())
-            except (WorkerError, RuntimeError) as error:
-                refuse(name, error)
+                if turn == 0:
+                    found[name].gate, calls[name] = start(workers[name], name)
+                else:
+                    found[name].seconds.append(calls[name]())
+            except RuntimeError as error:
+                found[name] = Measured(refused=str(error))
+                workers.pop(name).close()
     for name, worker in workers.items():
         found[name].peak_mib = worker.ask("peak_mib")
     return found, workers
@@ -84,7 +75,7 @@ def in_turns(
 
 def time_steps(
     shape: Shape,
-    names: Sequence[str] = (OURS, *PLAIN, *PEERS),
+    names: Sequence[str],
     *,
     device: str = "cpu",
     precision: str = "fp32",
@@ -101,8 +92,10 @@ def time_steps(
     """
     about = {"device": device, "precision": precision, "dead_share": dead_share}
 
-    def start(worker: Worker, name: str) -> tuple[dict[str, float], Callable[[], float]]:
-        gate = worker.ask("check", name, narrow(shape) if narrow_gate else shape, **about)
+    narrow = Shape(min(shape.B, 64), min(shape.D, 64), shape.F, shape.k)
+
+    def start(worker: Worker, name: str) -> Started:
+        gate = worker.ask("check", name, narrow if narrow_gate else shape, **about)
         worker.ask("build", name, shape, **about)
         run = lambda steps: worker.ask("run", steps)
         # Whatever a trainer does once, at its first steps, is done by this.
@@ -125,18 +118,13 @@ def time_steps(
     return found
 
 
-def narrow(shape: Shape) -> Shape:
-    """``shape`` with few tokens and a small width, at which the dense reference takes a second."""
-    return Shape(min(shape.B, 64), min(shape.D, 64), shape.F, shape.k)
-
-
 def time_pipelines(
     config: TrainConfig, names: Sequence[str], *, rounds: int = ROUNDS, short: int, long: int
 ) -> dict[str, Measured]:
     """Seconds per token from the text of ``config`` to an SAE, over runs of ``short`` and ``long`` tokens."""
     stages: dict[str, dict[str, float]] = {}
 
-    def start(worker: Worker, name: str) -> tuple[dict[str, float], Callable[[], float]]:
+    def start(worker: Worker, name: str) -> Started:
         worker.ask("open", name, config)
 
         def total(tokens: int) -> float:

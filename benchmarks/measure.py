@@ -65,15 +65,13 @@ DENSE_STEPS = 1000
 """About how many dense training steps, of five products each, the whole suite takes as long as."""
 
 
-def scale_for(device: str, seconds: float = 540) -> str:
-    """The largest of ``SCALES`` whose suite should take at most ``seconds`` on this machine."""
+def scale_for(device: str) -> str:
+    """The largest of ``SCALES`` whose suite should take at most 9 minutes on this machine."""
     if device == "cuda":
         return "recipe"
     speed = product_flops(device)
-    fitting = [
-        name for name, s in SCALES.items() if DENSE_STEPS * 10 * s.B * s.D * s.F / speed <= seconds
-    ]
-    return fitting[-1] if fitting else "tiny"
+    about = {name: DENSE_STEPS * 10 * s.B * s.D * s.F / speed for name, s in SCALES.items()}
+    return ["tiny", *(name for name, seconds in about.items() if seconds <= 540)][-1]
 
 
 def product_flops(
@@ -90,21 +88,17 @@ def product_flops(
 
 def seconds(call: Callable[[], object], device: str) -> float:
     """Wall time of ``call``, the device's work included."""
-    synchronize(device)
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize()
     start = time.perf_counter()
     call()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
 def rounded(times: list[float]) -> list[float]:
     """To the four digits that results keep."""
     return [float(f"{time:.4g}") for time in times]
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
@@ -125,9 +119,9 @@ def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
 
 
 def call_seconds(
-    call: Callable[[int], object], variants: int, device: str, samples: int = 30
+    call: Callable[[int], object], variants: int, device: str
 ) -> tuple[list[float], bool]:
-    """Seconds of ``call(i)`` on a GPU, ``i`` going round the sets of inputs, one a sample.
+    """Thirty times the seconds of ``call(i)`` on a GPU, ``i`` going round the sets of inputs.
 
     CUDA events around a replayed graph, which leaves the host's launches out (around the plain call where
     it cannot be captured: then False is returned too), with the L2 cache flushed before each.
@@ -144,7 +138,7 @@ def call_seconds(
     except RuntimeError:
         replays, captured = [lambda i=i: call(i) for i in range(variants)], False
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples + 3)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(33)]
     for sample, (begin, end) in enumerate(events):
         flush.zero_()
         begin.record()
@@ -190,7 +184,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            _forget_peak()
+            # Give back what was freed, and count anew, where the system can.
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+                Path("/proc/self/clear_refs").write_text("5")
             self._before = _resident("VmRSS")
 
     @property
@@ -204,13 +201,6 @@ class PeakMemory:
         return round(self.bytes / 2**20, 1)
 
 
-def _forget_peak() -> None:
-    """Give back what was freed, and count resident memory anew, where the system can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _resident(field: str) -> int:
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -222,9 +212,9 @@ def _resident(field: str) -> int:
 # --- data ---
 
 
-def activations(shape: Shape, batches: int, device: str, seed: int = 0) -> list[Tensor]:
+def activations(shape: Shape, batches: int, device: str) -> list[Tensor]:
     """Batches ``[B, D]`` of sparse combinations of fixed directions, an offset and noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     directions = torch.randn(4 * shape.D, shape.D, generator=generator)
     directions = torch.nn.functional.normalize(directions)
     offset = 0.2 * torch.randn(shape.D, generator=generator)
@@ -250,24 +240,21 @@ def environment(device: str) -> dict[str, Any]:
         versions["cuda"] = str(torch.version.cuda)
         major, minor = torch.cuda.get_device_capability()
         hardware = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
+    today = datetime.now(UTC).date().isoformat()
+    about = {"date": today, "commit": commit(), "hardware": hardware}
+    return about | {"threads": torch.get_num_threads(), "versions": versions}
 
 
 def commit() -> str:
     """The commit that is measured, 7 digits; ``-dirty`` behind it where the code was changed since."""
     code = ("fastsae", "kernels", "benchmarks", ":!benchmarks/results")
-    head = _git("rev-parse", "--short=7", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    head = git("rev-parse", "--short=7", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return (head or "unknown") + ("-dirty" if changed else "")
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git answers; nothing where it cannot."""
     try:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:

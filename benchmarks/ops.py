@@ -90,13 +90,13 @@ def in_torch(dense: Callable, *arguments: list) -> dict[str, Provider | None]:
     }
 
 
-def require_places(found: Tensor, expected: Tensor) -> None:
-    assert torch.equal(found.long(), expected), "selection: not the reference's set"
+def require_equal(what: str, found: Tensor, expected: Tensor) -> None:
+    assert torch.equal(found, expected), f"not the reference's {what}"
 
 
 def places(csr: CSR, F: int) -> Tensor:
     """Flat indices ``token * F + latent`` of the selected entries."""
-    return (csr.tokens().long() * F + csr.indices)[: int(csr.offsets[-1])]
+    return (csr.tokens().long() * F + csr.indices)[: int(csr.offsets[-1])].long()
 
 
 def maxima_of(pre: Tensor) -> Tensor:
@@ -118,7 +118,8 @@ def encode(inputs: Inputs) -> Op:
     def judge(found):
         pre, maxima = found if isinstance(found, tuple) else (found, None)
         inputs.require_close("pre-activations", pre, inputs.pre[0])
-        assert maxima is None or torch.equal(maxima.values, maxima_of(pre)), "other maxima"
+        if maxima is not None:
+            require_equal("maxima", maxima.values, maxima_of(pre))
 
     return Op(
         {
@@ -134,14 +135,9 @@ def encode(inputs: Inputs) -> Op:
 
 def group_maxima(inputs: Inputs) -> Op:
     s, pre = inputs.shape, inputs.pre
-    expected = maxima_of(pre[0])
-
-    def judge(found):
-        assert torch.equal(found, expected), "group maxima: not the reference's"
-
     return Op(
         {"fastsae": lambda i: kernels.group_max(pre[i]).values, **in_torch(maxima_of, pre)},
-        judge,
+        lambda found: require_equal("group maxima", found, maxima_of(pre[0])),
         bytes_moved=s.B * s.F * 4 + s.B * s.F // 8,
     )
 
@@ -151,7 +147,12 @@ def selection(inputs: Inputs) -> Op:
     s, pre, K = inputs.shape, inputs.pre, inputs.shape.K
     maxima = [kernels.group_max(each) for each in pre]
     expected = reference.batch_topk_mask(pre[0], K).flatten().nonzero().flatten()
-    peer = missing("SAELens") is None
+
+    @functools.cache
+    def peer():
+        from sae_lens.saes.batchtopk_sae import BatchTopK
+
+        return BatchTopK(s.k)
 
     def dense(pre):
         active = torch.relu(pre).flatten()
@@ -160,9 +161,10 @@ def selection(inputs: Inputs) -> Op:
 
     def judge(found):
         if isinstance(found, CSR):
-            return require_places(places(found, s.F), expected)
-        chosen = found.flatten().nonzero().flatten() if found.ndim == 2 else found.sort().values
-        return require_places(chosen, expected)
+            chosen = places(found, s.F)
+        else:
+            chosen = found.flatten().nonzero().flatten() if found.ndim == 2 else found.sort().values
+        require_equal("set", chosen, expected)
 
     return Op(
         {
@@ -170,18 +172,11 @@ def selection(inputs: Inputs) -> Op:
             "fastsae, without group maxima": lambda i: kernels.batch_topk(pre[i], K).csr,
             **in_torch(dense, pre),
             "torch, topk alone": lambda i: pre[i].flatten().topk(K, sorted=False).indices,
-            "SAELens": (lambda i: _saelens_selection(s.k)(pre[i])) if peer else None,
+            "SAELens": None if missing("SAELens") else lambda i: peer()(pre[i]),
         },
         judge,
         bytes_moved=s.B * s.F // 32 * 4 * 6 + K * 128 * 6 + K * 8,
     )
-
-
-@functools.cache
-def _saelens_selection(k: float) -> Callable[[Tensor], Tensor]:
-    from sae_lens.saes.batchtopk_sae import BatchTopK
-
-    return BatchTopK(k)
 
 
 def per_token_selection(inputs: Inputs) -> Op:
@@ -191,10 +186,11 @@ def per_token_selection(inputs: Inputs) -> Op:
 
     def judge(found):
         if isinstance(found, CSR):
-            return require_places(places(found, s.F), expected)
-        row = torch.arange(s.B, device=inputs.device)[:, None] * s.F
-        chosen = (found.indices + row).flatten()[found.values.flatten() > 0]
-        return require_places(chosen.sort().values, expected)
+            chosen = places(found, s.F)
+        else:
+            row = torch.arange(s.B, device=inputs.device)[:, None] * s.F
+            chosen = (found.indices + row)[found.values > 0].sort().values
+        require_equal("set", chosen, expected)
 
     return Op(
         {
@@ -209,17 +205,13 @@ def per_token_selection(inputs: Inputs) -> Op:
 def transpose(inputs: Inputs) -> Op:
     """The selected entries by latent, in the order of tokens."""
     csr, F = inputs.csr, inputs.shape.F
-    expected = csr[0].indices.sort(stable=True).indices
-
-    def judge(found):
-        assert torch.equal(found.long(), expected), "transpose: another order"
-
+    in_order = lambda i: csr[i].indices.sort(stable=True).indices
     return Op(
         {
             "fastsae": lambda i: kernels.csr_to_csc(csr[i], F).positions,
-            "torch, sort": lambda i: csr[i].indices.sort(stable=True).indices,
+            "torch, sort": in_order,
         },
-        judge,
+        lambda found: require_equal("order", found.long(), in_order(0)),
         bytes_moved=inputs.shape.K * 4 * 10,
     )
 
@@ -259,10 +251,7 @@ def update(inputs: Inputs) -> Op:
     lr, step = torch.tensor(3e-4, device=device), torch.ones((), dtype=torch.int64, device=device)
     copy_dtype = None if low == torch.float32 else low
     rows = [kernels.MatrixState.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
-    vectors = [
-        kernels.BiasState.start(torch.zeros(s.F, device=device)),
-        kernels.BiasState.start(b_dec.clone()),
-    ]
+    vectors = [kernels.BiasState.start(b.clone()) for b in (inputs.b_enc, b_dec)]
 
     def ours(i):
         kernels.fused_update_(

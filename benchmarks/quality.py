@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from measure import Shape, environment
-from results import HISTORY, RESULTS, append, long_rows
+from results import HISTORY, RESULTS, append, long_rows, read_csv
 from torch import Tensor
 from trainers import OURS, TRAINERS, Problem
 
@@ -38,6 +39,7 @@ from fastsae import SAE, evaluate
 from fastsae.cli.presets import demo_config
 from fastsae.data.stream import open_stream
 
+RUNS = "quality_runs.csv"
 Scores = dict[str, Any]
 """What a run reached, with its case, trainer and seed."""
 
@@ -62,12 +64,12 @@ class Case:
 
     def problem(self, pool: Tensor, seed: int) -> Problem:
         """What every trainer gets: batches of rows of ``pool [n, D]``, drawn by the seed."""
-        shape = Shape(self.batch_size, pool.shape[1], self.d_sae, self.k)
-        batches = draw_batches(pool, self.batch_size, self.steps, seed)
-        dead_after = round(self.dead_share * self.batch_size * self.steps)
         return Problem(
-            shape, batches, steps=self.steps, lr=self.lr, dead_after=dead_after, seed=seed
-        )
+            Shape(self.batch_size, pool.shape[1], self.d_sae, self.k),
+            draw_batches(pool, self.batch_size, self.steps, seed),
+            steps=self.steps, lr=self.lr, seed=seed,
+            dead_after=round(self.dead_share * self.batch_size * self.steps),
+        )  # fmt: skip
 
 
 CASES = {
@@ -77,16 +79,13 @@ CASES = {
 }
 """Two sizes at the recipe's lr, and one at ten times that, where latents die."""
 
+saelens, dictionary = (TRAINERS[name].train_sae for name in ("SAELens", "dictionary_learning"))
 VARIANTS: dict[str, Callable[[Problem], SAE]] = {
     OURS: TRAINERS[OURS].train_sae,
-    "SAELens, defaults": TRAINERS["SAELens"].train_sae,
-    "SAELens, scaled input": functools.partial(
-        TRAINERS["SAELens"].train_sae, normalize_activations="expected_average_only_in"
-    ),
-    "dictionary_learning, defaults": TRAINERS["dictionary_learning"].train_sae,
-    "dictionary_learning, scaled input": functools.partial(
-        TRAINERS["dictionary_learning"].train_sae, normalize_activations=True
-    ),
+    "SAELens, defaults": saelens,
+    "SAELens, scaled input": partial(saelens, normalize_activations="expected_average_only_in"),
+    "dictionary_learning, defaults": dictionary,
+    "dictionary_learning, scaled input": partial(dictionary, normalize_activations=True),
 }
 """The trainers, each in the ways that are compared."""
 
@@ -94,29 +93,23 @@ VARIANTS: dict[str, Callable[[Problem], SAE]] = {
 # --- one run ---
 
 
-@functools.lru_cache(maxsize=1)
-def activations(layer: int, rows: int, held_out: int) -> tuple[Tensor, Tensor]:
-    """``rows`` activations to train on and ``held_out`` others, of other documents: both ``[n, D]``."""
-    stream = open_stream(
-        demo_config(layer=layer, eval_tokens=held_out, batch_size=4096, seed=0, device="cpu")
-    )
-    found, parts = 0, []
-    while found < rows and (layers := stream.next_batch()) is not None:
-        (batch,) = layers
-        parts.append(batch)
-        found += len(batch)
-    return torch.cat(parts)[:rows], stream.held_out()[0]
+@lru_cache(maxsize=1)
+def activations(layer: int) -> tuple[Tensor, Tensor]:
+    """Activations to train on, and others of other documents that are held out: both ``[n, D]``."""
+    sizes = {"eval_tokens": HELD_OUT_ROWS, "batch_size": 4096}
+    stream = open_stream(demo_config(layer=layer, seed=0, device="cpu", **sizes))
+    batches = (layers[0] for layers in iter(stream.next_batch, None))
+    enough = islice(batches, -(-TRAINING_ROWS // 4096))
+    return torch.cat(list(enough))[:TRAINING_ROWS], stream.held_out()[0]
 
 
 def draw_batches(pool: Tensor, size: int, steps: int, seed: int) -> list[Tensor]:
     """The batches of a seed: rows of ``pool [n, D]`` without repetition, in random order."""
-    if len(pool) < size * steps:
-        sys.exit(
-            f"the text gives {len(pool):,} activations, fewer than the {size * steps:,} of a run"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(pool), generator=generator)[: size * steps]
-    return list(pool[order].split(size))
+    n = size * steps
+    if len(pool) < n:
+        sys.exit(f"the text gives {len(pool):,} activations, fewer than the {n:,} of a run")
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return list(pool[order[:n]].split(size))
 
 
 def scores(train: Callable[[Problem], SAE], problem: Problem, held_out: Tensor) -> Scores:
@@ -184,16 +177,15 @@ def table(rows: list[Scores]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (case, trainer), found in means(rows).items():
-        to_ours = comparisons.get((case, trainer))
-        paired = [to_ours[name] for name in CRITERIA] if to_ours else []
-        differences = [f"{p['difference']:+.4f} ± {p['standard_error']:.4f}" for p in paired]
-        differences += [""] * (len(CRITERIA) - len(differences))
+        verdict, differences = "", ["", ""]
+        if to_ours := comparisons.get((case, trainer)):
+            verdict = "yes" if to_ours["passes"] else "**no**"
+            paired = [to_ours[name] for name in CRITERIA]
+            differences = [f"{p['difference']:+.4f} ± {p['standard_error']:.4f}" for p in paired]
         lines.append(
-            f"| {case} | {trainer} "
-            f"| {found['explained_variance']:.4f} | {differences[0]} "
+            f"| {case} | {trainer} | {found['explained_variance']:.4f} | {differences[0]} "
             f"| {found['alive_fraction']:.4f} | {differences[1]} "
-            f"| {found['threshold_explained_variance']:.4f} | {found['threshold_l0']:.2f} "
-            f"| {'' if to_ours is None else 'yes' if to_ours['passes'] else '**no**'} |"
+            f"| {found['threshold_explained_variance']:.4f} | {found['threshold_l0']:.2f} | {verdict} |"
         )
     return "\n".join(lines)
 
@@ -202,17 +194,14 @@ def table(rows: list[Scores]) -> str:
 
 
 def read_runs(out: Path) -> list[Scores]:
-    path = out / "quality_runs.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    path = out / RUNS
+    return read_csv(path) if path.exists() else []
 
 
 def write_runs(out: Path, rows: list[Scores]) -> None:
     """The runs in the order of cases, trainers and seeds, and the comparison with all that it rests on."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "quality_runs.csv").open("w", newline="") as file:
+    with (out / RUNS).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -233,15 +222,11 @@ def merge(rows: list[Scores], new: Scores) -> list[Scores]:
     return sorted([*(row for row in rows if key(row) != key(new)), new], key=key)
 
 
-def history_rows(rows: list[Scores]) -> list[dict[str, Any]]:
+def history_rows(rows: list[Scores]) -> Iterator[dict[str, Any]]:
     """Means over the seeds, as rows of ``results``."""
-    return [
-        {
-            "kind": "quality", "group": case, "trainer": trainer, "rounds": found.pop("seeds"),
-            "values": {name.replace("_", " "): (value, "") for name, value in found.items()},
-        }
-        for (case, trainer), found in means(rows).items()
-    ]  # fmt: skip
+    for (case, trainer), found in means(rows).items():
+        row = {"kind": "quality", "group": case, "trainer": trainer, "rounds": found.pop("seeds")}
+        yield row | {"values": {name.replace("_", " "): (v, "") for name, v in found.items()}}
 
 
 # --- command line ---
@@ -252,9 +237,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of --out, train nothing"
-    )
+    parser.add_argument("--table", action="store_true", help="print the table, train nothing")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--trainers", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -269,7 +252,7 @@ def main() -> None:
     new = []
     for name in args.cases:
         case = CASES[name]
-        pool, held_out = activations(case.layer, TRAINING_ROWS, HELD_OUT_ROWS)
+        pool, held_out = activations(case.layer)
         for seed in args.seeds:
             problem = case.problem(pool, seed)
             for trainer in args.trainers:
@@ -277,11 +260,8 @@ def main() -> None:
                 new.append({"case": name, "trainer": trainer, "seed": seed, **result})
                 rows = merge(rows, new[-1])
                 write_runs(args.out, rows)
-                print(
-                    f"{name} | seed {seed} | {trainer}: EV {result['explained_variance']:.4f}, "
-                    f"alive {result['alive_fraction']:.4f}",
-                    flush=True,
-                )
+                ev, alive = (f"{result[metric]:.4f}" for metric in CRITERIA)
+                print(f"{name} | seed {seed} | {trainer}: EV {ev}, alive {alive}", flush=True)
     history = HISTORY if args.out == RESULTS else args.out / HISTORY.name
     append(history, long_rows(environment("cpu"), history_rows(new)))
     print(table(rows))

@@ -13,20 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, mode
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import results
 from matplotlib.figure import Figure
-from results import HISTORY, ROOT, Row, Run, rows_of
+from measure import git
+from results import HISTORY, ROOT, Row, Run, machine, rows_of
 
 from fastsae.cli.plan import Rates, step_seconds
 
@@ -61,11 +56,12 @@ def headline(runs: list[Run]) -> list[Row]:
 
 def section(runs: list[Run]) -> str:
     """All there is: the tables of docs/performance.md."""
-    machines = list(dict.fromkeys(_machine(run["about"]) for run in runs))
+    machines: dict[str, list[Run]] = {}
+    for run in runs:
+        machines.setdefault(machine(run["about"]), []).append(run)
     parts = [_about(runs) if runs else "No results are published yet."]
-    for machine in machines:
-        mine = [run for run in runs if _machine(run["about"]) == machine]
-        parts += [f"## {machine}"] if len(machines) > 1 else []
+    for name, mine in machines.items():
+        parts += [f"## {name}"] if len(machines) > 1 else []
         parts += [_step_table(rows) for rows in _groups(rows_of(mine, "step"))]
         parts += _end_to_end_table(rows_of(mine, "end to end"))
         parts += _op_table(rows_of(mine, "op"))
@@ -74,7 +70,7 @@ def section(runs: list[Run]) -> str:
 
 
 def _about(runs: list[Run]) -> str:
-    machines = "; ".join(sorted({_machine(run["about"]) for run in runs}))
+    machines = "; ".join(sorted({machine(run["about"]) for run in runs}))
     dates = sorted({run["about"]["date"] for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
@@ -90,10 +86,9 @@ def _about(runs: list[Run]) -> str:
 
 def _step_table(rows: list[Row]) -> str:
     name, rounds = _group(rows[0]), len(rows[0]["seconds"])
+    name = name[0].upper() + name[1:]
     gate = "same F and k, few tokens" if rows[0].get("gate_shape") == "narrow" else "this size"
-    title = (
-        f"**{name[0].upper() + name[1:]}** (median of {rounds} paired rounds; checked at {gate})"
-    )
+    title = f"**{name}** (median of {rounds} paired rounds; checked at {gate})"
     columns = ("trainer", "a step", "time / ours", "peak memory", "memory / ours")
     return f"{title}\n\n{_table(rows, *columns)}"
 
@@ -187,15 +182,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 COLUMNS["by"] = COLUMNS["trainer"]
 
 
-def _machine(about: Row) -> str:
-    return f"{about['hardware']}, {about['threads']} thread{'s' * (about['threads'] > 1)}"
-
-
 def _measured_on(row: Row) -> str:
     """What a row of steps was measured on: shape; machine; version; date; rounds."""
     shape, about = row["group"].split(" | ", 1)[1], row["about"]
     return (
-        f"{shape}; {_machine(about)}; torch {about['versions']['torch']}; {about['date']}; median of "
+        f"{shape}; {machine(about)}; torch {about['versions']['torch']}; {about['date']}; median of "
         f"{len(row['seconds'])} paired rounds."
     )
 
@@ -220,7 +211,8 @@ DOCUMENTS: dict[Path, Callable[[list[Run]], str]] = {README: summary, PERFORMANC
 def plot_step_time(rows: list[Row], path: Path) -> None:
     """The first chart: a step of each trainer, with what it was measured on."""
     times, size = [_median(row) for row in rows], (8, 0.52 * len(rows) + 1.35)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots()
     colours = ["#d1495b" if row["trainer"] == OURS else "#b8bfc6" for row in rows]
     axes.barh(range(len(rows)), times, color=colours, height=0.68)
     for place, (row, time) in enumerate(zip(rows, times, strict=True)):
@@ -237,13 +229,14 @@ def plot_step_time(rows: list[Row], path: Path) -> None:
     axes.set_title("Time of one training step (less is better)", loc="left", fontsize=13)
     caption = _measured_on(rows[0]).replace("; ", "\n", 1)
     figure.supxlabel(caption, fontsize=9.5, x=0.01, ha="left", color="#444444")
-    _save(figure, path, dpi=200)
+    figure.savefig(path, dpi=200)
 
 
 def plot_stages(rows: list[Row], path: Path) -> None:
     """Time of each stage, ours and eager torch's, beside the least that the machine's rates allow."""
     rows = [r for r in rows if r["stage"] in STAGES and r["group"].endswith("fp32")]
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure = Figure((7, 3.2), layout="constrained")
+    axes = figure.subplots()
     width = 0.27
     bars = {"roofline": lambda r: r["roofline_seconds"], OURS: _median, "torch, eager": _median}
     for number, (name, value) in enumerate(bars.items()):
@@ -255,21 +248,20 @@ def plot_stages(rows: list[Row], path: Path) -> None:
     shape = rows[0]["group"].split(" | ")[1]
     axes.set_title(f"{shape}, {rows[0]['about']['hardware']}", fontsize=9)
     figure.legend(fontsize=8, loc="outside right upper")
-    _save(figure, path)
+    figure.savefig(path, dpi=120)
 
 
-def plot_scaling(rows: list[Row], rates: dict[str, float], path: Path) -> None:
+def plot_scaling(rows: list[Row], rates: Rates | None, path: Path) -> None:
     """Tokens per second over F, k and B, and what ``fastsae plan`` predicts from the machine's measured rates."""
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)
+    figure = Figure((10, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     low = 4 if rows[0]["precision"] == "fp32" else 2
     for axes, axis in zip(panels, ("F", "k", "B"), strict=True):
         mine = sorted((r for r in rows if r["axis"] == axis), key=lambda r: r[axis])
         at = [r[axis] for r in mine]
         axes.plot(at, [r["B"] / _median(r) for r in mine], "o-", label="fastsae")
         if rates:
-            here = Rates(**rates)
-            predicted = [step_seconds(*(r[n] for n in "BDFk"), here, low=low) for r in mine]
-            speeds = [r["B"] / s for r, s in zip(mine, predicted, strict=True)]
+            speeds = [r["B"] / step_seconds(*(r[n] for n in "BDFk"), rates, low=low) for r in mine]
             axes.plot(at, speeds, "--", color="gray", label="fastsae plan")
         axes.set(xscale="log", yscale="log", xlabel=axis)
         axes.set_xticks(at, [f"{v:g}" for v in at], fontsize=7)
@@ -280,25 +272,20 @@ def plot_scaling(rows: list[Row], rates: dict[str, float], path: Path) -> None:
     panels[0].set_yticks(shown, [f"{v:,}" for v in shown], fontsize=8)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['about']['hardware']}, {rows[0]['precision']}", fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    figure.savefig(path, dpi=dpi)
-    plt.close(figure)
+    figure.savefig(path, dpi=120)
 
 
 def write_plots(runs: list[Run], folder: Path = PLOTS) -> None:
     """Of the machine that was published first."""
-    runs = [run for run in runs if _machine(run["about"]) == _machine(runs[0]["about"])]
+    runs = [run for run in runs if machine(run["about"]) == machine(runs[0]["about"])]
     ops, scaling = rows_of(runs, "op"), rows_of(runs, "scaling")
     if steps := headline(runs):
         plot_step_time(steps, folder / "step_time.png")
     if ops:
         plot_stages(ops, folder / "stages.png")
     if scaling:
-        names = {"flops": "flops_fp32", "bandwidth": "bytes"} if ops else {}
-        rates = {name: median(row[key] for row in ops) for name, key in names.items()}
+        middle = lambda name: median(row[name] for row in ops)
+        rates = Rates(flops=middle("flops_fp32"), bandwidth=middle("bytes")) if ops else None
         plot_scaling(scaling, rates, folder / "scaling.png")
 
 
@@ -307,26 +294,18 @@ def write_plots(runs: list[Run], folder: Path = PLOTS) -> None:
 
 def compare(before: str, after: str, threshold: float, path: Path = HISTORY) -> int:
     """Print what moved between two commits; 1 if fastsae became worse, 2 if they cannot be compared."""
-    history = results.read_history(path)
+    history = results.read_csv(path)
     known = {line["commit"] for line in history}
+    # As the history has them: by their 7 digits, or by any name that git understands.
+    digits = ("rev-parse", "--short=7", "--verify", "--quiet")
+    names = [n if n in known else git(*digits, f"{n}^{{commit}}") or n for n in (before, after)]
     try:
-        lines, worse = results.changes(
-            history, *(_resolve(name, known) for name in (before, after)), threshold
-        )
+        lines, worse = results.changes(history, *names, threshold)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print("\n".join(lines))
     return int(worse)
-
-
-def _resolve(name: str, known: set[str]) -> str:
-    """A commit as the history has it: by its 7 digits, or by any name that git understands."""
-    if name in known:
-        return name
-    command = ["git", "rev-parse", "--short=7", "--verify", "--quiet", f"{name}^{{commit}}"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return found or name
 
 
 def main() -> int:

@@ -66,8 +66,8 @@ class Report:
 
 def key(about: Row, row: Row) -> tuple[Any, ...]:
     """What a measurement is of; measured again, it replaces the older one."""
-    machine = (about["hardware"], about["threads"])
-    return (*machine, row["group"], row["trainer"], *(row.get(n) for n in ("axis", *"BDFk")))
+    sizes = (row.get(name) for name in ("axis", *"BDFk"))
+    return (machine(about), row["group"], row["trainer"], *sizes)
 
 
 def merge(runs: list[Run], new: Run) -> list[Run]:
@@ -88,6 +88,10 @@ def write_results(runs: list[Run], path: Path = PUBLISHED) -> None:
     path.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
+def machine(about: Row) -> str:
+    return f"{about['hardware']}, {about['threads']} thread{'s' * (about['threads'] != 1)}"
+
+
 def rows_of(runs: list[Run], kind: str) -> list[Row]:
     """All rows of a kind, each with the ``about`` of its run."""
     rows = ({**row, "about": run["about"]} for run in runs for row in run["rows"])
@@ -103,8 +107,7 @@ UNITS = {"step": "s/step", "scaling": "s/step", "end to end": "s/token", "stream
 def long_rows(about: Row, rows: Iterable[Row]) -> Iterator[dict[str, str]]:
     """Every value of ``rows`` as a line of the history; rows that measured nothing have none."""
     versions = "; ".join(f"{name} {version}" for name, version in about["versions"].items())
-    hardware = f"{about['hardware']}, {about['threads']} thread{'s' * (about['threads'] != 1)}"
-    shared = (about["date"], about["commit"], versions, hardware)
+    shared = (about["date"], about["commit"], versions, machine(about))
     for row in rows:
         for metric, value, unit, rounds in _values(row):
             case = row["group"] + (f", {row['axis']}={row[row['axis']]:g}" if "axis" in row else "")
@@ -132,7 +135,7 @@ def _values(row: Row) -> Iterator[tuple[str, float, str, int]]:
 
 def append(path: Path, lines: Iterable[dict[str, str]]) -> None:
     """Add those of ``lines`` that it does not have to the history at ``path``."""
-    known = read_history(path) if path.exists() else None
+    known = read_csv(path) if path.exists() else None
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if known is None:
@@ -140,7 +143,7 @@ def append(path: Path, lines: Iterable[dict[str, str]]) -> None:
         writer.writerows(line for line in lines if line not in (known or ()))
 
 
-def read_history(path: Path = HISTORY) -> list[dict[str, str]]:
+def read_csv(path: Path = HISTORY) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

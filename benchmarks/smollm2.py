@@ -46,17 +46,13 @@ def convert(directory: str) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(directory)
-    write_text(Path(directory) / "text.jsonl")
-    print(
-        f"wrote {sum(f.stat().st_size for f in Path(directory).iterdir()) / 1e6:.0f} MB to {directory}"
-    )
-
-
-def write_text(path: Path) -> None:
-    """One document a line, in an order without meaning, so that neighbours are of different packages."""
+    # One document a line, in an order without meaning: neighbours are of different packages.
     texts = documents(PACKAGES)
     random.Random(0).shuffle(texts)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (Path(directory) / "text.jsonl").write_text(lines, encoding="utf-8")
+    written = sum(file.stat().st_size for file in Path(directory).iterdir())
+    print(f"wrote {written / 1e6:.0f} MB to {directory}")
 
 
 if __name__ == "__main__":

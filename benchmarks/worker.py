@@ -35,12 +35,9 @@ class Worker:
     def ask(self, what: str, *arguments: Any, **options: Any) -> Any:
         """Call the method ``what`` of :class:`Server`. Raises WorkerError if it fails, or the process ends."""
         try:
-            value, error = self._pool.submit(_answer, what, arguments, options).result()
+            return self._pool.submit(_answer, what, arguments, options).result()
         except BrokenProcessPool as ended:
             raise WorkerError("the trainer's process has ended") from ended
-        if error is not None:
-            raise WorkerError(error)
-        return value
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -90,11 +87,11 @@ class Server:
 _server = Server()
 
 
-def _answer(what: str, arguments: tuple, options: dict) -> tuple[Any, str | None]:
+def _answer(what: str, arguments: tuple, options: dict) -> Any:
     try:
-        return getattr(_server, what)(*arguments, **options), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {str(error)[:500]}"
+        return getattr(_server, what)(*arguments, **options)
+    except Exception as error:  # which may not come through as it is
+        raise WorkerError(f"{type(error).__name__}: {str(error)[:500]}") from None
 
 
 def _begin() -> None:

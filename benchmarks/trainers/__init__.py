@@ -14,8 +14,7 @@ from .saelens import SAELens
 from .sparsify import Sparsify
 
 __all__ = [
-    "DEAD_AFTER", "OURS", "PEERS", "PLAIN", "TRAINERS", "WAYS",
-    "Problem", "Trained", "Trainer", "Weights", "missing",
+    "DEAD_AFTER", "OURS", "TRAINERS", "WAYS", "Problem", "Trained", "Trainer", "Weights", "missing",
 ]  # fmt: skip
 
 TRAINERS: dict[str, type[Trainer]] = {
@@ -32,8 +31,6 @@ TRAINERS: dict[str, type[Trainer]] = {
 }
 OURS = "fastsae"
 WAYS = ("fastsae, graph", "fastsae, graph, 8-bit")
-PLAIN = ("torch, eager", "torch, compiled")
-PEERS = ("SAELens", "dictionary_learning", "sparsify", "llamascopium")
 
 
 def missing(name: str) -> str | None:

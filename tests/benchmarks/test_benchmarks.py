@@ -80,7 +80,7 @@ def test_trainers_take_turns_and_one_that_fails_keeps_no_time(load, monkeypatch)
     harness, shape = load("harness"), load("measure").Shape(32, 24, 160, 4)
     monkeypatch.setattr(harness, "Worker", Scripted)
     monkeypatch.setattr(Scripted, "asked", [])
-    monkeypatch.setattr(Scripted, "error", harness.WorkerError, raising=False)
+    monkeypatch.setattr(Scripted, "error", load("worker").WorkerError, raising=False)
     found = harness.time_steps(shape, ["fastsae", "torch, eager", "torch, compiled"], rounds=3)
     order = [name for name, what in Scripted.asked if what == "run"]
     assert order[3:12] == ["fastsae"] * 3 + ["torch, eager"] * 3 + ["torch, compiled"] * 3

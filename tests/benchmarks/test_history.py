@@ -67,8 +67,8 @@ def test_a_report_is_on_disk_after_every_row(results, tmp_path):
             report.add(**step(trainer))
             written = json.loads((tmp_path / "out" / "suite.json").read_text())
             assert written == {"about": report.about, "rows": report.rows}
-    lines = results.read_history(history)
-    assert lines == results.read_history(tmp_path / "out" / "suite.csv"), "nothing is added twice"
+    lines = results.read_csv(history)
+    assert lines == results.read_csv(tmp_path / "out" / "suite.csv"), "nothing is added twice"
     assert [line["trainer"] for line in lines] == ["fastsae"] * 3 + ["other"] * 3
     assert tuple(lines[0]) == results.COLUMNS
 
@@ -86,12 +86,12 @@ def test_a_regression_shows(results, tmp_path):
         ("aaaaaaa", [step(seconds=[9.0]), step(seconds=[1.0]), step("peer", [2.0], ratio=2.0)]),
         ("bbbbbbb", [step(seconds=[1.2], peak_mib=8.0), step("peer", [2.05], ratio=1.7)]),
     )
-    lines, worse = results.changes(results.read_history(path), "aaaaaaa", "bbbbbbb")
+    lines, worse = results.changes(results.read_csv(path), "aaaaaaa", "bbbbbbb")
     assert worse and len(lines) == 4 and lines[-1].startswith("6 results compared, 3 moved")
     assert lines[0] == "WORSE   +20.0%  time of fastsae, training step | B=1: 1 -> 1.2 s/step"
     assert lines[1].startswith("better  -20.0%  peak memory of fastsae")
     assert lines[2].startswith("WORSE   -15.0%  time / ours of peer")
-    lines, worse = results.changes(results.read_history(path), "aaaaaaa", "bbbbbbb", 0.3)
+    lines, worse = results.changes(results.read_csv(path), "aaaaaaa", "bbbbbbb", 0.3)
     assert lines == ["6 results compared, 0 moved by more than 30%"] and not worse
 
 
@@ -99,7 +99,7 @@ def test_a_slower_peer_is_no_regression_of_ours(results, tmp_path):
     path = history_of(
         results, tmp_path / "h.csv", ("a", [step("peer", [1.0])]), ("b", [step("peer", [2.0])])
     )
-    lines, worse = results.changes(results.read_history(path), "a", "b")
+    lines, worse = results.changes(results.read_csv(path), "a", "b")
     assert lines[0].startswith("WORSE  +100.0%") and not worse
 
 
@@ -107,9 +107,9 @@ def test_only_the_same_hardware_is_compared(results, tmp_path):
     path = history_of(results, tmp_path / "h.csv", ("a", [step()]))
     results.append(path, results.long_rows(ABOUT | {"commit": "b", "threads": 1}, [step()]))
     with pytest.raises(ValueError, match="no result in common"):
-        results.changes(results.read_history(path), "a", "b")
+        results.changes(results.read_csv(path), "a", "b")
     with pytest.raises(ValueError, match="no results of commit 'c'; there are results of a, b"):
-        results.changes(results.read_history(path), "a", "c")
+        results.changes(results.read_csv(path), "a", "c")
 
 
 def test_the_command_compares_names_that_git_knows(results, monkeypatch, tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_the_command_compares_names_that_git_knows(results, monkeypatch, tmp_pat
 
 
 def test_the_history_has_every_published_result(results):
-    history = results.read_history()
+    history = results.read_csv()
     known = {tuple(line.values()) for line in history}
     assert len(known) == len(history), "a line stands there twice"
     for run in results.read_results():

@@ -167,7 +167,7 @@ def test_peers_counts_of_steps_are_scaled_to_the_run(quality):
 def test_means_over_the_seeds_go_to_the_history(tiny, monkeypatch, tmp_path):
     run(tiny, monkeypatch, "--out", str(tmp_path), "--seeds", "0", "1", "--trainers", "fastsae")
     results = importlib.import_module("results")
-    lines = results.read_history(tmp_path / "history.csv")
+    lines = results.read_csv(tmp_path / "history.csv")
     assert {line["metric"] for line in lines} == {
         "explained variance", "alive fraction", "threshold explained variance", "threshold l0",
     }  # fmt: skip
