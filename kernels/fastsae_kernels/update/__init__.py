@@ -36,8 +36,6 @@ from ..sparse import CSC, CSR
 from . import torch_impl, triton_impl
 from .state import Adam, AuxGradients, BiasState, GradientInputs, MatrixState, Parameters
 
-# --- operations ---------------------------------------------------------------------------------
-
 
 def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> GradientInputs:
     values, *csc, x, dY = batch
@@ -70,9 +68,6 @@ def _fused_update_(
         _inputs(batch, dY_scale, aux),
         Adam(lr, step, clip, beta1, beta2, eps),
     )
-
-
-# --- public -------------------------------------------------------------------------------------
 
 
 def _checked(
