@@ -32,7 +32,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastsae_kernels.dispatch import INTERPRETED  # noqa: E402
 
-# Bytes of shared memory one program can have.
+# Bytes of shared memory one program can have, by compute capability.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TABLE, README = HERE / "registers.csv", HERE.parent / "README.md"
 BEGIN, END = "<!-- ahead-of-time table: begin -->", "<!-- ahead-of-time table: end -->"
@@ -60,13 +60,6 @@ class Result:
     spilled: int = 0  # bytes of local memory per thread
     shared: int = 0  # bytes per program
     faults: tuple[str, ...] = ()
-
-
-def capabilities() -> list[int]:
-    """The architectures of the table that the installed Triton's assembler knows."""
-    known = [80, 86, 89, 90]
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return known + ([100, 120] if version >= (3, 3) else [])
 
 
 def compile_case(case: Case, capability: int):
@@ -110,13 +103,8 @@ def check(case: Case, capability: int) -> Result:
         faults.append(f"spills {spilled} bytes")
     if shared > SHARED_MEMORY[capability]:
         faults.append(f"shared memory {shared} > {SHARED_MEMORY[capability]}")
-    wide = (
-        r"ld\.global\S*\.v4\.[bf]32",
-        r"ld\.global\S*\.v2\.[bf]64",
-        r"cp\.async\S*[^;]*, 0x10",
-        "cp.async.bulk",
-    )
-    if case.vector_loads and not any(re.search(pattern, ptx) for pattern in wide):
+    wide = r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\S*[^;]*, 0x10|cp\.async\.bulk"
+    if case.vector_loads and not re.search(wide, ptx):
         faults.append("no 128-bit load")
     matrix = {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     if case.matrix and matrix not in ptx:
@@ -171,7 +159,7 @@ def main() -> int:
     todo = [
         (index, capability)
         for index, case in enumerate(all_cases())
-        for capability in ([80, 90] if options.slice else capabilities())
+        for capability in ([80, 90] if options.slice else SHARED_MEMORY)
         if capability in case.capabilities
         and options.only in case.label
         and (case.representative or not options.slice)

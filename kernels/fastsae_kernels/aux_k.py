@@ -68,9 +68,6 @@ class _Inputs(NamedTuple):
     coefficient: float
 
 
-# --- the k_aux largest of each row --------------------------------------------------------------
-
-
 @jit
 def keep_largest_kernel(
     z_ptr,
@@ -133,9 +130,6 @@ def _keep_largest_(z: Tensor, k: int) -> Tensor:
     return z.copy_(torch.where(keep_largest(positive, k, positive=True), positive, 0))
 
 
-# --- the computation ----------------------------------------------------------------------------
-
-
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` accumulated in float32 (float64 for float64) and returned in it."""
     if a.dtype in (torch.float32, torch.float64):
@@ -180,9 +174,6 @@ def _compact(dead: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     latents = torch.zeros(rows + 1, dtype=torch.int64, device=dead.device)
     latents.scatter_(0, place, torch.arange(len(dead), device=dead.device))
     return latents[:rows], slots, dead.sum()
-
-
-# --- gradients for the fused update -------------------------------------------------------------
 
 
 def _fake_gradients(

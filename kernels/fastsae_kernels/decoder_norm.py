@@ -17,8 +17,6 @@ from torch import Tensor
 from .dispatch import implementation, jit, register, tl, triton
 from .dtypes import TINY, rounded, upcast
 
-# --- kernels ------------------------------------------------------------------------------------
-
 
 @jit
 def tangent(gradient, w):
@@ -34,11 +32,7 @@ def unit(w):
 
 
 @jit
-def project_gradient_kernel(
-    W_dec_ptr, gradient_ptr, out_ptr,
-    D,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def project_gradient_kernel(W_dec_ptr, gradient_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     at = tl.program_id(0).to(tl.int64) * D + columns
     w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
@@ -48,18 +42,11 @@ def project_gradient_kernel(
 
 
 @jit
-def normalize_rows_kernel(
-    W_dec_ptr, out_ptr,
-    D,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def normalize_rows_kernel(W_dec_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     at = tl.program_id(0).to(tl.int64) * D + columns
     w = tl.load(W_dec_ptr + at, mask=columns < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, rounded(unit(w), out_ptr.dtype.element_ty), mask=columns < D)
-
-
-# --- launchers ----------------------------------------------------------------------------------
 
 
 def row_blocks(width: int) -> dict[str, int]:
@@ -75,20 +62,25 @@ def _launch(kernel, out: Tensor, **tensors: Tensor) -> Tensor:
     return out
 
 
+def _along(w: Tensor, rows: Tensor) -> Tensor:
+    """``<rows[f], w[f]> / ‖w[f]‖²`` as ``[F, 1]``."""
+    norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
+    return (torch.linalg.vecdot(rows, w) / norm2)[:, None]
+
+
 def _tangent_torch(W_dec: Tensor, gradient: Tensor) -> Tensor:
     w, g = upcast(W_dec), upcast(gradient)
-    norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
-    along = torch.linalg.vecdot(g, w) / norm2
-    return torch.addcmul(g, along[:, None], w, value=-1).to(gradient.dtype)
+    return torch.addcmul(g, _along(w, g), w, value=-1).to(gradient.dtype)
+
+
+def _norms(w: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    return norm.clamp_min(torch.finfo(w.dtype).tiny)
 
 
 def _unit_torch(W_dec: Tensor) -> Tensor:
     w = upcast(W_dec)
-    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    return (w / norm.clamp_min(torch.finfo(w.dtype).tiny)).to(W_dec.dtype)
-
-
-# --- operations ---------------------------------------------------------------------------------
+    return (w / _norms(w)).to(W_dec.dtype)
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
@@ -106,10 +98,8 @@ def _project_gradient_backward(ctx, dP):
     dW_dec = None
     if ctx.needs_input_grad[0]:
         w, g, d = (upcast(t) for t in (W_dec, gradient, dP))
-        norm2 = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(w.dtype).tiny)[:, None]
-        along = torch.linalg.vecdot(g, w)[:, None] / norm2
-        through = torch.linalg.vecdot(d, w)[:, None] / norm2
-        dW_dec = (-along * d - through * (g - 2 * along * w)).to(W_dec.dtype)
+        along = _along(w, g)
+        dW_dec = (-along * d - _along(w, d) * (g - 2 * along * w)).to(W_dec.dtype)
     return dW_dec, dgradient
 
 
@@ -129,8 +119,7 @@ def _project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
 def _normalize_rows_backward(ctx, dN):
     (W_dec,) = ctx.saved_tensors
     w = upcast(W_dec)
-    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return (_tangent_torch(w, upcast(dN)) / norm).to(W_dec.dtype)
+    return (_tangent_torch(w, upcast(dN)) / _norms(w)).to(W_dec.dtype)
 
 
 @register(fake=_contiguous_like, setup_context=_save, backward=_normalize_rows_backward)
@@ -156,9 +145,6 @@ def _normalize_rows_(W_dec: Tensor) -> None:
         W_dec.copy_(_unit_torch(W_dec))
     else:
         _launch(normalize_rows_kernel, W_dec, W_dec_ptr=W_dec)
-
-
-# --- public -------------------------------------------------------------------------------------
 
 
 def _check_rows(name: str, tensor: Tensor, *, in_place: bool = False) -> None:

@@ -3,13 +3,10 @@
     csr = batch_topk((x - b_dec) @ W_enc + b_enc, K)
 
 On a GPU it is the fused encoder followed by :mod:`.selection`. On a CPU the pre-activations ``[B, F]``
-never exist as a whole: blocks of tokens are multiplied, looked through while they are in the cache,
-and overwritten by the next.
-
-Of each block only what can still be among the K largest is kept. Once K entries are held, the smallest
-of them is a bound: a later entry must exceed it, since of equal entries the earlier one stands first.
-After the last block the K held are the K largest of all, so the result is :func:`batch_topk`'s, entry
-for entry, of pre-activations whose sums ran in the order of the smaller products.
+never exist as a whole: blocks of tokens are multiplied and looked through while they are in the cache.
+Once K entries are held, the smallest of them is a bound: a later entry must exceed it, since of equal
+entries the earlier one stands first. The result is :func:`batch_topk`'s, entry for entry, of
+pre-activations whose sums ran in the order of the smaller products.
 
 Bytes on a CPU: ``W_enc`` once for each block of tokens; memory besides the result: one block of
 pre-activations, ``4·TOKENS_PER_PRODUCT·F``, and at most 2·K entries and the new block's.
@@ -20,9 +17,9 @@ from torch import Tensor
 
 from .dispatch import implementation, register
 from .dtypes import accumulator
-from .encoder import centre, check_shapes, encode_with_group_max
+from .encoder import centre, check_shapes, encode_with_group_max, fake_encode
 from .products import linear
-from .selection import Selection, batch_topk, check_slots
+from .selection import Selection, batch_topk, check_slots, fake_batch_topk
 from .selection.torch_impl import as_groups, batch_csr, group_max, keep_largest, largest_positive
 from .selection.triton_impl import GROUP
 from .sparse import CSR
@@ -65,13 +62,8 @@ def _above(pre: Tensor, maxima: Tensor, bound: float) -> Tensor:
 
 
 def _fake(centred: Tensor, weight: Tensor, bias: Tensor, num_selected: int) -> tuple[Tensor, ...]:
-    return (
-        centred.new_empty(num_selected, dtype=accumulator(centred.dtype)),
-        centred.new_empty(num_selected, dtype=torch.int32),
-        centred.new_empty(centred.shape[0] + 1, dtype=torch.int32),
-        centred.new_empty((), dtype=torch.float32),
-        centred.new_empty((), dtype=torch.bool),
-    )
+    pre, maxima, nonfinite = fake_encode(centred, weight, bias)
+    return *fake_batch_topk(pre, maxima, num_selected), nonfinite
 
 
 @register(fake=_fake)

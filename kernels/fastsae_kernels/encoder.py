@@ -22,7 +22,7 @@ from torch import Tensor
 from .dispatch import INTERPRETED, implementation, jit, register, tl, triton
 from .dtypes import accumulator, float_bits, upcast
 from .products import linear
-from .selection import GroupMax, group_max
+from .selection import GroupMax, fake_group_max, group_max
 from .selection.triton_impl import GROUP, positive_keys
 
 
@@ -48,9 +48,6 @@ DESCRIPTORS = {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)}
 DESCRIPTOR_CAPABILITIES = range(90, 100)
 # The interpreter multiplies bfloat16 bit patterns as if they were integers.
 CONSTANTS = {"GROUP": GROUP, "ROWS_TOGETHER": 8, "UPCAST": INTERPRETED}
-
-
-# --- Triton -------------------------------------------------------------------------------------
 
 
 @jit
@@ -124,8 +121,7 @@ def encode_pointers_kernel(
     _epilogue(
         total, tile_b, tile_f,
         bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
-        B, F, G,
-        BLOCK_B, BLOCK_F, GROUP,
+        B, F, G, BLOCK_B, BLOCK_F, GROUP,
     )  # fmt: skip
 
 
@@ -149,8 +145,7 @@ def encode_descriptors_kernel(
     _epilogue(
         total, tile_b, tile_f,
         bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
-        B, F, G,
-        BLOCK_B, BLOCK_F, GROUP,
+        B, F, G, BLOCK_B, BLOCK_F, GROUP,
     )  # fmt: skip
 
 
@@ -166,16 +161,14 @@ def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
 
 def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, D), F = centred.shape, len(weight)
-    G = triton.cdiv(F, GROUP)
     centred, weight, bias = centred.contiguous(), weight.contiguous(), bias.contiguous()
-    pre = torch.empty(B, F, dtype=torch.float32, device=centred.device)
-    maxima = torch.empty(B, G, dtype=torch.float32, device=centred.device)
-    nonfinite = torch.zeros((), dtype=torch.bool, device=centred.device)
+    pre, maxima, nonfinite = fake_encode(centred, weight, bias)
+    nonfinite.zero_()
     by_descriptors = _descriptors_serve(centred, weight)
     tile = (DESCRIPTORS if by_descriptors else POINTERS)[centred.element_size()]
     grid = (triton.cdiv(B, tile.BLOCK_B) * triton.cdiv(F, tile.BLOCK_F),)
     shared = {"bias_ptr": bias, "pre_ptr": pre, "max_ptr": maxima, "nonfinite_ptr": nonfinite}
-    shared |= {"B": B, "F": F, "D": D, "G": G} | CONSTANTS | tile._asdict()
+    shared |= {"B": B, "F": F, "D": D, "G": maxima.shape[1]} | CONSTANTS | tile._asdict()
     if by_descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -188,16 +181,9 @@ def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tenso
     return pre, maxima, nonfinite
 
 
-# --- operation ----------------------------------------------------------------------------------
-
-
-def _fake(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, F, dtype = centred.shape[0], weight.shape[0], accumulator(centred.dtype)
-    return (
-        centred.new_empty(B, F, dtype=dtype),
-        centred.new_empty(B, (F + GROUP - 1) // GROUP, dtype=dtype),
-        centred.new_empty((), dtype=torch.bool),
-    )
+def fake_encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pre = centred.new_empty(centred.shape[0], weight.shape[0], dtype=accumulator(centred.dtype))
+    return pre, *fake_group_max(pre)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -218,7 +204,7 @@ def _backward(ctx, gradient, *_):
     )
 
 
-@register(fake=_fake, setup_context=_setup_context, backward=_backward)
+@register(fake=fake_encode, setup_context=_setup_context, backward=_backward)
 def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # What exact float32 would cost on matrix units that only know TF32 is left to the library.
     fusible = centred.element_size() == 2 or INTERPRETED or torch.backends.cuda.matmul.allow_tf32

@@ -16,9 +16,6 @@ STEP_SORT = 16
 SORT_WARPS = 8
 
 
-# --- Triton -------------------------------------------------------------------------------------
-
-
 @jit
 def _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, FIRST: tl.constexpr):
     """CSR place and latent of the sort's slots; empty places have latent ``F`` and so come last."""
@@ -112,9 +109,6 @@ def _csr_to_csc_triton(
     return rows, positions, offsets.cumsum(0, dtype=torch.int32)
 
 
-# --- torch --------------------------------------------------------------------------------------
-
-
 def csr_to_csc_torch(
     indices: Tensor, row_offsets: Tensor, latents: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,9 +120,6 @@ def csr_to_csc_torch(
     rows[:nnz] = torch.searchsorted(row_offsets, order.indices.int(), right=True) - 1
     boundaries = torch.arange(latents + 1, dtype=torch.int32, device=indices.device)
     return rows, positions, torch.searchsorted(order.values, boundaries).int()
-
-
-# --- operation ----------------------------------------------------------------------------------
 
 
 def _fake(indices: Tensor, row_offsets: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor]:

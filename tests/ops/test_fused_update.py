@@ -19,7 +19,7 @@ from fastsae_kernels import (
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
 from fastsae_kernels.update import _fused_update_, _gradient_norm, torch_impl, triton_impl
-from fastsae_kernels.update.state import GradientInputs
+from fastsae_kernels.update.state import Adam, GradientInputs, Parameters
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
@@ -368,10 +368,11 @@ def flat_arguments(device="cpu"):
     fused = Fused(state, torch.float32, device, split=True, quantized_moments=True)
     csr, csc, x, residual = fused.inputs(x, mask)
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
-    parameters = (*fused.W_enc, *fused.b_enc, *fused.W_dec, *fused.b_dec)
-    inputs = (csr.values, *csc, x, residual, -0.1, *(None,) * 4)
-    W_enc, W_dec = ((rows.weight, rows.remainder) for rows in (fused.W_enc, fused.W_dec))
-    norm = (*W_enc, *W_dec, fused.b_dec.weight, *inputs)
+    parameters = ([*state] for state in (fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec))
+    inputs = ([csr.values, *csc, x, residual], -0.1, [])
+    matrices = fused.W_enc, fused.W_dec
+    weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]
+    norm = (weights, remainders, fused.b_dec.weight, *inputs)
     return (*parameters, *inputs, lr, step, None, 0.9, 0.999, 1e-8), norm
 
 
@@ -423,16 +424,9 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
     csr, csc, x, residual = inputs
     with Sizes():
         torch_impl.fused_update(
-            fused.W_enc,
-            fused.b_enc,
-            fused.W_dec,
-            fused.b_dec,
+            Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec),
             GradientInputs(csr.values, csc, x, residual, -0.1, None),
-            torch.tensor(1e-3),
-            torch.tensor(1),
-            None,
-            (0.9, 0.999),
-            1e-8,
+            Adam(torch.tensor(1e-3), torch.tensor(1), None, 0.9, 0.999, 1e-8),
         )
     assert sizes and max(sizes) < LATENTS * WIDTH
 
@@ -455,7 +449,7 @@ def test_refusals_come_before_anything_is_written():
         fused.step((csr, csc, x, residual))
     fused.W_enc = fused.W_enc._replace(weight=fused.W_enc.weight.float())
     fused.b_enc = fused.b_enc._replace(m=fused.b_enc.m[1:])
-    with pytest.raises(ValueError, match=r"b_enc.m: expected a contiguous tensor of shape"):
+    with pytest.raises(ValueError, match=r"b_enc.m: expected shape \[11\], got \[10\]"):
         fused.step((csr, csc, x, residual))
     fused.b_enc = fused.b_enc._replace(m=state.moments[1].m.float())
     assert all(torch.equal(a, b) for a, b in zip(fused.tensors(), before, strict=True))

@@ -9,16 +9,14 @@ unique: the same on every device. Non-positive entries and NaN are never selecte
 first. BatchTopK with ``K = int(k * B)`` is Bussmann et al. 2024 (arXiv:2412.06410), section 3; TopK is
 Gao et al. 2024 (arXiv:2406.04093), section 2.3, and how a BatchTopK autoencoder is used at inference.
 
-Order groups by (maximum descending, flat index ascending). The K largest positive entries lie in the K
-largest groups: were one in a group outside, K groups would each hold an entry before it. So after one
-pass over ``pre`` for the maxima, only ``32 K`` entries are looked at again, whatever the data: a static
-bound, hence nothing to overflow. The K-th largest key is found digit by digit (8 bits, most significant
+The K largest positive entries lie in the K groups of the largest maxima: were one in a group outside, K
+groups would each hold an entry before it. So after one pass over ``pre``, only ``32 K`` entries are
+looked at again, whatever the data. The K-th largest key is found digit by digit (8 bits, most significant
 first) from integer histograms; keys are the bits of the positive float32, which order as the values do.
 
 On a GPU the batch level takes one launch a digit and three more for each of: the groups (of which
-exactly K are listed, in token-major order) and the entries inside them, whose counts by token, added
-up, give each its place. Per token one program selects in one row, any ``k <= F``, and a second launch
-writes the CSR arrays.
+exactly K are listed, in token-major order) and the entries inside them. Per token one program selects
+in one row, any ``k <= F``, and a second launch writes the CSR arrays.
 
 Bytes: the maxima read ``pre`` once and write 1/32 of it. The batch level then moves 4 x 4 B a group
 (from L2), 6 x 128 B a listed group and 8 B an entry written; per token 5 x 128 B a listed group.
@@ -54,35 +52,31 @@ class Selection(NamedTuple):
     nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
 
 
-# --- operations ---------------------------------------------------------------------------------
-
-
-def _fake_group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+def fake_group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`group_max` returns, unset."""
     groups = (pre.shape[1] + GROUP - 1) // GROUP
     maxima = pre.new_empty(pre.shape[0], groups, dtype=accumulator(pre.dtype))
     return maxima, pre.new_empty((), dtype=torch.bool)
 
 
-@register(fake=_fake_group_max)
+@register(fake=fake_group_max)
 def _group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
     if pre.numel() == 0:
-        maxima, nonfinite = _fake_group_max(pre)
+        maxima, nonfinite = fake_group_max(pre)
         return maxima.zero_(), nonfinite.zero_()
     return (torch_impl if implementation(pre) == "torch" else triton_impl).group_max(pre)
 
 
 def _fake_topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    slots = pre.shape[0] * k
-    offsets = pre.new_empty(pre.shape[0] + 1, dtype=torch.int32)
-    return pre.new_empty(slots), pre.new_empty(slots, dtype=torch.int32), offsets
+    return fake_batch_topk(pre, maxima, pre.shape[0] * k)[:3]
 
 
-def _fake_batch_topk(
+def fake_batch_topk(
     pre: Tensor, maxima: Tensor, num_selected: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    offsets = pre.new_empty(pre.shape[0] + 1, dtype=torch.int32)
+    sizes = num_selected, pre.shape[0] + 1
+    indices, offsets = (pre.new_empty(size, dtype=torch.int32) for size in sizes)
     threshold = pre.new_empty((), dtype=torch.float32)
-    indices = pre.new_empty(num_selected, dtype=torch.int32)
     return pre.new_empty(num_selected), indices, offsets, threshold
 
 
@@ -106,18 +100,15 @@ def _topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (torch_impl if implementation(pre) == "torch" else triton_impl).topk(pre, maxima, k)
 
 
-@register(fake=_fake_batch_topk, setup_context=_setup_context, backward=_backward)
+@register(fake=fake_batch_topk, setup_context=_setup_context, backward=_backward)
 def _batch_topk(
     pre: Tensor, maxima: Tensor, num_selected: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if num_selected == 0:
-        values, indices, offsets, threshold = _fake_batch_topk(pre, maxima, num_selected)
+        values, indices, offsets, threshold = fake_batch_topk(pre, maxima, num_selected)
         return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
     run = torch_impl if implementation(pre) == "torch" else triton_impl
     return run.batch_topk(pre, maxima, num_selected)
-
-
-# --- public -------------------------------------------------------------------------------------
 
 
 def _check_pre(pre: Tensor, where: str) -> None:
@@ -167,9 +158,8 @@ def batch_topk(pre: Tensor, num_selected: int, maxima: GroupMax | None = None) -
 def topk(pre: Tensor, k: int, maxima: GroupMax | None = None) -> CSR:
     """The ``k`` largest positive entries of each token of ``pre [B, F]``, ties to the lower latent.
 
-    ``pre`` is float32, bfloat16, float16 (float64 on torch); ``k`` is clamped to ``[0, F]``; the CSR
-    arrays have ``B * k`` slots, of which ``offsets[-1]`` are entries: fewer where a token has fewer
-    than ``k`` positive ones. ``values`` is differentiable in ``pre``. ``maxima`` as in ``batch_topk``.
+    ``k`` is clamped to ``[0, F]``; the CSR arrays have ``B * k`` slots, of which ``offsets[-1]`` are
+    entries: fewer where a token has fewer than ``k`` positive ones. The rest as in ``batch_topk``.
 
     Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype.
     """

@@ -11,14 +11,13 @@ and then
     db_dec   = Σ_b dY[b] - Σ_f db_enc[f] · W_enc[f]  (W_enc before its update);  Adam on b_dec
 
 Aux-k's gradients of the dead rows are added to ``dW_dec``, ``dW_enc`` and ``db_enc``, and not to
-``db_dec``: they move the latents they belong to and nothing that others share.
+``db_dec``: they move the latents they belong to and nothing that others share. Gradients are of the
+master weights; those of a row exist only while it is updated, the dense ``[F, D]`` gradient never does.
+A latent without actives still gets its Adam step, with a zero gradient.
 
-``W_enc`` and ``W_dec`` are both stored ``[F, D]``: one latent, one row of each. The gradients of a row
-exist only while its program runs; the dense ``[F, D]`` gradient never does. A latent without actives
-still gets its Adam step, with a zero gradient. Gradients are of the master weights.
-
-Shapes: ``x``, ``dY [B, D]``, any float dtype; the state as in :mod:`.state`; ``csr`` and ``csc``
-of one selection. Everything is summed in float32 (float64 on torch for float64 weights).
+Shapes: ``W_enc``, ``W_dec [F, D]`` (one latent, one row of each), the state as in :mod:`.state`;
+``x``, ``dY [B, D]``, any float dtype; ``csr`` and ``csc`` of one selection. Everything is summed in
+float32 (float64 on torch for float64 weights).
 
 Deterministic: a segment's entries are added in token order; segments of more than 128 are summed in
 chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then over the blocks. No
@@ -35,108 +34,65 @@ from torch import Tensor
 from ..dispatch import implementation, register
 from ..sparse import CSC, CSR
 from . import torch_impl, triton_impl
-from .state import AuxGradients, BiasState, GradientInputs, MatrixState
-
-# --- operations ---------------------------------------------------------------------------------
+from .state import Adam, AuxGradients, BiasState, GradientInputs, MatrixState, Parameters
 
 
-def _aux(*gradients: Tensor | None) -> AuxGradients | None:
-    W_enc, b_enc, W_dec, slots = gradients
-    if W_enc is None or b_enc is None or W_dec is None or slots is None:
-        return None
-    # Without rows there is nothing to add, and no row to point at.
-    return AuxGradients(W_enc, b_enc, W_dec, slots) if len(b_enc) else None
+def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> GradientInputs:
+    values, *csc, x, dY = batch
+    return GradientInputs(values, CSC(*csc), x, dY, dY_scale, AuxGradients(*aux) if aux else None)
 
 
-@register(
-    fake=lambda W_enc, W_enc_remainder, W_dec, W_dec_remainder, b_dec, *_: b_dec.new_empty(())
-)
+@register(fake=lambda weights, remainders, b_dec, *_: b_dec.new_empty(()))
 def _gradient_norm(
-    W_enc: Tensor, W_enc_remainder: Tensor | None, W_dec: Tensor, W_dec_remainder: Tensor | None,
-    b_dec: Tensor, values: Tensor, rows: Tensor, positions: Tensor, offsets: Tensor,
-    x: Tensor, dY: Tensor, dY_scale: float,
-    aux_W_enc: Tensor | None, aux_b_enc: Tensor | None, aux_W_dec: Tensor | None,
-    aux_slots: Tensor | None,
+    weights: list[Tensor], remainders: list[Tensor | None], b_dec: Tensor,
+    batch: list[Tensor], dY_scale: float, aux: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    csc, aux = CSC(rows, positions, offsets), _aux(aux_W_enc, aux_b_enc, aux_W_dec, aux_slots)
+    # Moments are not read.
+    W_enc, W_dec = (MatrixState(w, w, w, r) for w, r in zip(weights, remainders, strict=True))
     return (torch_impl if implementation(b_dec) == "torch" else triton_impl).gradient_norm(
-        MatrixState(W_enc, W_enc, W_enc, W_enc_remainder),
-        MatrixState(W_dec, W_dec, W_dec, W_dec_remainder),
-        b_dec,
-        GradientInputs(values, csc, x, dY, dY_scale, aux),
+        W_enc, W_dec, b_dec, _inputs(batch, dY_scale, aux)
     )
 
 
-_PARTS = ("", "_m", "_v", "_remainder", "_copy", "_m_scale", "_v_scale")
-_STATE = tuple(
-    [f"{name}{part}" for name in ("W_enc", "W_dec") for part in _PARTS]
-    + [f"{name}{part}" for name in ("b_enc", "b_dec") for part in _PARTS[:3]]
-)
-
-
-@register(fake=lambda *_: None, mutates_args=_STATE)
+@register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec"))
 def _fused_update_(
-    W_enc: Tensor, W_enc_m: Tensor, W_enc_v: Tensor, W_enc_remainder: Tensor | None,
-    W_enc_copy: Tensor | None, W_enc_m_scale: Tensor | None, W_enc_v_scale: Tensor | None,
-    b_enc: Tensor, b_enc_m: Tensor, b_enc_v: Tensor,
-    W_dec: Tensor, W_dec_m: Tensor, W_dec_v: Tensor, W_dec_remainder: Tensor | None,
-    W_dec_copy: Tensor | None, W_dec_m_scale: Tensor | None, W_dec_v_scale: Tensor | None,
-    b_dec: Tensor, b_dec_m: Tensor, b_dec_v: Tensor,
-    values: Tensor, rows: Tensor, positions: Tensor, offsets: Tensor,
-    x: Tensor, dY: Tensor, dY_scale: float,
-    aux_W_enc: Tensor | None, aux_b_enc: Tensor | None, aux_W_dec: Tensor | None,
-    aux_slots: Tensor | None,
+    W_enc: list[Tensor | None], b_enc: list[Tensor],
+    W_dec: list[Tensor | None], b_dec: list[Tensor],
+    batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    csc, aux = CSC(rows, positions, offsets), _aux(aux_W_enc, aux_b_enc, aux_W_dec, aux_slots)
-    (torch_impl if implementation(b_dec) == "torch" else triton_impl).fused_update(
-        MatrixState(
-            W_enc, W_enc_m, W_enc_v, W_enc_remainder, W_enc_copy, W_enc_m_scale, W_enc_v_scale
+    (torch_impl if implementation(b_dec[0]) == "torch" else triton_impl).fused_update(
+        Parameters(
+            MatrixState._make(W_enc), BiasState(*b_enc), MatrixState._make(W_dec), BiasState(*b_dec)
         ),
-        BiasState(b_enc, b_enc_m, b_enc_v),
-        MatrixState(
-            W_dec, W_dec_m, W_dec_v, W_dec_remainder, W_dec_copy, W_dec_m_scale, W_dec_v_scale
-        ),
-        BiasState(b_dec, b_dec_m, b_dec_v),
-        GradientInputs(values, csc, x, dY, dY_scale, aux),
-        lr, step, clip, (beta1, beta2), eps,
-    )  # fmt: skip
+        _inputs(batch, dY_scale, aux),
+        Adam(lr, step, clip, beta1, beta2, eps),
+    )
 
 
-# --- public -------------------------------------------------------------------------------------
-
-
-def _check(
-    W_enc: MatrixState,
-    W_dec: MatrixState,
-    b_dec: Tensor,
-    csr: CSR,
-    csc: CSC,
-    x: Tensor,
-    dY: Tensor,
-    aux: AuxGradients | None,
-) -> None:
+def _checked(
+    W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, biases: dict[str, Tensor],
+    csr: CSR, csc: CSC, x: Tensor, dY: Tensor, aux: AuxGradients | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The tensors of the batch and of aux-k, after all that the kernels take for granted is checked."""
     latents, width = W_dec.weight.shape
-    expected = {
-        "W_enc.weight": (W_enc.weight, (latents, width)),
-        "b_dec": (b_dec, (width,)),
-        "csc.rows": (csc.rows, csr.values.shape),
-        "csc.positions": (csc.positions, csr.values.shape),
-        "csc.offsets": (csc.offsets, (latents + 1,)),
-        "x": (x, (len(csr.offsets) - 1, width)),
-        "dY": (dY, (len(csr.offsets) - 1, width)),
-    }
+    slots, tokens = csr.values.shape, len(csr.offsets) - 1
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    expected |= {"csc.rows": (csc.rows, slots), "csc.positions": (csc.positions, slots)}
+    expected |= {"csc.offsets": (csc.offsets, (latents + 1,))}
+    expected |= {"x": (x, (tokens, width)), "dY": (dY, (tokens, width))}
+    for name, tensor in biases.items():
+        expected[name] = (tensor, (width if name.startswith("b_dec") else latents,))
     for name, state in (("W_enc", W_enc), ("W_dec", W_dec)):
         for part, tensor in state._asdict().items():
             if tensor is not None:
                 shape = (latents,) if part.endswith("scale") else (latents, width)
                 expected[f"{name}.{part}"] = (tensor, shape)
     if aux is not None:
-        expected |= {
-            "aux_gradients.W_enc": (aux.W_enc, (len(aux.b_enc), width)),
-            "aux_gradients.W_dec": (aux.W_dec, (len(aux.b_enc), width)),
-            "aux_gradients.slots": (aux.slots, (latents,)),
-        }
+        rows = (len(aux.b_enc), width)
+        expected |= {"aux_gradients.W_enc": (aux.W_enc, rows)}
+        expected |= {"aux_gradients.W_dec": (aux.W_dec, rows)}
+        expected |= {"aux_gradients.slots": (aux.slots, (latents,))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
@@ -151,6 +107,8 @@ def _check(
             )
     if b_dec.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"b_dec: expected float32 or float64, got {b_dec.dtype}")
+    # Without rows there is nothing to add, and no row to point at.
+    return [csr.values, *csc, x, dY], [] if aux is None or not len(aux.b_enc) else [*aux]
 
 
 def gradient_norm(
@@ -171,13 +129,9 @@ def gradient_norm(
     weights' rows (``2·F·D`` masters read) and the gathers. The arguments are the same. Float32
     (float64 for float64 weights); bitwise reproducible; nothing waits for the device.
     """
-    _check(W_enc, W_dec, b_dec, csr, csc, x, dY, aux_gradients)
-    return _gradient_norm(
-        W_enc.weight, W_enc.remainder, W_dec.weight, W_dec.remainder,
-        b_dec, csr.values, *csc,
-        x, dY, dY_scale,
-        *(aux_gradients or (None,) * 4),
-    )  # fmt: skip
+    batch, aux = _checked(W_enc, W_dec, b_dec, {"b_dec": b_dec}, csr, csc, x, dY, aux_gradients)
+    weights, remainders = [W_enc.weight, W_dec.weight], [W_enc.remainder, W_dec.remainder]
+    return _gradient_norm(weights, remainders, b_dec, batch, dY_scale, aux)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -215,23 +169,13 @@ def fused_update_(
     shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
     the determinism and the bytes moved.
     """
-    _check(W_enc, W_dec, b_dec.weight, csr, csc, x, dY, aux_gradients)
-    for name, vector, length in (("b_enc", b_enc, len(W_enc.weight)), ("b_dec", b_dec, x.shape[1])):
-        for part, tensor in vector._asdict().items():
-            if tensor.shape != (length,) or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}.{part}: expected a contiguous tensor of shape [{length}], got shape "
-                    f"{list(tensor.shape)}, strides {tensor.stride()}"
-                )
+    biases = {f"b_enc.{part}": tensor for part, tensor in b_enc._asdict().items()}
+    biases |= {f"b_dec.{part}": tensor for part, tensor in b_dec._asdict().items()}
+    batch, aux = _checked(W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients)
     if lr.numel() != 1 or step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(
             "lr and step: expected one-element tensors, step int64, got "
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
-    _fused_update_(
-        *W_enc, *b_enc, *W_dec, *b_dec,
-        csr.values, *csc,
-        x, dY, dY_scale,
-        *(aux_gradients or (None,) * 4),
-        lr, step, clip, *betas, eps,
-    )  # fmt: skip
+    parameters = ([*state] for state in (W_enc, b_enc, W_dec, b_dec))
+    _fused_update_(*parameters, batch, dY_scale, aux, lr, step, clip, *betas, eps)

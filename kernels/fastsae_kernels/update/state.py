@@ -103,6 +103,13 @@ class BiasState(NamedTuple):
         return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
 
+class Parameters(NamedTuple):
+    W_enc: MatrixState
+    b_enc: BiasState
+    W_dec: MatrixState
+    b_dec: BiasState
+
+
 class AuxGradients(NamedTuple):
     """Gradient terms of ``n`` dead latents, which aux-k computed, and a way to find them."""
 
@@ -121,6 +128,17 @@ class GradientInputs(NamedTuple):
     dY: Tensor  # [B, D], to be multiplied by dY_scale
     dY_scale: float
     aux: AuxGradients | None
+
+
+class Adam(NamedTuple):
+    """How to step."""
+
+    lr: Tensor  # []
+    step: Tensor  # [] int64, counts from 1
+    clip: Tensor | None  # [], what gradients are multiplied by
+    beta1: float
+    beta2: float
+    eps: float
 
 
 # --- torch --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..products import row_sums, sampled_products
-from .state import BiasState, GradientInputs, MatrixState, encode_moment_, split_master
+from .state import Adam, GradientInputs, MatrixState, Parameters, encode_moment_, split_master
 
 # Latents updated together: both gradients of a block stay in the cache.
 BLOCK_LATENTS = 512
@@ -74,23 +74,14 @@ def gradient_norm(
     return (squares + db_dec.square().sum()).sqrt()
 
 
-def fused_update(
-    W_enc: MatrixState,
-    b_enc: BiasState,
-    W_dec: MatrixState,
-    b_dec: BiasState,
-    inputs: GradientInputs,
-    lr: Tensor,
-    step: Tensor,
-    clip: Tensor | None,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    options: dict[str, Any] = {"lr": float(lr), "beta1": betas[0], "beta2": betas[1], "eps": eps}
+def fused_update(parameters: Parameters, inputs: GradientInputs, adam: Adam) -> None:
+    W_enc, b_enc, W_dec, b_dec = parameters
+    lr, step, clip, beta1, beta2, eps = adam
+    options: dict[str, Any] = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps}
     options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
     t = step.to(torch.float32).reshape(())
 
-    def adam(weights: list[Tensor], gradients: list[Tensor], m: list[Tensor], v: list[Tensor]):
+    def update(weights: list[Tensor], gradients: list[Tensor], m: list[Tensor], v: list[Tensor]):
         if clip is not None:
             for gradient in gradients:
                 gradient *= clip.to(gradient.dtype)
@@ -104,17 +95,13 @@ def fused_update(
         states = _rows(W_enc, at), _rows(W_dec, at)
         m, v = zip(*(state.moments() for state in states), strict=True)
         db_dec -= block.db_dec
-        adam(
-            [*masters, b_enc.weight[at]],
-            [block.dW_enc, block.dW_dec, block.db_enc],
-            [*m, b_enc.m[at]],
-            [*v, b_enc.v[at]],
-        )
+        gradients = [block.dW_enc, block.dW_dec, block.db_enc]
+        update([*masters, b_enc.weight[at]], gradients, [*m, b_enc.m[at]], [*v, b_enc.v[at]])
         norm = torch.linalg.vector_norm(block.w_dec, dim=1, keepdim=True)
         block.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
         for state, master, m_rows, v_rows in zip(states, masters, m, v, strict=True):
             _store_(state, master, m_rows, v_rows, at.start, step)
-    adam([b_dec.weight], [db_dec], [b_dec.m], [b_dec.v])
+    update([b_dec.weight], [db_dec], [b_dec.m], [b_dec.v])
 
 
 def _rows(state: MatrixState, at: slice) -> MatrixState:

@@ -14,9 +14,10 @@ from ..dispatch import jit, tl, triton
 from ..segments import CHUNK, chunk_capacity, long_segments
 from ..sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 from .state import (
-    BiasState,
+    Adam,
     GradientInputs,
     MatrixState,
+    Parameters,
     load_master,
     load_moment,
     store_master,
@@ -334,33 +335,20 @@ def gradient_norm(
     return (squares.sum() + db_enc.square().sum() + db_dec.square().sum()).sqrt()
 
 
-def fused_update(
-    W_enc: MatrixState,
-    b_enc: BiasState,
-    W_dec: MatrixState,
-    b_dec: BiasState,
-    inputs: GradientInputs,
-    lr: Tensor,
-    step: Tensor,
-    clip: Tensor | None,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
+def fused_update(parameters: Parameters, inputs: GradientInputs, adam: Adam) -> None:
+    W_enc, b_enc, W_dec, b_dec = parameters
+    lr, step, clip, beta1, beta2, eps = adam
     scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
     step_scalars_kernel[(1,)](
         lr_ptr=lr, step_ptr=step, clip_ptr=clip, scalars_ptr=scalars,
-        LOG_BETA1=math.log(betas[0]), LOG_BETA2=math.log(betas[1]),
+        LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2),
     )  # fmt: skip
-    adam = {
-        "scalars_ptr": scalars, "clip_ptr": clip,
-        "eps": eps,
-        "BETA1": betas[0], "BETA2": betas[1],
-    }  # fmt: skip
-    gradients = _launch(W_enc, W_dec, b_dec.weight, inputs, (None, None), step_ptr=step, **adam)
+    shared = {"scalars_ptr": scalars, "clip_ptr": clip, "eps": eps, "BETA1": beta1, "BETA2": beta2}
+    gradients = _launch(W_enc, W_dec, b_dec.weight, inputs, (None, None), step_ptr=step, **shared)
     for bias, gradient in zip((b_enc, b_dec), gradients, strict=True):
         bias_update_kernel[(triton.cdiv(len(gradient), BLOCK_BIAS),)](
             bias_ptr=bias.weight, m_ptr=bias.m, v_ptr=bias.v, gradient_ptr=gradient,
             length=len(gradient),
             BLOCK=BLOCK_BIAS,
-            **adam,
+            **shared,
         )  # fmt: skip
