@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str], prog: str = "fastsae train") -> Sweep:
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
             default = replace(default, d_sae=None)
         flags = TrainFlags.of(default)
-    return options.parse(TrainFlags, arguments, prog, __doc__, flags).sweep()
+    return options.parse(TrainFlags, arguments, prog, __doc__, default=flags).sweep()
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
