@@ -258,6 +258,21 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _no_folder_called_kernels() -> Iterator[None]:
+    """Hide a plain folder of that name, as this repository has at its root: where a program runs, it passes
+    for Hugging Face's package ``kernels``, which bitsandbytes looks for when it is imported."""
+    spec = None if "kernels" in sys.modules else importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is not None:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+
+
 def _nf4_config(compute: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise StreamError(
@@ -265,7 +280,8 @@ def _nf4_config(compute: torch.dtype) -> Any:
             "bitsandbytes`, or use --quantization none"
         )
     try:
-        importlib.import_module("bitsandbytes")
+        with _no_folder_called_kernels():
+            importlib.import_module("bitsandbytes")
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
