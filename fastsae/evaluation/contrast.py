@@ -1,14 +1,9 @@
-"""Which latents tell two sets of texts apart?
-
-A document is one observation: each latent's mean activation over its tokens. Latents are compared by
-the rank-sum test, and those reported keep the false discovery rate below a given one.
-"""
+"""Which latents tell two sets of texts apart? A document is one observation: each latent's mean activation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +22,7 @@ FEWEST = 10
 _RANKS = 2**24  # ranks held at a time: 128 MB
 
 
-@dataclass
-class Pooled:
+class Pooled(NamedTuple):
     """Documents as rows: ``mean [N, F]`` activation of each latent over a document's tokens, ``active
     [N, F]`` whether it is active at all, ``dense [N, D]`` the mean residual; all on the CPU."""
 
@@ -65,11 +59,7 @@ def pool(
 
 
 def contrast(
-    positive: Pooled,
-    negative: Pooled,
-    fdr: float = 0.05,
-    probe_latents: int = 8,
-    seed: int = 0,
+    positive: Pooled, negative: Pooled, fdr: float = 0.05, probe_latents: int = 8, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two sets of documents; returns what ``contrast.json`` holds.
 
@@ -82,15 +72,12 @@ def contrast(
     Raises ConfigError: too few documents, or settings that make no sense.
     """
     check(fdr, probe_latents, len(positive.mean), len(negative.mean))
-    x = torch.cat([positive.mean, negative.mean])
-    active = torch.cat([positive.active, negative.active])
-    dense = torch.cat([positive.dense, negative.dense])
+    x, active, dense = map(torch.cat, zip(positive, negative, strict=True))
     n = len(positive.mean)
     y = torch.arange(len(x)) < n
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.stack([
-        y[torch.randperm(len(y), generator=generator)] for _ in range(PERMUTATIONS)
-    ])  # fmt: skip
+    orders = [torch.randperm(len(y), generator=generator) for _ in range(PERMUTATIONS)]
+    shuffled = y[torch.stack(orders)]
     tested = (active.sum(0) >= FEWEST).nonzero()[:, 0]
     auroc, p = _test(x, tested, torch.cat([y[None], shuffled]))
     discoveries = [int((benjamini_hochberg(column) <= fdr).sum()) for column in p.T]
