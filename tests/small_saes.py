@@ -1,9 +1,10 @@
-"""Small SAEs with nothing left at its initial value, for tests of what is stored and read."""
+"""Small SAEs with nothing left at its initial value, and the baseline that larger ones are held to."""
 
 import torch
 from torch import Tensor
 
 from fastsae import SAE
+from fastsae.evaluation.covariance import RunningCovariance
 
 MODEL = {
     "model_name": "some/model",
@@ -52,3 +53,10 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, relative to the largest expected value."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def pca_explained_variance(x: Tensor, components: int) -> float | None:
+    """That of ``RunningCovariance`` for activations ``x [N, D]``, each row a document."""
+    covariance = RunningCovariance(x.shape[1], x.device)
+    covariance.add(x, torch.arange(len(x)))
+    return covariance.pca_explained_variance(components)

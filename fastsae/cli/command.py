@@ -46,9 +46,20 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for ours in ("fastsae", "fastsae_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        _run(given, prog)
+        if name in ("-h", "--help"):
+            commands = "\n".join(f"  {command:10}{what}" for command, what in COMMANDS.items())
+            print(HELP.format(commands))  # noqa: T201
+        elif name == "--version":
+            print(f"fastsae {__version__}")  # noqa: T201
+        elif name in COMMANDS:
+            module = importlib.import_module(f".{name}", __package__)
+            module.main(rest, prog or f"fastsae {name}")
+        else:
+            raise ConfigError(
+                f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
+            )
         return 0
     except FastsaeError as error:
         said, code = f"error: {error}", 2
@@ -58,19 +69,3 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         said, code = "interrupted", 130
     print(said, file=sys.stderr)  # noqa: T201
     return code
-
-
-def _run(arguments: list[str], prog: str | None) -> None:
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        commands = (f"  {command:10}{what}" for command, what in COMMANDS.items())
-        print(HELP.format("\n".join(commands)))  # noqa: T201
-    elif name == "--version":
-        print(f"fastsae {__version__}")  # noqa: T201
-    elif name in COMMANDS:
-        module = importlib.import_module(f".{name}", __package__)
-        module.main(rest, prog or f"fastsae {name}")
-    else:
-        raise ConfigError(
-            f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
-        )

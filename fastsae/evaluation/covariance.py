@@ -70,10 +70,3 @@ class RunningCovariance:
         """``Σ (x - point)(x - point)ᵀ`` of one half; ``point`` is relative to the shift."""
         cross = torch.outer(self._sum[half], point)
         return self._scatter[half] - cross - cross.T + self._count[half] * torch.outer(point, point)
-
-
-def pca_explained_variance(x: Tensor, components: int) -> float | None:
-    """:meth:`RunningCovariance.pca_explained_variance` of activations ``x [N, D]``, each row a document."""
-    covariance = RunningCovariance(x.shape[1], x.device)
-    covariance.add(x, torch.arange(len(x)))
-    return covariance.pca_explained_variance(components)

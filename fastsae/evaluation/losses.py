@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -80,26 +82,24 @@ def cross_entropy(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
 
     ``logits [n, t, V]``; positions in the last column have no following token and must be off.
     """
-    row, column = positions.nonzero(as_tuple=True)
-    following = tokens[row, column + 1]
-    parts = [torch.empty(0, device=logits.device)]
-    for part in _slices(len(row), logits.shape[-1]):
-        log_p = log_softmax(logits[row[part], column[part]].float(), dim=-1)
-        parts.append(-log_p.gather(1, following[part, None])[:, 0])
+    parts: list[Tensor] = []
+    for row, column in _slices(positions, logits.shape[-1]):
+        log_p = log_softmax(logits[row, column].float(), dim=-1)
+        parts.append(-log_p.gather(1, tokens[row, column + 1][:, None])[:, 0])
     return torch.cat(parts)
 
 
 def kl_divergence(clean: Tensor, changed: Tensor, positions: Tensor) -> Tensor:
     """``KL(clean ‖ changed)`` of the next-token distributions at ``positions [n, t]``: ``[m]`` float32."""
-    row, column = positions.nonzero(as_tuple=True)
-    parts = [torch.empty(0, device=clean.device)]
-    for part in _slices(len(row), clean.shape[-1]):
-        log_p = log_softmax(clean[row[part], column[part]].float(), dim=-1)
-        log_q = log_softmax(changed[row[part], column[part]].float(), dim=-1)
+    parts: list[Tensor] = []
+    for at in _slices(positions, clean.shape[-1]):
+        log_p = log_softmax(clean[at].float(), dim=-1)
+        log_q = log_softmax(changed[at].float(), dim=-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts)
 
 
-def _slices(count: int, vocabulary: int) -> list[slice]:
+def _slices(positions: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(1, _LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, start + size) for start in range(0, count, size)]
+    row, column = positions.nonzero(as_tuple=True)
+    return zip(row.split(size), column.split(size), strict=True)

@@ -48,8 +48,7 @@ class BatchTopK(nn.Module):
     Shapes: pre-activations ``[..., F]`` of any float dtype; the result has the same shape and dtype,
     with exact zeros where nothing was kept. Leading dimensions are tokens.
 
-    Raises:
-        ConfigError: k is not a positive finite number, or ``inference`` is unknown.
+    Raises ConfigError: k is not a positive finite number, or ``inference`` is unknown.
 
     Source: Bussmann et al. 2024, BatchTopK Sparse Autoencoders (arXiv:2412.06410), section 3.
     """
@@ -117,13 +116,8 @@ class TopK(nn.Module):
 
     Equal values go to the smaller latent; non-positive values and NaN are never kept.
 
-    Args:
-        k: active latents per token, a whole number of at least 1; clamped to the number of latents.
-
-    Shapes and dtypes as for :class:`BatchTopK`.
-
-    Raises:
-        ConfigError: k is not a whole number of at least 1.
+    Shapes and dtypes as for :class:`BatchTopK`. k is clamped to the number of latents; raises
+    ConfigError if it is not a whole number of at least 1.
 
     Source: Gao et al. 2024, Scaling and Evaluating Sparse Autoencoders (arXiv:2406.04093), section 2.3.
     """

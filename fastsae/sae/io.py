@@ -98,11 +98,7 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
 
 
 def detect_format(directory: str | Path) -> str:
-    """The name of the format of the SAE in a folder, by its weight files.
-
-    Raises:
-        FormatError: the folder holds no SAE, or SAEs in several formats.
-    """
+    """The format of the SAE in a folder, by its weight files. Raises FormatError unless there is one."""
     directory = Path(directory)
     found = _formats_in(directory)
     if len(found) == 1:

@@ -12,7 +12,7 @@ from fastsae_kernels.reference import AuxNormalization, Objective, TokenStatisti
 
 from ..config import AUX_WEIGHTS
 from ..errors import ConfigError
-from .activation import BatchTopK, Inference, JumpReLU, TopK
+from .activation import BatchTopK, Inference
 
 Normalize = Literal["scalar", "none", "layer_norm"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -37,7 +37,8 @@ class SAE(nn.Module):
     changing any output.
 
     Parameters: ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``, ``b_dec [D]``. Both matrices lie
-    feature-major in memory, so that one latent is one contiguous row of each.
+    feature-major in memory, so that one latent is one contiguous row of each. A new SAE has random unit
+    decoder rows, ``W_enc = W_decᵀ`` and zero biases.
 
     Args:
         d_in: width D of the activations.
@@ -49,10 +50,7 @@ class SAE(nn.Module):
         activation: use this module instead of ``BatchTopK(k)``.
         metadata: provenance kept with the SAE and written to disk with it.
 
-    The new SAE has random unit decoder rows, ``W_enc = W_decᵀ`` and zero biases.
-
-    Raises:
-        ConfigError: a size is not positive, or k exceeds d_sae.
+    Raises ConfigError: a size is not positive, or k exceeds d_sae.
     """
 
     scale: Tensor
@@ -112,9 +110,8 @@ class SAE(nn.Module):
     @inference.setter
     def inference(self, mode: Inference) -> None:
         if not isinstance(self.activation, BatchTopK):
-            raise ConfigError(
-                f"{type(self.activation).__name__} has one way to select, not {mode!r}"
-            )
+            name = type(self.activation).__name__
+            raise ConfigError(f"{name} has one way to select, not {mode!r}")
         self.activation.inference = mode
 
     @property
@@ -137,10 +134,7 @@ class SAE(nn.Module):
         """Latents ``[..., F]`` of activations ``x [..., D]``; entries not selected are exactly 0.
 
         ``inference`` overrides the mode for this call. In training mode without it, selection is over
-        the batch and the threshold is tracked.
-
-        Raises:
-            ValueError: the last dimension of x is not D.
+        the batch and the threshold is tracked. Raises ValueError if the last dimension of x is not D.
         """
         scaled, _ = self.scale_input(x)
         pre = self._pre_activations(scaled)
@@ -159,10 +153,8 @@ class SAE(nn.Module):
         """Reconstruction ``[..., D]`` of latents ``z [..., F]``.
 
         Under ``normalize="layer_norm"`` the latents do not hold the tokens' mean and standard deviation:
-        give ``statistics=sae.token_statistics(x)``.
-
-        Raises:
-            ValueError: the last dimension of z is not F, or the statistics are missing.
+        give ``statistics=sae.token_statistics(x)``. Raises ValueError if they are missing, or the last
+        dimension of z is not F.
         """
         if z.shape[-1] != self.d_sae:
             raise ValueError(
@@ -263,8 +255,8 @@ class SAE(nn.Module):
                 f"this SAE reads activations [..., {self.d_in}], got shape {tuple(x.shape)}"
             )
         x = x.to(self.W_dec.dtype)
-        if self.normalize == "layer_norm":
-            statistics = reference.token_statistics(x)
+        statistics = self.token_statistics(x)
+        if statistics is not None:
             return reference.layer_norm(x, statistics), statistics
         return (x * self.scale if self.normalize == "scalar" else x), None
 
@@ -273,8 +265,6 @@ class SAE(nn.Module):
         if statistics is not None:
             return reference.undo_layer_norm(x, statistics)
         return x / self.scale if self.normalize == "scalar" else x
-
-    # --- the two halves of encode ---
 
     def _pre_activations(self, scaled: Tensor, b_dec: Tensor | None = None) -> Tensor:
         # The difference is taken in full precision, and only then rounded to the operands'.
@@ -297,6 +287,3 @@ class SAE(nn.Module):
         if self.precision != "bf16":
             return t
         return t + (t.bfloat16().to(t.dtype) - t).detach()
-
-
-__all__ = ["CSR", "SAE", "BatchTopK", "JumpReLU", "Loss", "TokenStatistics", "TopK"]

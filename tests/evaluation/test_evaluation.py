@@ -7,13 +7,12 @@ import json
 import models
 import pytest
 import torch
-from small_saes import activations, small_sae
+from small_saes import activations, pca_explained_variance, small_sae
 from torch.nn.functional import cross_entropy as plain_cross_entropy
 
 import fastsae
 from fastsae import ConfigError, HeldOutText, SplicedModel
 from fastsae.cli import main
-from fastsae.evaluation.covariance import pca_explained_variance
 from fastsae.evaluation.estimates import DocumentSums
 from fastsae.evaluation.evaluate import evaluate, inference_modes
 from fastsae.lm.hooked import layer_of

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_saes import pca_explained_variance
 
 import fastsae
-from fastsae.evaluation.covariance import pca_explained_variance
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.reporting.tracking import read_metrics
 from fastsae_kernels import reference as ref

@@ -14,12 +14,7 @@ from ...version import __version__
 from ..activation import BatchTopK, Inference, JumpReLU, TopK
 from ..module import SAE
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
 
 class ExportedSAE(NamedTuple):
@@ -34,13 +29,6 @@ class ExportedSAE(NamedTuple):
     normalize: Literal["none", "layer_norm"]
     metadata: dict[str, Any]
     provenance: dict[str, Any]  # what only fastsae knows and needs to read the SAE back as it was
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-
-
-# --- out ---
 
 
 def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
@@ -104,9 +92,6 @@ def _k_per_token(sae: SAE, inference: Inference | None) -> int | None:
         f"{inference!r}; BatchTopK can be saved as 'topk' or 'threshold', TopK as 'topk', JumpReLU as "
         f"'threshold'"
     )
-
-
-# --- in ---
 
 
 def build(
@@ -181,9 +166,6 @@ def _number(provenance: dict[str, Any], name: str) -> float | None:
             f"restore it, or delete the entry 'fastsae' to read the SAE without it"
         )
     return value
-
-
-# --- checks ---
 
 
 def take_tensors(

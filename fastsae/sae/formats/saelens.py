@@ -32,18 +32,10 @@ WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt")
 SAE_LENS_VERSION = "6.54.12"
 """The version whose format is written. SAELens takes a config without one as older than 6.0."""
 
-# SAELens's own tools fail on an absent entry of these; they say "nothing special".
-_DEFAULTS: dict[str, Any] = {
-    "sae_lens_training_version": None,
-    "hook_head_index": None,
-    "seqpos_slice": [None],
-    "model_from_pretrained_kwargs": {},
-}
-
 
 def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents."""
-    tensors = sae.weights
+    tensors = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     settings: dict[str, Any] = {
         "d_in": sae.W_enc.shape[0],
         "d_sae": sae.W_enc.shape[1],
@@ -60,22 +52,19 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
         assert sae.threshold is not None
         threshold = sae.threshold.to(sae.b_enc.dtype)
         tensors["threshold"] = threshold.expand_as(sae.b_enc).contiguous()
-    settings["metadata"] = _metadata(sae)
-    return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
-
-
-def _metadata(sae: ExportedSAE) -> dict[str, Any]:
-    defaults = dict(_DEFAULTS)
+    # SAELens's own tools fail on an absent entry of these; they say "nothing special".
+    defaults: dict[str, Any] = {"sae_lens_training_version": None, "hook_head_index": None}
+    defaults |= {"seqpos_slice": [None], "model_from_pretrained_kwargs": {}}
     if "k" in sae.provenance:
         defaults["training_architecture"] = "batchtopk"
         defaults["training_architecture_details"] = {"k": sae.provenance["k"]}
     filled_in = [name for name in defaults if name not in sae.metadata]
-    return {
-        **defaults,
-        **sae.metadata,
+    own = {
         "sae_lens_version": SAE_LENS_VERSION,
         "fastsae": {**sae.provenance, "filled_in": filled_in},
     }
+    settings["metadata"] = defaults | sae.metadata | own
+    return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
 
 
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
