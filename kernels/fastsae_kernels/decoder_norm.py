@@ -14,7 +14,7 @@ moves none of them: :mod:`.update` does both while it holds the row.
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, register, tl, triton
+from .dispatch import implementation, jit, register, save_inputs, tl, triton
 from .dtypes import TINY, rounded, upcast
 
 
@@ -87,10 +87,6 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _project_gradient_backward(ctx, dP):
     W_dec, gradient = ctx.saved_tensors
     # The projection is symmetric: its own transpose.
@@ -105,7 +101,7 @@ def _project_gradient_backward(ctx, dP):
 
 @register(
     fake=lambda W_dec, gradient: _contiguous_like(gradient),
-    setup_context=_save,
+    setup_context=save_inputs,
     backward=_project_gradient_backward,
 )
 def _project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
@@ -122,7 +118,7 @@ def _normalize_rows_backward(ctx, dN):
     return (_tangent_torch(w, upcast(dN)) / _norms(w)).to(W_dec.dtype)
 
 
-@register(fake=_contiguous_like, setup_context=_save, backward=_normalize_rows_backward)
+@register(fake=_contiguous_like, setup_context=save_inputs, backward=_normalize_rows_backward)
 def _normalize_rows(W_dec: Tensor) -> Tensor:
     W_dec = W_dec.contiguous()
     if implementation(W_dec) == "torch":

@@ -134,3 +134,8 @@ def register(
         return op
 
     return decorate
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """A ``setup_context`` for a backward that needs the inputs, all tensors, and nothing else."""
+    ctx.save_for_backward(*inputs)

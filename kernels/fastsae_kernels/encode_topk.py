@@ -19,9 +19,9 @@ from .dispatch import implementation, register
 from .dtypes import accumulator
 from .encoder import centre, check_shapes, encode_with_group_max, fake_encode
 from .products import linear
-from .selection import Selection, batch_topk, check_slots, fake_batch_topk
+from .selection import Selection, batch_topk, check_slots
 from .selection.torch_impl import as_groups, batch_csr, group_max, keep_largest, largest_positive
-from .selection.triton_impl import GROUP
+from .selection.triton_impl import GROUP, empty_selection
 from .sparse import CSR
 
 # Tokens multiplied together on a CPU: enough of them to keep the product at its peak.
@@ -63,7 +63,7 @@ def _above(pre: Tensor, maxima: Tensor, bound: float) -> Tensor:
 
 def _fake(centred: Tensor, weight: Tensor, bias: Tensor, num_selected: int) -> tuple[Tensor, ...]:
     pre, maxima, nonfinite = fake_encode(centred, weight, bias)
-    return *fake_batch_topk(pre, maxima, num_selected), nonfinite
+    return *empty_selection(pre, maxima, num_selected), nonfinite
 
 
 @register(fake=_fake)

@@ -4,8 +4,7 @@
     row_sums          sums[s] = Σ_{j in segment s} weights[j] · table[places[j]]
     sampled_products  dz[j]   = <left[s(j)], right[places[j]]>
 
-The dense one goes by the faster of the two libraries that torch brings. torch multiplies float32 by
-MKL (or another BLAS) and uses oneDNN for other things. On AVX-512 oneDNN runs at the cores' peak, where
+torch multiplies float32 by MKL (or another BLAS); on AVX-512 its oneDNN runs at the cores' peak, where
 MKL, on processors of another make, stays with AVX2. Both sum exact float32 products in float32, each in
 an order of its own that depends on the shapes and on the number of threads.
 
@@ -58,11 +57,6 @@ def sampled_products(left: Tensor, right: Tensor, places: Tensor, offsets: Tenso
         return right.new_zeros(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            offsets,
-            places,
-            right.new_zeros(len(places)),
-            (len(left), len(right)),
-            check_invariants=False,
-        )
+        values, shape = right.new_zeros(len(places)), (len(left), len(right))
+        pattern = torch.sparse_csr_tensor(offsets, places, values, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

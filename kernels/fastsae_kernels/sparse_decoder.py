@@ -6,10 +6,8 @@
     db_dec   = Σ_b dx̂[b]
 
 Shapes: ``values [K]``, ``indices [K]``, ``offsets [B + 1]``, ``W_dec [F, D]``, ``b_dec [D]``,
-``x [B, D]``. Sums are in float32 (float64 for float64 tensors) and rounded once, at the store.
-
-Rows of more than 128 actives are summed in chunks by programs of their own (:mod:`.segments`). No
-atomics: bitwise reproducible.
+``x [B, D]``. Sums are in float32 (float64 for float64 tensors) and rounded once, at the store. Rows of
+more than 128 actives are summed in chunks (:mod:`.segments`). No atomics: bitwise reproducible.
 
 Bytes moved, ``e`` bytes an element: forward ``nnz·D·e`` gathered (through L2: at most ``F·D·e`` of it
 from memory) plus ``B·D·e`` written; the loss reads and writes ``B·D·e`` more. ``dz``: ``2·nnz·D·e``
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, register, tl, triton
+from .dispatch import implementation, jit, register, save_inputs, tl, triton
 from .dtypes import accumulator, rounded, upcast
 from .products import row_sums
 from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
@@ -36,9 +34,6 @@ WARPS = 4
 def column_block(width: int) -> int:
     """Columns of a tile: 512 where it divides D, else 256 (768 and 2304 are multiples of it)."""
     return 512 if width % 512 == 0 else min(256, max(16, triton.next_power_of_2(width)))
-
-
-# --- kernels ------------------------------------------------------------------------------------
 
 
 @jit
@@ -168,9 +163,6 @@ def value_gradients_kernel(
     tl.store(out_ptr + slot, dz, mask=slot < K)
 
 
-# --- launchers ----------------------------------------------------------------------------------
-
-
 def tile_blocks(width: int) -> dict[str, int]:
     """The constants of a kernel over tiles of columns."""
     return {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": column_block(width), "num_warps": WARPS}
@@ -179,10 +171,7 @@ def tile_blocks(width: int) -> dict[str, int]:
 def launch_chunk_sums(
     values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, long: LongSegments, out: Tensor
 ) -> None:
-    """Write the weighted sum of ``table``'s rows over each chunk of a long segment to ``out``.
-
-    ``out [chunk_capacity(K), D]`` float32.
-    """
+    """Write each chunk's weighted sum of ``table``'s rows to ``out [chunk_capacity(K), D]`` float32."""
     width = table.shape[1]
     if len(out):
         chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
@@ -209,9 +198,6 @@ def _launch_segment_sums(kernel, values, indices, offsets, table, **others: Tens
     )  # fmt: skip
 
 
-# --- torch --------------------------------------------------------------------------------------
-
-
 def _row_sums_torch(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """The weighted row sums ``[n, D]`` in the accumulator's dtype."""
     table, nnz = upcast(table), int(offsets[-1])
@@ -231,27 +217,8 @@ def _value_gradients_torch(
     return out
 
 
-# --- operations ---------------------------------------------------------------------------------
-
-
 def _fake_row_sums(values, indices, offsets, table, bias):
     return table.new_empty(offsets.shape[0] - 1, table.shape[1])
-
-
-@register(fake=_fake_row_sums)
-def _weighted_row_sums(
-    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None
-) -> Tensor:
-    values, table = values.contiguous(), table.contiguous()
-    if implementation(table) == "torch":
-        total = _row_sums_torch(values, indices, offsets, table)
-        return (total if bias is None else total + bias).to(table.dtype)
-    out = _fake_row_sums(values, indices, offsets, table, bias)
-    bias = None if bias is None else bias.contiguous()
-    _launch_segment_sums(
-        weighted_row_sums_kernel, values, indices, offsets, table, bias_ptr=bias, out_ptr=out
-    )
-    return out
 
 
 def _fake_value_gradients(dx_hat, values, indices, offsets, W_dec):
@@ -277,19 +244,15 @@ def _value_gradients(
     return out
 
 
-def _save_decode(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _decode_gradients(ctx, inputs, dx_hat):
-    """Gradients of the five inputs from ``dx̂``, each only where it is needed."""
+def _decode_gradients(ctx, inputs, dx_hat) -> tuple[Tensor | None, ...]:
+    """Gradients of the decoder's five inputs from ``dx̂``, each only where it is needed."""
     (values, indices, offsets, W_dec, b_dec), need = inputs, ctx.needs_input_grad
     dvalues = dW_dec = db_dec = None
     if need[0]:
         dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
     if need[3]:
         csc = csr_to_csc(CSR(values, indices, offsets), W_dec.shape[0])
-        dW_dec = _weighted_row_sums(
+        dW_dec = _sparse_decode(
             values[csc.positions], csc.rows, csc.offsets, dx_hat.to(W_dec.dtype), None
         )
     if need[4]:
@@ -297,15 +260,24 @@ def _decode_gradients(ctx, inputs, dx_hat):
     return dvalues, None, None, dW_dec, db_dec
 
 
-def _decode_backward(ctx, dx_hat):
+def _decode_backward(ctx, dx_hat) -> tuple[Tensor | None, ...]:
     return _decode_gradients(ctx, ctx.saved_tensors, dx_hat)
 
 
-@register(fake=_fake_row_sums, setup_context=_save_decode, backward=_decode_backward)
+@register(fake=_fake_row_sums, setup_context=save_inputs, backward=_decode_backward)
 def _sparse_decode(
-    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor
+    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _weighted_row_sums(values, indices, offsets, W_dec, b_dec)
+    values, table = values.contiguous(), table.contiguous()
+    if implementation(table) == "torch":
+        total = _row_sums_torch(values, indices, offsets, table)
+        return (total if bias is None else total + bias).to(table.dtype)
+    out = _fake_row_sums(values, indices, offsets, table, bias)
+    bias = None if bias is None else bias.contiguous()
+    _launch_segment_sums(
+        weighted_row_sums_kernel, values, indices, offsets, table, bias_ptr=bias, out_ptr=out
+    )
+    return out
 
 
 def _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x):
@@ -341,9 +313,6 @@ def _sparse_decode_loss(
         bias_ptr=b_dec, x_ptr=x, residual_ptr=residual, squares_ptr=squares,
     )  # fmt: skip
     return residual, squares.sum(1)
-
-
-# --- public -------------------------------------------------------------------------------------
 
 
 def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> None:

@@ -5,7 +5,8 @@ from selection_cases import assert_batch_topk, cases
 
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
 from fastsae_kernels.dispatch import use
-from fastsae_kernels.selection import GROUP, _batch_topk, _group_max
+from fastsae_kernels.selection import _batch_topk, _group_max
+from fastsae_kernels.selection.triton_impl import GROUP
 from fastsae_kernels.transpose import _csr_to_csc
 
 CASES = cases()

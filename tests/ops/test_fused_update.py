@@ -18,7 +18,7 @@ from fastsae_kernels import (
 )
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
-from fastsae_kernels.update import _fused_update_, _gradient_norm, torch_impl, triton_impl
+from fastsae_kernels.update import _fused_update_, _gradient_norm, _parts, torch_impl, triton_impl
 from fastsae_kernels.update.state import Adam, GradientInputs, Parameters
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
@@ -368,7 +368,8 @@ def flat_arguments(device="cpu"):
     fused = Fused(state, torch.float32, device, split=True, quantized_moments=True)
     csr, csc, x, residual = fused.inputs(x, mask)
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
-    parameters = ([*state] for state in (fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec))
+    W_enc, W_dec = _parts(fused.W_enc), _parts(fused.W_dec)
+    parameters = (*W_enc, [*fused.b_enc], *W_dec, [*fused.b_dec])
     inputs = ([csr.values, *csc, x, residual], -0.1, [])
     matrices = fused.W_enc, fused.W_dec
     weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation, register
-from ..dtypes import FLOATS, accumulator
+from ..dtypes import FLOATS
 from ..sparse import CSR, scatter_values
 from . import torch_impl, triton_impl
-from .triton_impl import GROUP
+from .triton_impl import empty_maxima, empty_selection
 
 MAX_SLOTS = 2**31 - 1  # places are int32
 
@@ -52,32 +52,16 @@ class Selection(NamedTuple):
     nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
 
 
-def fake_group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`group_max` returns, unset."""
-    groups = (pre.shape[1] + GROUP - 1) // GROUP
-    maxima = pre.new_empty(pre.shape[0], groups, dtype=accumulator(pre.dtype))
-    return maxima, pre.new_empty((), dtype=torch.bool)
-
-
-@register(fake=fake_group_max)
+@register(fake=empty_maxima)
 def _group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
     if pre.numel() == 0:
-        maxima, nonfinite = fake_group_max(pre)
+        maxima, nonfinite = empty_maxima(pre)
         return maxima.zero_(), nonfinite.zero_()
     return (torch_impl if implementation(pre) == "torch" else triton_impl).group_max(pre)
 
 
 def _fake_topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_batch_topk(pre, maxima, pre.shape[0] * k)[:3]
-
-
-def fake_batch_topk(
-    pre: Tensor, maxima: Tensor, num_selected: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = num_selected, pre.shape[0] + 1
-    indices, offsets = (pre.new_empty(size, dtype=torch.int32) for size in sizes)
-    threshold = pre.new_empty((), dtype=torch.float32)
-    return pre.new_empty(num_selected), indices, offsets, threshold
+    return empty_selection(pre, maxima, pre.shape[0] * k)[:3]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -100,12 +84,12 @@ def _topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (torch_impl if implementation(pre) == "torch" else triton_impl).topk(pre, maxima, k)
 
 
-@register(fake=fake_batch_topk, setup_context=_setup_context, backward=_backward)
+@register(fake=empty_selection, setup_context=_setup_context, backward=_backward)
 def _batch_topk(
     pre: Tensor, maxima: Tensor, num_selected: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if num_selected == 0:
-        values, indices, offsets, threshold = fake_batch_topk(pre, maxima, num_selected)
+        values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
         return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
     run = torch_impl if implementation(pre) == "torch" else triton_impl
     return run.batch_topk(pre, maxima, num_selected)

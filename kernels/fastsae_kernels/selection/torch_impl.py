@@ -1,5 +1,7 @@
 """The selection on torch; :mod:`fastsae_kernels.selection` has the algorithm."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def largest_positive(pre: Tensor, maxima: Tensor, k: int, per_token: bool) -> Te
 
 
 def padded_csr(
-    values: Tensor, flat: Tensor, shape: tuple[int, int], slots: int
+    values: Tensor, flat: Tensor, shape: Sequence[int], slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CSR arrays of ``slots`` slots from entries and their ascending flat indices in ``shape``."""
     tokens, latents = shape
@@ -74,7 +76,7 @@ def padded_csr(
 
 
 def batch_csr(
-    values: Tensor, flat: Tensor, shape: tuple[int, int], slots: int
+    values: Tensor, flat: Tensor, shape: Sequence[int], slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`padded_csr`, and the smallest value (infinity where there is none), float32."""
     infinity = torch.full((1,), torch.inf, device=values.device)
@@ -87,12 +89,10 @@ def batch_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``values, indices, offsets, threshold`` of the selection from ``pre [B, F]``."""
     flat = largest_positive(pre, maxima, num_selected, per_token=False)
-    B, F = pre.shape
-    return batch_csr(pre.reshape(-1)[flat], flat, (B, F), num_selected)
+    return batch_csr(pre.reshape(-1)[flat], flat, pre.shape, num_selected)
 
 
 def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """``values, indices, offsets`` of the ``k`` largest entries of each row of ``pre [B, F]``."""
     flat = largest_positive(pre, maxima, k, per_token=True)
-    B, F = pre.shape
-    return padded_csr(pre.reshape(-1)[flat], flat, (B, F), B * k)
+    return padded_csr(pre.reshape(-1)[flat], flat, pre.shape, len(pre) * k)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import jit, tl, triton
-from ..dtypes import float_bits
+from ..dtypes import accumulator, float_bits
 
 GROUP = 32
 DIGIT_PASSES = 4
@@ -14,6 +14,26 @@ BLOCK_KEYS = 1024  # group maxima a program reads at a time
 BLOCK_GROUPS = 64  # groups, of 32 entries, a program reads at a time
 BLOCK_EMIT = 32  # the same, where two running counts take registers too
 ROW_WARPS = 8  # of the kernels that write a row's entries
+
+
+# --- outputs, before they are written, on any device and of no device -------------------------------
+
+
+def empty_maxima(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``group_max`` returns."""
+    groups = (pre.shape[1] + GROUP - 1) // GROUP
+    maxima = pre.new_empty(pre.shape[0], groups, dtype=accumulator(pre.dtype))
+    return maxima, pre.new_empty((), dtype=torch.bool)
+
+
+def empty_selection(
+    pre: Tensor, maxima: Tensor, num_selected: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``batch_topk`` returns; without the threshold, ``topk``."""
+    sizes = num_selected, pre.shape[0] + 1
+    indices, offsets = (pre.new_empty(size, dtype=torch.int32) for size in sizes)
+    threshold = pre.new_empty((), dtype=torch.float32)
+    return pre.new_empty(num_selected), indices, offsets, threshold
 
 
 # --- what both selections share -----------------------------------------------------------------
@@ -133,9 +153,9 @@ def group_max_kernel(
 def group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
     """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, and whether one is not finite."""
     (B, F), pre = pre.shape, pre.contiguous()
-    G = triton.cdiv(F, GROUP)
-    values = torch.empty(B, G, dtype=torch.float32, device=pre.device)
-    nonfinite = pre.new_zeros((), dtype=torch.bool)
+    values, nonfinite = empty_maxima(pre)
+    nonfinite.zero_()
+    G = values.shape[1]
     group_max_kernel[(B, triton.cdiv(G, BLOCK_GROUPS))](
         pre_ptr=pre, max_ptr=values, nonfinite_ptr=nonfinite,
         F=F, G=G,
@@ -320,10 +340,7 @@ def batch_topk(
     counts = torch.zeros(2, 2, B + 1, **integers)
     group_list = torch.empty(min(num_selected, B * G), **integers)
     list_offsets = torch.empty(B + 1, **integers)
-    values = torch.empty(num_selected, dtype=pre.dtype, device=pre.device)
-    indices = torch.empty(num_selected, **integers)
-    offsets = torch.empty(B + 1, **integers)
-    threshold = torch.empty((), dtype=torch.float32, device=pre.device)
+    values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
 
     grid = (min(triton.cdiv(B * G, BLOCK_KEYS), MAX_COUNTING_PROGRAMS),)
     for digit in range(DIGIT_PASSES):
@@ -452,8 +469,7 @@ def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     listed = torch.empty(B, **integers)
     state = torch.empty(B, 2, **integers)
     counts = torch.zeros(B + 1, **integers)
-    values = torch.empty(B * k, dtype=pre.dtype, device=pre.device)
-    indices = torch.empty(B * k, **integers)
+    values, indices, *_ = empty_selection(pre, maxima, B * k)
     shared = {"pre_ptr": pre, "list_ptr": group_list, "listed_ptr": listed, "state_ptr": state}
     shared |= {"F": F, "G": G, "list_capacity": list_capacity}
     shared |= {"GROUP": GROUP, "num_warps": ROW_WARPS}

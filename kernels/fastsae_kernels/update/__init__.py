@@ -42,6 +42,12 @@ def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> Gradient
     return GradientInputs(values, CSC(*csc), x, dY, dY_scale, AuxGradients(*aux) if aux else None)
 
 
+def _parts(state: MatrixState) -> tuple[list[Tensor], str]:
+    """The tensors that there are, and their names: a list that is written to must not hold None."""
+    parts = {name: tensor for name, tensor in state._asdict().items() if tensor is not None}
+    return [*parts.values()], " ".join(parts)
+
+
 @register(fake=lambda weights, remainders, b_dec, *_: b_dec.new_empty(()))
 def _gradient_norm(
     weights: list[Tensor], remainders: list[Tensor | None], b_dec: Tensor,
@@ -56,14 +62,17 @@ def _gradient_norm(
 
 @register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec"))
 def _fused_update_(
-    W_enc: list[Tensor | None], b_enc: list[Tensor],
-    W_dec: list[Tensor | None], b_dec: list[Tensor],
+    W_enc: list[Tensor], W_enc_parts: str, b_enc: list[Tensor],
+    W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor],
     batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     (torch_impl if implementation(b_dec[0]) == "torch" else triton_impl).fused_update(
         Parameters(
-            MatrixState._make(W_enc), BiasState(*b_enc), MatrixState._make(W_dec), BiasState(*b_dec)
+            MatrixState(**dict(zip(W_enc_parts.split(), W_enc, strict=True))),
+            BiasState(*b_enc),
+            MatrixState(**dict(zip(W_dec_parts.split(), W_dec, strict=True))),
+            BiasState(*b_dec),
         ),
         _inputs(batch, dY_scale, aux),
         Adam(lr, step, clip, beta1, beta2, eps),
@@ -177,5 +186,5 @@ def fused_update_(
             "lr and step: expected one-element tensors, step int64, got "
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
-    parameters = ([*state] for state in (W_enc, b_enc, W_dec, b_dec))
+    parameters = (*_parts(W_enc), [*b_enc], *_parts(W_dec), [*b_dec])
     _fused_update_(*parameters, batch, dY_scale, aux, lr, step, clip, *betas, eps)

@@ -13,15 +13,11 @@ truncation would bias every copy towards zero. NaN keeps being NaN but loses its
 **8-bit moments.** Both are logarithmic: code 0 is zero, code c is ``scale · 2^((c - top) / 8)``, 9 % a
 step, with the row's largest element as its scale. ``m`` is int8 with its sign, top = 127, a range of
 2^15.75; ``v`` is uint8, top = 255, 2^31.75. A linear code for ``m`` would spend its levels on the few
-dimensions of a residual stream that are a hundred times larger than the rest. Rounding is stochastic,
-to either neighbour with the probability that keeps the mean exact: a decay of 0.1 % a step is far less
-than one code, and rounding to nearest would undo it every time. Only a ``v`` below the range is
-rounded up, never to zero, since it divides. The random bits are a hash of (step, latent, column,
-moment), so two runs are bit-identical.
-
-Their effect on quality is measured in ``kernels/README.md``.
-
-The rows of ``W_enc`` and ``W_dec`` are both of shape ``[F, D]``: one latent, one row.
+dimensions of a residual stream that are a hundred times larger than the rest. Rounding is stochastic
+with an exact mean: a decay of 0.1 % a step is far less than one code, and rounding to nearest would undo
+it every time. Only a ``v`` below the range is rounded up, never to zero, since it divides. The random
+bits are a hash of (step, latent, column, moment), so two runs are bit-identical. Their effect on quality
+is measured in ``kernels/README.md``.
 """
 
 from typing import NamedTuple
@@ -141,9 +137,6 @@ class Adam(NamedTuple):
     eps: float
 
 
-# --- torch --------------------------------------------------------------------------------------
-
-
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """``(bfloat16 weight, int16 remainder)`` of a float32 tensor."""
     bits = torch.where(master.isnan(), 0x7FC00000, master.contiguous().view(torch.int32))
@@ -195,9 +188,6 @@ def encode_moment_(
     if code.dtype == torch.uint8:
         near = near.clamp_min(1) * (value > 0)
     code.copy_(near * value.sign())
-
-
-# --- Triton -------------------------------------------------------------------------------------
 
 
 @jit

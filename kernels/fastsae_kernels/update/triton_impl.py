@@ -32,9 +32,6 @@ BLOCK_BIAS = 256
 MAX_REGISTERS = 128
 
 
-# --- kernels ------------------------------------------------------------------------------------
-
-
 @jit
 def _decoder_segment(
     begin, end,
@@ -242,9 +239,6 @@ def bias_update_kernel(
     tl.store(bias_ptr + at, bias, mask=inside)
     tl.store(m_ptr + at, m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
-
-
-# --- launchers ----------------------------------------------------------------------------------
 
 
 def encoder_blocks(width: int, quantized: bool) -> dict[str, int]:
