@@ -1,7 +1,7 @@
 """``pytest benchmarks``: what is measured at which size, and where the results go.
 
-All results go to one report: ``--out FILE`` keeps it, and the history gets every one. Single operations
-are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and runs by ``harness``.
+Single operations are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and
+runs by ``harness``.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from trainers import DEAD_AFTER, OURS, TRAINERS, Problem, Trainer, Weights
 from fastsae_kernels import reference
 
 RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Of the norm. fp32: sums of up to F products in another order, a few times sqrt(F) half-units. bf16:
-each operand is rounded to 8 bits (2^-9), in up to four products one after the other."""
+"""Of the norm. fp32: sums of F products in another order. bf16: operands of 8 bits in four products."""
 COARSE = 0.2
 """Of the gradients' norm, where bf16 rounds the pre-activations before selecting: about 2 % of the selected
 are then others, near the threshold, and the error is the square root of that share."""

@@ -1,7 +1,6 @@
 """The operations of a step one by one: ours, eager torch, compiled torch, and a peer's where it is one.
 
-Each has its reference result; a provider whose result differs is not timed. The same list serves CPUs
-and GPUs.
+Each has its reference result; a provider whose result differs is not timed.
 """
 
 from __future__ import annotations
@@ -71,9 +70,7 @@ class Op:
     dtype: str = ""
 
     def check(self, provider: str) -> None:
-        call = self.providers[provider]
-        assert call is not None
-        self.judge(call(0))
+        self.judge(self.providers[provider](0))
 
     def roofline_seconds(self, rates: dict[str, float]) -> float:
         """The least time at the machine's rates, where moving and multiplying overlap."""

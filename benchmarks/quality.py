@@ -9,10 +9,8 @@ on the demo's text), in the same order, for the same number of steps, with the s
 and count of tokens after which a latent is dead; see ``trainers``. What they trained is converted
 through their own files and measured by ``fastsae.evaluate`` on activations of documents that nobody
 trained on. Seeds are paired: a seed gives one draw of the training activations, used by all, and each
-trainer's initial weights.
-
-fastsae passes where its mean paired difference to a peer is at least -0.005, or less than one
-standard error below 0.
+trainer's initial weights. fastsae passes where its mean paired difference to a peer is at least -0.005,
+or less than one standard error below 0.
 """
 
 from __future__ import annotations
@@ -146,14 +144,10 @@ def compare(rows: Iterable[Scores]) -> list[dict[str, Any]]:
             differences, n = [ours - theirs for ours, theirs in pairs], len(seeds)
             error = stdev(differences) / n**0.5 if n > 1 else float("nan")
             result[metric] = {"difference": mean(differences), "standard_error": error}
-        result["passes"] = all(passes(**result[metric]) for metric in CRITERIA)
+        criteria = (result[metric].values() for metric in CRITERIA)
+        result["passes"] = all(d >= -MARGIN or d + error >= 0 for d, error in criteria)
         found.append(result)
     return found
-
-
-def passes(difference: float, standard_error: float) -> bool:
-    """Not below: at least -MARGIN, or less than a standard error below 0."""
-    return difference >= -MARGIN or difference + standard_error >= 0
 
 
 def means(rows: Iterable[Scores]) -> dict[tuple[str, str], Scores]:

@@ -1,8 +1,7 @@
 """Results: rows of one measurement each, on disk as soon as they are known, and their history.
 
 A row says what was measured (``kind``, ``group``, ``trainer``) and what was found (``seconds``, one a
-round or sample, and what stands beside them). ``benchmarks/results/history.csv`` has every result in long
-format, one value a line, with the commit, versions and hardware that it was measured with; the
+round or sample, and what stands beside them). The history has every result, one value a line; the
 published ones are in ``performance.json`` too, from which the documents are made.
 """
 
@@ -30,11 +29,8 @@ Run = dict[str, Any]  # {"about": what it was measured on, "rows": [...]}
 
 
 class Report:
-    """The rows of one command or session, and beside them what they were measured on.
-
-    ``path`` is the JSON file that is written again after every row, with the same in long format beside it
-    (``.csv``); ``history`` the file that every measurement is added to. Without either, none is written.
-    """
+    """The rows of one session and what they were measured on: after every row in the JSON file ``path``, in
+    long format beside it (``.csv``), and in ``history``; where those are given."""
 
     def __init__(
         self, path: Path | None, device: str = "cpu", history: Path | None = None, **about: Any

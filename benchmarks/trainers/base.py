@@ -1,10 +1,9 @@
 """What a trainer is, and what is equal for all of them.
 
 Each takes the steps of its own training code, at its own defaults where the others have no name for
-them; data, steps, batch, dictionary size, k, learning rate, precision, Adam's betas and the count of
-tokens after which a latent is dead are equal. Counts of steps that only one has, written for runs of
-many more steps, are scaled to the length of the run. ``dead`` marks latents that each counts as dead, so
-that its aux loss runs (in sparsify and llamascopium, where it is off by default, with weight ``AUX``).
+them; the fields of :class:`Problem` and Adam's betas are equal. Counts of steps that only one has are
+scaled to the length of the run. ``dead`` marks latents that each counts as dead, so that its aux loss
+runs (in sparsify and llamascopium, where it is off by default, with weight ``AUX``).
 """
 
 from __future__ import annotations
