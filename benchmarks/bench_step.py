@@ -60,14 +60,14 @@ def bench_step(request, report, shape, device, name, dead):
         pytest.skip("graphs are CUDA's")
     options = settings(request, device)
     found = measured(shape, chosen(request, device), dead_share=dead, **options)
-    size = {"shape": str(shape), "precision": options["precision"], "dead": dead}
-    gate = {"gate_shape": request.config.getoption("--gate")}
+    about = {"shape": str(shape), "precision": options["precision"], "dead": dead}
+    about["gate_shape"] = request.config.getoption("--gate")
     if name in (OURS, *WAYS) and device != "cpu":
         rates = request.getfixturevalue("rates")
         sizes = {"dead": round(dead * shape.F), "moment_bytes": 1 if "8-bit" in name else 4}
-        gate["roofline_seconds"] = least_seconds(shape, rates, **sizes)
+        about["roofline_seconds"] = least_seconds(shape, rates, **sizes)
     group = f"training step | {shape} {options['precision']}, {dead:.0%} dead"
-    add(report, found, name, kind="step", group=group, **size, **gate)
+    add(report, found, name, kind="step", group=group, **about)
 
 
 @pytest.mark.parametrize(("axis", "size"), GRID, ids=[f"{axis} {size}" for axis, size in GRID])
@@ -83,9 +83,7 @@ def bench_scaling(request, report, shape, device, axis, size):
     add(report, found, OURS, kind="scaling", group=group, **about)
 
 
-def least_seconds(
-    shape: Shape, rates: dict[str, float], *, dead: int = 0, moment_bytes: int = 4
-) -> float:
+def least_seconds(shape: Shape, rates: dict, *, dead: int = 0, moment_bytes: int = 4) -> float:
     """What our step costs on a GPU if nothing overlaps and nothing else costs anything.
 
     Weights and moments are read and written once (masters fp32, their bf16 copy written), the

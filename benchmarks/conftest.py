@@ -26,10 +26,7 @@ def pytest_addoption(parser):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=int, default=ROUNDS, help=f"paired, of steps; 0 only checks [{ROUNDS}]")
     add("--steps-apart", type=int, default=2, help="steps by which two run lengths differ [2]")
-    add(
-        "--gate", choices=["full", "narrow"], default="full",
-        help="check whole steps at the timed size, or at its F and k with few tokens of small width",
-    )  # fmt: skip
+    add("--gate", choices=["full", "narrow"], default="full", help="narrow: few and short tokens")
     add("--model", help="language model of the whole runs: a folder [the demo's]")
     add("--text", help="its text: a file, .jsonl or .txt")
     add("--layer", type=int, default=15, help="its layer [15]")

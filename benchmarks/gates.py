@@ -23,8 +23,7 @@ RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}
 COARSE = 0.2
 """Of the gradients' norm, where bf16 rounds the pre-activations before selecting: about 2 % of the selected
 are then others, near the threshold, and the error is the square root of that share."""
-RECONSTRUCTION = 1e-3
-"""Of the reconstruction's norm, from equal weights in fp32: latents at the threshold may change places."""
+RECONSTRUCTION = 1e-3  # of its norm, in fp32: latents at the threshold may change places
 TRAINED, TRAINED_STEPS, TRAINED_LR = Shape(256, 64, 512, 8), 300, 3e-3
 CLOSE = 0.1
 """By how much explained variance after ``TRAINED_STEPS`` steps may differ: peers' schedules are made for
@@ -34,9 +33,7 @@ runs hundreds of times as long, so this finds what does not train, not which tra
 
 def require_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
-    assert error <= tolerance, (
-        f"{what}: relative error {error:.2e}, at most {tolerance:.0e} allowed"
-    )
+    assert error <= tolerance, f"{what}: relative error {error:.2e}, more than {tolerance:.0e}"
 
 
 def settled(problem: Problem) -> Problem:

@@ -49,9 +49,7 @@ TINY = TrainConfig(
 """The same at sizes that mean nothing, to see that it runs."""
 
 
-def measure(
-    config: TrainConfig, text: dict[str, Any], quantization: str
-) -> Iterator[dict[str, Any]]:
+def measure(config: TrainConfig, text: dict, quantization: str) -> Iterator[dict[str, Any]]:
     """One row a stage, in seconds per token; ``text``: the config of the language model."""
     device = str(resolve_device(config.device))
     memory = PeakMemory(device)

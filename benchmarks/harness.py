@@ -18,14 +18,9 @@ from worker import Worker
 
 from fastsae import TrainConfig
 
-ROUNDS = 5
-"""Of a comparison whose ratios are published, at least."""
-
-LEAST_SECONDS = 0.3
-"""What the two lengths must differ by, so that a clock and a scheduler do not matter."""
-
-SIMILAR = 0.5
-"""Of our explained variance: what an SAE must explain after a whole run for its speed to count."""
+ROUNDS = 5  # of a comparison whose ratios are published, at least
+LEAST_SECONDS = 0.3  # of difference between the lengths: a clock and a scheduler do not matter
+SIMILAR = 0.5  # of our explained variance: what a whole run must reach for its speed to count
 
 
 @dataclass

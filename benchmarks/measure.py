@@ -189,14 +189,10 @@ class PeakMemory:
             self._before = _resident("VmRSS")
 
     @property
-    def bytes(self) -> int:
-        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
-        return max(now - self._before, 0)
-
-    @property
     def mib(self) -> float:
         """As results have it."""
-        return round(self.bytes / 2**20, 1)
+        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
+        return round(max(now - self._before, 0) / 2**20, 1)
 
 
 def _resident(field: str) -> int:

@@ -20,11 +20,8 @@ import fastsae_kernels as kernels
 from fastsae_kernels import CSR, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = 2
-"""Sets of inputs that a measurement on a GPU goes round, so that none finds its own in a cache."""
-
-Provider = Callable[[int], Any]
-"""Called with the number of a set of inputs."""
+VARIANTS = 2  # sets of inputs that a measurement goes round: none finds its own in a cache
+Provider = Callable[[int], Any]  # called with the number of a set of inputs
 
 
 class Inputs:

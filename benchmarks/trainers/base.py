@@ -26,14 +26,9 @@ from fastsae_kernels import reference
 
 DEAD_AFTER = 10_000_000
 LR = 3e-4
-AUX = 1 / 32
-"""Weight of the aux loss where a peer leaves it off; what dictionary_learning has by default."""
-
-NOMINAL_STEPS = 100_000
-"""The length of run for which the peers' counts of steps are taken to be meant."""
-
-BATCHES = 4
-"""Different batches that a timed trainer goes round."""
+AUX = 1 / 32  # weight of the aux loss where a peer leaves it off; dictionary_learning's default
+NOMINAL_STEPS = 100_000  # length of run for which the peers' counts of steps are meant
+BATCHES = 4  # different ones that a timed trainer goes round
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,7 @@ class Problem:
     steps: int = NOMINAL_STEPS
     dead_after: int = DEAD_AFTER
     seed: int = 0
-    rounded: bool = False
-    """Whether ``x - b_dec`` and both weights are bf16 numbers to begin with; the batches are the caller's."""
+    rounded: bool = False  # whether b_dec is 0 and both weights bf16 numbers to begin with
 
     @classmethod
     def synthetic(
@@ -125,16 +119,11 @@ class Trained(NamedTuple):
 class Trainer(ABC):
     """A trainer in the middle of its training."""
 
-    package: str | None = None
-    """What must be installed."""
-    per_token = False
-    """Whether it selects k latents of each token instead of k on average."""
-    exact = False
-    """Whether a step is the reference's, to rounding."""
-    coarse_selection = False
-    """Whether bf16 rounds the pre-activations that it selects among."""
-    counts: Tensor | None = None
-    """Tokens ``[F]`` that each latent was selected for in the last step, where the trainer knows."""
+    package: str | None = None  # what must be installed
+    per_token = False  # whether it selects k latents of each token instead of k on average
+    exact = False  # whether a step is the reference's, to rounding
+    coarse_selection = False  # whether bf16 rounds the pre-activations that it selects among
+    counts: Tensor | None = None  # tokens [F] of each latent in the last step, where it knows
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
