@@ -1,7 +1,6 @@
 """Whole training steps: ours, plain torch, and every installed peer through its own trainer.
 
-All trainers of a group are timed in turns, each in its own process, once; a test then reports one of
-them. Cost curves are of our own step.
+All trainers of a group are timed in turns, once; a test then reports one. Cost curves are of our own step.
 """
 
 from __future__ import annotations
@@ -86,9 +85,8 @@ def bench_scaling(request, report, shape, device, axis, size):
 def least_seconds(shape: Shape, rates: dict, *, dead: int = 0, moment_bytes: int = 4) -> float:
     """What our step costs on a GPU if nothing overlaps and nothing else costs anything.
 
-    Weights and moments are read and written once (masters fp32, their bf16 copy written), the
-    encoder's and aux-k's products run at the speed of large ones, and every gathered row comes through
-    L2. ``rates``: the machine's, as ``measure.ceilings`` gives them.
+    Weights and moments are read and written once (masters fp32, their bf16 copy written), products run at
+    the speed of large ones, and gathered rows come through L2. ``rates``: of ``measure.ceilings``.
     """
     per_weight = 2 * 4 + 2 + 2 * 2 * moment_bytes
     moved = 2 * shape.F * shape.D * per_weight + 2 * 4 * shape.B * shape.F

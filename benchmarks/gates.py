@@ -3,8 +3,7 @@
 A trainer of the same mathematics must take the reference's step: the same selection, loss and gradients
 (Adam's first moments after one step), at the size that is timed. A trainer of other mathematics (another
 aux loss, clipping, an unconstrained decoder, per-token selection) must reconstruct as the reference does
-from equal weights, and its explained variance after the same steps must be close to ours: none may be
-fast by not training, and ours may not be fast by training worse.
+from equal weights, and explain nearly as much as ours after the same steps: none is fast by not training.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ are then others, near the threshold, and the error is the square root of that sh
 RECONSTRUCTION = 1e-3  # of its norm, in fp32: latents at the threshold may change places
 TRAINED, TRAINED_STEPS, TRAINED_LR = Shape(256, 64, 512, 8), 300, 3e-3
 CLOSE = 0.1
-"""By how much explained variance after ``TRAINED_STEPS`` steps may differ: peers' schedules are made for
-runs hundreds of times as long, so this finds what does not train, not which trains best
-(``quality.py`` compares that)."""
+"""By how much explained variance after ``TRAINED_STEPS`` steps may differ. Peers' schedules are made for
+longer runs: this finds what does not train; ``quality.py`` compares which trains best."""
 
 
 def require_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -5,10 +5,9 @@
     python benchmarks/quality.py --table                                the table of the results (Markdown)
 
 Every trainer gets the same batches of real activations (residual stream of the demo's language model
-on the demo's text), in the same order, for the same number of steps, with the same lr, k, Adam betas
-and count of tokens after which a latent is dead; see ``trainers``. What they trained is converted
-through their own files and measured by ``fastsae.evaluate`` on activations of documents that nobody
-trained on. Seeds are paired: a seed gives one draw of the training activations, used by all, and each
+on the demo's text), in the same order; see ``trainers`` for what else is equal. What they trained is
+converted through their own files and measured by ``fastsae.evaluate`` on documents that nobody trained
+on. Seeds are paired: a seed gives one draw of the training activations, used by all, and each
 trainer's initial weights. fastsae passes where its mean paired difference to a peer is at least -0.005,
 or less than one standard error below 0.
 """

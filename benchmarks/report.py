@@ -5,8 +5,7 @@
     python benchmarks/report.py                  README, docs and plots again, from the committed results
     python benchmarks/report.py --compare A B    what moved by more than 5 % between two commits
 
-A row measured again replaces the older one; each keeps the hardware, versions and date it was measured
-with. What was refused by a gate has no time, hence stands in no table.
+A row measured again replaces the older one. What a gate refused has no time, hence stands in no table.
 """
 
 from __future__ import annotations

@@ -156,8 +156,7 @@ def changes(
     """What moved by more than ``threshold`` between two commits' newest results, a line each; and whether
     fastsae became worse, by itself or beside another trainer. Only values of the same hardware are compared.
 
-    ``before`` and ``after`` are commits as the history has them. Raises ValueError where one has no results,
-    or they have none in common.
+    Raises ValueError where one commit has no results in the history, or they have none in common.
     """
     found = []
     for commit in (before, after):
