@@ -60,8 +60,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_report_header(config):
-    about = config.fastsae_report.about
-    sizes = "; ".join(map(str, config.fastsae_shapes))
+    about, sizes = config.fastsae_report.about, "; ".join(map(str, config.fastsae_shapes))
     return (
         f"scale: {about['scale']} ({sizes}) on {about['hardware']}, {about['threads']} threads, "
         f"commit {about['commit']}"

@@ -117,7 +117,6 @@ def check(name: str, problem: Problem) -> dict[str, float]:
     equal = settled(problem) if issubclass(trainer_type, ours) else problem
     check_reconstruction(trainer_type, equal)
     found, expected = (trained_variance(each, problem.device) for each in (trainer_type, ours))
-    assert abs(expected - found) <= CLOSE, (
-        f"explained variance after {TRAINED_STEPS} steps: {found:.3f}, ours {expected:.3f}"
-    )
+    message = f"explained variance after {TRAINED_STEPS} steps: {found:.3f}, ours {expected:.3f}"
+    assert abs(expected - found) <= CLOSE, message
     return {"explained_variance": found, "explained_variance_ours": expected}

@@ -156,8 +156,7 @@ class Trainer(ABC):
 
     @classmethod
     def train_sae(cls, problem: Problem, **options: Any) -> fastsae.SAE:
-        """A run of its own on all of the problem's batches, from its own initial weights, read back
-        from its own files."""
+        """A run of its own on all of the batches, from its own initial weights, read from its own files."""
         raise NotImplementedError
 
     @classmethod
