@@ -1,12 +1,8 @@
 """Tokens per second from text to a trained SAE, each trainer by its own pipeline, in turns.
 
 All read the same text, run the same language model, mix activations in a pool of the same size where
-they have one, and train the same shape at the same batch on one layer: fastsae's ``Trainer``; SAELens's
-``LanguageModelSAETrainingRunner``; sparsify's ``Trainer``, which wants its text tokenised beforehand
-and runs every layer. dictionary_learning's buffer wants nnsight's wrapper and is left out. Times are
-those of a longer run less a shorter one; the speed of an SAE that explains less than half of what ours
-does is not shown.
-
+they have one, and train the same shape at the same batch on one layer. dictionary_learning's buffer
+wants nnsight's wrapper and is left out.
 ``--model``, ``--text`` and ``--layer`` take the place of the demo's language model and text.
 """
 

@@ -26,7 +26,6 @@ def bench_op(request, report, rates, shape, device, name, dtype, provider):
     else:
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = op.group
-        benchmark.extra_info.update(about)
         benchmark.pedantic(call, args=(0,), rounds=5, warmup_rounds=1)
         times = benchmark.stats.stats.data
     report.add(seconds=rounded(times), **about)

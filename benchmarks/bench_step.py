@@ -1,7 +1,6 @@
 """Whole training steps: ours, plain torch, and every installed peer through its own trainer.
 
-All trainers of a group are timed in turns, each in its own process, once; a test then reports one of
-them. Cost curves are of our own step.
+All trainers of a group are timed in turns, once; a test then reports one. Cost curves are of our own step.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from measure import Shape
 from trainers import OURS, TRAINERS, WAYS
 
 NAMES = tuple(name for name in TRAINERS if name != "fastsae, autograd")
-DEAD_SHARES = (0.0, 0.38)
 GRID = [
     *(("F", size) for size in (4096, 8192, 16384, 32768, 65536, 131072)),
     *(("k", size) for size in (8, 16, 32, 64, 128, 256)),
@@ -53,21 +51,21 @@ def add(report, found: dict[str, Measured], name: str, **about) -> None:
     assert one.refused is None, f"no time is given: {one.refused}"
 
 
-@pytest.mark.parametrize("dead", DEAD_SHARES, ids=["none dead", "38 % dead"])
+@pytest.mark.parametrize("dead", [0.0, 0.38], ids=["none dead", "38 % dead"])
 @pytest.mark.parametrize("name", NAMES)
 def bench_step(request, report, shape, device, name, dead):
     if name in WAYS and device == "cpu":
         pytest.skip("graphs are CUDA's")
     options = settings(request, device)
     found = measured(shape, chosen(request, device), dead_share=dead, **options)
-    size = {"shape": str(shape), "precision": options["precision"], "dead": dead}
-    gate = {"gate_shape": request.config.getoption("--gate")}
+    about = {"shape": str(shape), "precision": options["precision"], "dead": dead}
+    about["gate_shape"] = request.config.getoption("--gate")
     if name in (OURS, *WAYS) and device != "cpu":
         rates = request.getfixturevalue("rates")
         sizes = {"dead": round(dead * shape.F), "moment_bytes": 1 if "8-bit" in name else 4}
-        gate["roofline_seconds"] = least_seconds(shape, rates, **sizes)
+        about["roofline_seconds"] = least_seconds(shape, rates, **sizes)
     group = f"training step | {shape} {options['precision']}, {dead:.0%} dead"
-    add(report, found, name, kind="step", group=group, **size, **gate)
+    add(report, found, name, kind="step", group=group, **about)
 
 
 @pytest.mark.parametrize(("axis", "size"), GRID, ids=[f"{axis} {size}" for axis, size in GRID])
@@ -83,14 +81,11 @@ def bench_scaling(request, report, shape, device, axis, size):
     add(report, found, OURS, kind="scaling", group=group, **about)
 
 
-def least_seconds(
-    shape: Shape, rates: dict[str, float], *, dead: int = 0, moment_bytes: int = 4
-) -> float:
+def least_seconds(shape: Shape, rates: dict, *, dead: int = 0, moment_bytes: int = 4) -> float:
     """What our step costs on a GPU if nothing overlaps and nothing else costs anything.
 
-    Weights and moments are read and written once (masters fp32, their bf16 copy written), the
-    encoder's and aux-k's products run at the speed of large ones, and every gathered row comes through
-    L2. ``rates``: the machine's, as ``measure.ceilings`` gives them.
+    Weights and moments are read and written once (masters fp32, their bf16 copy written), products run at
+    the speed of large ones, and gathered rows come through L2. ``rates``: of ``measure.ceilings``.
     """
     per_weight = 2 * 4 + 2 + 2 * 2 * moment_bytes
     moved = 2 * shape.F * shape.D * per_weight + 2 * 4 * shape.B * shape.F

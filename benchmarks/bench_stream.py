@@ -4,8 +4,6 @@ import pytest
 
 from fastsae import TrainConfig
 
-RECIPE = TrainConfig(expansion=16, tokens=2_097_152)
-
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-dequantized"])
 def bench_stream(request, report, device, quantization):
@@ -14,7 +12,7 @@ def bench_stream(request, report, device, quantization):
     import gpu_stream
 
     if device.startswith("cuda"):
-        config, text = RECIPE, gpu_stream.E2B
+        config, text = TrainConfig(expansion=16, tokens=2_097_152), gpu_stream.E2B
     elif request.config.getoption("--shape"):
         config, text = gpu_stream.TINY, gpu_stream.TINY_TEXT
     else:

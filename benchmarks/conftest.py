@@ -1,7 +1,7 @@
 """``pytest benchmarks``: what is measured at which size, and where the results go.
 
-All results go to one report: ``--out FILE`` keeps it, and the history gets every one. Single operations
-are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and runs by ``harness``.
+Single operations are timed by pytest-benchmark on a CPU, by replayed graphs on a GPU; whole steps and
+runs by ``harness``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ def pytest_addoption(parser):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=int, default=ROUNDS, help=f"paired, of steps; 0 only checks [{ROUNDS}]")
     add("--steps-apart", type=int, default=2, help="steps by which two run lengths differ [2]")
-    add(
-        "--gate", choices=["full", "narrow"], default="full",
-        help="check whole steps at the timed size, or at its F and k with few tokens of small width",
-    )  # fmt: skip
+    add("--gate", choices=["full", "narrow"], default="full", help="narrow: few and short tokens")
     add("--model", help="language model of the whole runs: a folder [the demo's]")
     add("--text", help="its text: a file, .jsonl or .txt")
     add("--layer", type=int, default=15, help="its layer [15]")
@@ -63,8 +60,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_report_header(config):
-    about = config.fastsae_report.about
-    sizes = "; ".join(map(str, config.fastsae_shapes))
+    about, sizes = config.fastsae_report.about, "; ".join(map(str, config.fastsae_shapes))
     return (
         f"scale: {about['scale']} ({sizes}) on {about['hardware']}, {about['threads']} threads, "
         f"commit {about['commit']}"

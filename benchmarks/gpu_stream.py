@@ -2,8 +2,7 @@
 on its activations.
 
 The weights are random and the tokens are bytes: a forward pass costs the same, and nothing has to be
-downloaded. ``measure`` times the harvest alone, the training step alone, and both together, one after
-the other and beside each other; for packed and for dequantized weights.
+downloaded. ``measure`` times the harvest alone, the training step alone, and both, in turn and overlapped.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ TINY = TrainConfig(
 """The same at sizes that mean nothing, to see that it runs."""
 
 
-def measure(
-    config: TrainConfig, text: dict[str, Any], quantization: str
-) -> Iterator[dict[str, Any]]:
+def measure(config: TrainConfig, text: dict, quantization: str) -> Iterator[dict[str, Any]]:
     """One row a stage, in seconds per token; ``text``: the config of the language model."""
     device = str(resolve_device(config.device))
     memory = PeakMemory(device)
@@ -109,13 +106,9 @@ def measure(
 def random_model(config: TrainConfig, text: dict[str, Any], quantization: str) -> Any:
     """A ``CutModel`` with random weights: quantized layer by layer, cut after the hooked one."""
     torch.manual_seed(0)
-    device, default = resolve_device(config.device), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = Gemma4ForCausalLM(Gemma4TextConfig(**text)).eval()
-    finally:
-        torch.set_default_dtype(default)
+    device, shape = resolve_device(config.device), Gemma4TextConfig(**text)
+    with device:
+        model = Gemma4ForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
     decoder = model.get_decoder()
     for parent in list(decoder.layers.modules()):
         for name, child in list(parent.named_children()):

@@ -1,6 +1,5 @@
 """Trainers in turns: every one in a process of its own, timed over runs of two lengths, behind its gate.
 
-``time_steps`` times training steps, ``time_pipelines`` whole runs with the language model in the loop.
 In every round each trainer takes its turn at both lengths, so that a machine's slow minute is
 everybody's; ratios are those of a round, and what a run does once cancels.
 """
@@ -18,14 +17,9 @@ from worker import Worker
 
 from fastsae import TrainConfig
 
-ROUNDS = 5
-"""Of a comparison whose ratios are published, at least."""
-
-LEAST_SECONDS = 0.3
-"""What the two lengths must differ by, so that a clock and a scheduler do not matter."""
-
-SIMILAR = 0.5
-"""Of our explained variance: what an SAE must explain after a whole run for its speed to count."""
+ROUNDS = 5  # of a comparison whose ratios are published, at least
+LEAST_SECONDS = 0.3  # of difference between the lengths: a clock and a scheduler do not matter
+SIMILAR = 0.5  # of our explained variance: what a whole run must reach for its speed to count
 
 
 @dataclass
@@ -87,8 +81,8 @@ def time_steps(
 ) -> dict[str, Measured]:
     """Seconds per training step; with ``rounds=0`` the gate and a few steps alone.
 
-    ``narrow_gate`` asks for the reference's step at the same F and k, but few tokens of small width: the
-    full one takes longer than the timing, and does not fit most machines at the largest sizes.
+    ``narrow_gate`` asks for the reference's step with few tokens of small width: the full one takes longer
+    than the timing, and does not fit most machines at the largest sizes.
     """
     about = {"device": device, "precision": precision, "dead_share": dead_share}
 

@@ -7,9 +7,7 @@ import ctypes
 import gc
 import os
 import platform
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsae.device import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -61,16 +61,14 @@ SCALES = {
 }
 """Sizes from which ``pytest benchmarks`` picks what the machine can do in its time."""
 
-DENSE_STEPS = 1000
-"""About how many dense training steps, of five products each, the whole suite takes as long as."""
-
 
 def scale_for(device: str) -> str:
     """The largest of ``SCALES`` whose suite should take at most 9 minutes on this machine."""
     if device == "cuda":
         return "recipe"
+    # It takes about as long as a thousand dense steps, of five products each.
     speed = product_flops(device)
-    about = {name: DENSE_STEPS * 10 * s.B * s.D * s.F / speed for name, s in SCALES.items()}
+    about = {name: 1000 * 10 * s.B * s.D * s.F / speed for name, s in SCALES.items()}
     return ["tiny", *(name for name, seconds in about.items() if seconds <= 540)][-1]
 
 
@@ -191,22 +189,17 @@ class PeakMemory:
             self._before = _resident("VmRSS")
 
     @property
-    def bytes(self) -> int:
-        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
-        return max(now - self._before, 0)
-
-    @property
     def mib(self) -> float:
         """As results have it."""
-        return round(self.bytes / 2**20, 1)
+        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
+        return round(max(now - self._before, 0) / 2**20, 1)
 
 
 def _resident(field: str) -> int:
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory_bytes(torch.device("cpu")) or 0
 
 
 # --- data ---
@@ -235,7 +228,9 @@ def environment(device: str) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    hardware = cpu_name()
+    kinds = {"AVX512": "AVX-512", "AVX2": "AVX2"}
+    kind = kinds.get(torch.backends.cpu.get_cpu_capability(), platform.machine())
+    hardware = f"{os.cpu_count()}-core {kind} CPU"  # without the maker's name
     if device.startswith("cuda"):
         versions["cuda"] = str(torch.version.cuda)
         major, minor = torch.cuda.get_device_capability()
@@ -260,10 +255,3 @@ def git(*arguments: str) -> str:
     except OSError:
         return ""
     return run.stdout.strip()
-
-
-def cpu_name() -> str:
-    """How many cores of what kind, without the maker's name: ``2-core AVX-512 CPU``."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    kind = {"AVX512": "AVX-512 ", "AVX2": "AVX2 "}.get(capability, f"{platform.machine()} ")
-    return f"{os.cpu_count()}-core {kind}CPU"

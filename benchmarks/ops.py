@@ -1,7 +1,6 @@
 """The operations of a step one by one: ours, eager torch, compiled torch, and a peer's where it is one.
 
-Each has its reference result; a provider whose result differs is not timed. The same list serves CPUs
-and GPUs.
+Each has its reference result; a provider whose result differs is not timed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ import fastsae_kernels as kernels
 from fastsae_kernels import CSR, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = 2
-"""Sets of inputs that a measurement on a GPU goes round, so that none finds its own in a cache."""
-
-Provider = Callable[[int], Any]
-"""Called with the number of a set of inputs."""
+VARIANTS = 2  # sets of inputs that a measurement goes round: none finds its own in a cache
+Provider = Callable[[int], Any]  # called with the number of a set of inputs
 
 
 class Inputs:
@@ -71,9 +67,7 @@ class Op:
     dtype: str = ""
 
     def check(self, provider: str) -> None:
-        call = self.providers[provider]
-        assert call is not None
-        self.judge(call(0))
+        self.judge(self.providers[provider](0))
 
     def roofline_seconds(self, rates: dict[str, float]) -> float:
         """The least time at the machine's rates, where moving and multiplying overlap."""

@@ -5,8 +5,7 @@
     python benchmarks/report.py                  README, docs and plots again, from the committed results
     python benchmarks/report.py --compare A B    what moved by more than 5 % between two commits
 
-A row measured again replaces the older one; each keeps the hardware, versions and date it was measured
-with. What was refused by a gate has no time, hence stands in no table.
+A row measured again replaces the older one. What a gate refused has no time, hence stands in no table.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from results import HISTORY, ROOT, Row, Run, machine, rows_of
 
 from fastsae.cli.plan import Rates, step_seconds
 
-README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
-PLOTS = ROOT / "docs"
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OURS = "fastsae"
 STAGES = ("encode", "selection", "decode", "update")
@@ -201,7 +199,7 @@ def write_between_markers(text: str, path: Path) -> None:
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
-DOCUMENTS: dict[Path, Callable[[list[Run]], str]] = {README: summary, PERFORMANCE: section}
+DOCUMENTS = {ROOT / "README.md": summary, DOCS / "performance.md": section}
 """What is made of the results, and where it stands."""
 
 
@@ -275,7 +273,7 @@ def plot_scaling(rows: list[Row], rates: Rates | None, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_plots(runs: list[Run], folder: Path = PLOTS) -> None:
+def write_plots(runs: list[Run], folder: Path = DOCS) -> None:
     """Of the machine that was published first."""
     runs = [run for run in runs if machine(run["about"]) == machine(runs[0]["about"])]
     ops, scaling = rows_of(runs, "op"), rows_of(runs, "scaling")
@@ -287,9 +285,6 @@ def write_plots(runs: list[Run], folder: Path = PLOTS) -> None:
         middle = lambda name: median(row[name] for row in ops)
         rates = Rates(flops=middle("flops_fp32"), bandwidth=middle("bytes")) if ops else None
         plot_scaling(scaling, rates, folder / "scaling.png")
-
-
-# --- command line ---
 
 
 def compare(before: str, after: str, threshold: float, path: Path = HISTORY) -> int:

@@ -1,8 +1,7 @@
 """Results: rows of one measurement each, on disk as soon as they are known, and their history.
 
 A row says what was measured (``kind``, ``group``, ``trainer``) and what was found (``seconds``, one a
-round or sample, and what stands beside them). ``benchmarks/results/history.csv`` has every result in long
-format, one value a line, with the commit, versions and hardware that it was measured with; the
+round or sample, and what stands beside them). The history has every result, one value a line; the
 published ones are in ``performance.json`` too, from which the documents are made.
 """
 
@@ -30,11 +29,8 @@ Run = dict[str, Any]  # {"about": what it was measured on, "rows": [...]}
 
 
 class Report:
-    """The rows of one command or session, and beside them what they were measured on.
-
-    ``path`` is the JSON file that is written again after every row, with the same in long format beside it
-    (``.csv``); ``history`` the file that every measurement is added to. Without either, none is written.
-    """
+    """The rows of one session and what they were measured on: after every row in the JSON file ``path``, in
+    long format beside it (``.csv``), and in ``history``; where those are given."""
 
     def __init__(
         self, path: Path | None, device: str = "cpu", history: Path | None = None, **about: Any
@@ -160,8 +156,7 @@ def changes(
     """What moved by more than ``threshold`` between two commits' newest results, a line each; and whether
     fastsae became worse, by itself or beside another trainer. Only values of the same hardware are compared.
 
-    ``before`` and ``after`` are commits as the history has them. Raises ValueError where one has no results,
-    or they have none in common.
+    Raises ValueError where one commit has no results in the history, or they have none in common.
     """
     found = []
     for commit in (before, after):

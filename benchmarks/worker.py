@@ -1,7 +1,6 @@
-"""A trainer in a process of its own.
+"""A trainer in a process of its own: settings, caches, threads and peak memory are not another's.
 
-So one's settings, caches, threads and memory are not another's, and the peak of its resident memory is
-its own. ``FASTSAE_BENCH_QUIET=0`` shows what it prints.
+``FASTSAE_BENCH_QUIET=0`` shows what it prints.
 """
 
 from __future__ import annotations

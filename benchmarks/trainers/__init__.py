@@ -1,7 +1,4 @@
-"""Every trainer, ours and the others', behind one interface; see :class:`Trainer`.
-
-A new one is a class in this folder and a line in ``TRAINERS``.
-"""
+"""Every trainer, ours and the others': each a class in this folder and a line in ``TRAINERS``."""
 
 import importlib.util
 

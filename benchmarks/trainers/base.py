@@ -1,10 +1,9 @@
 """What a trainer is, and what is equal for all of them.
 
 Each takes the steps of its own training code, at its own defaults where the others have no name for
-them; data, steps, batch, dictionary size, k, learning rate, precision, Adam's betas and the count of
-tokens after which a latent is dead are equal. Counts of steps that only one has, written for runs of
-many more steps, are scaled to the length of the run. ``dead`` marks latents that each counts as dead, so
-that its aux loss runs (in sparsify and llamascopium, where it is off by default, with weight ``AUX``).
+them; the fields of :class:`Problem` and Adam's betas are equal. Counts of steps that only one has are
+scaled to the length of the run. ``dead`` marks latents that each counts as dead, so that its aux loss
+runs (in sparsify and llamascopium, where it is off by default, with weight ``AUX``).
 """
 
 from __future__ import annotations
@@ -27,14 +26,9 @@ from fastsae_kernels import reference
 
 DEAD_AFTER = 10_000_000
 LR = 3e-4
-AUX = 1 / 32
-"""Weight of the aux loss where a peer leaves it off; what dictionary_learning has by default."""
-
-NOMINAL_STEPS = 100_000
-"""The length of run for which the peers' counts of steps are taken to be meant."""
-
-BATCHES = 4
-"""Different batches that a timed trainer goes round."""
+AUX = 1 / 32  # weight of the aux loss where a peer leaves it off; dictionary_learning's default
+NOMINAL_STEPS = 100_000  # length of run for which the peers' counts of steps are meant
+BATCHES = 4  # different ones that a timed trainer goes round
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,7 @@ class Problem:
     steps: int = NOMINAL_STEPS
     dead_after: int = DEAD_AFTER
     seed: int = 0
-    rounded: bool = False
-    """Whether ``x - b_dec`` and both weights are bf16 numbers to begin with; the batches are the caller's."""
+    rounded: bool = False  # whether b_dec is 0 and both weights bf16 numbers to begin with
 
     @classmethod
     def synthetic(
@@ -126,16 +119,11 @@ class Trained(NamedTuple):
 class Trainer(ABC):
     """A trainer in the middle of its training."""
 
-    package: str | None = None
-    """What must be installed."""
-    per_token = False
-    """Whether it selects k latents of each token instead of k on average."""
-    exact = False
-    """Whether a step is the reference's, to rounding."""
-    coarse_selection = False
-    """Whether bf16 rounds the pre-activations that it selects among."""
-    counts: Tensor | None = None
-    """Tokens ``[F]`` that each latent was selected for in the last step, where the trainer knows."""
+    package: str | None = None  # what must be installed
+    per_token = False  # whether it selects k latents of each token instead of k on average
+    exact = False  # whether a step is the reference's, to rounding
+    coarse_selection = False  # whether bf16 rounds the pre-activations that it selects among
+    counts: Tensor | None = None  # tokens [F] of each latent in the last step, where it knows
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -168,8 +156,7 @@ class Trainer(ABC):
 
     @classmethod
     def train_sae(cls, problem: Problem, **options: Any) -> fastsae.SAE:
-        """A run of its own on all of the problem's batches, from its own initial weights, read back
-        from its own files."""
+        """A run of its own on all of the batches, from its own initial weights, read from its own files."""
         raise NotImplementedError
 
     @classmethod

@@ -74,19 +74,13 @@ class Fastsae(Trainer):
 
 
 class Autograd(Fastsae):
-    """``--step autograd``."""
-
     settings: ClassVar = {"step": "autograd"}
 
 
 class Graphed(Fastsae):
-    """``--cuda-graph``."""
-
     settings: ClassVar = {"cuda_graph": True}
 
 
 class Quantized(Fastsae):
-    """``--cuda-graph --moments 8bit``."""
-
     exact = False  # moments round when they are stored
     settings: ClassVar = {"cuda_graph": True, "moments": "8bit"}

@@ -11,8 +11,7 @@ from fastsae_kernels import reference
 
 from .base import DEAD_AFTER, Trainer, Weights
 
-AUX_WEIGHT = 18.75
-"""Of aux-k beside the log of the error: the default."""
+AUX_WEIGHT = 18.75  # of aux-k beside the log of the error: the default
 
 
 def dense_objective(

@@ -14,8 +14,7 @@ import fastsae
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights, quiet
 
-NORM_BATCHES = 100
-"""Batches from which it estimates the norm of its input: the run's first."""
+NORM_BATCHES = 100  # the run's first, from which it estimates the norm of its input
 
 
 class SAELens(Trainer):
@@ -96,10 +95,8 @@ def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) 
 
     torch.manual_seed(problem.seed)
     shape = problem.shape
-    sae = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(
-            d_in=shape.D, d_sae=shape.F, k=problem.k, device=problem.device, **sae_config
-        )
+    sae = BatchTopKTrainingSAEConfig(
+        d_in=shape.D, d_sae=shape.F, k=problem.k, device=problem.device, **sae_config
     )
     config = SAETrainerConfig(
         total_training_samples=problem.tokens, train_batch_size_samples=shape.B,
@@ -109,4 +106,4 @@ def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) 
         n_batches_for_norm_estimate=min(NORM_BATCHES, problem.steps),
         device=problem.device, autocast=problem.low,
     )  # fmt: skip
-    return SAETrainer(config, sae, batches)
+    return SAETrainer(config, BatchTopKTrainingSAE(sae), batches)
