@@ -134,7 +134,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto continues an unfinished run of the same name; never refuses to touch an existing one."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto does what WANDB_MODE says, or logs online when a key is configured."""
+    """Weights & Biases; auto does what wandb is set to, or logs online when a key is configured."""
     wandb_project: str = "fastsae"
     """W&B project."""
     wandb_entity: str | None = None
