@@ -63,14 +63,12 @@ class Result:
 
 
 def compile_case(case: Case, capability: int):
-    divisible = [name for name, kind in case.signature.items() if kind.startswith("*")]
-    divisible += [name for name in case.divisible if name in case.signature]
     names = case.kernel.arg_names
     source = ASTSource(
         fn=case.kernel,
         signature={n: "constexpr" if n in case.constexprs else case.signature[n] for n in names},
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     options |= {"maxnreg": case.maxnreg} if case.maxnreg else {}
@@ -128,10 +126,8 @@ def write(results: list[Result]) -> None:
     lines = [["kernel", "warps", *architectures], ["---"] * (2 + len(architectures))]
     for label in SHOWN:
         found = {r.architecture: r for r in results if r.case == label}
-        cells = [
-            f"{r.registers} / {r.shared / 1024:.1f}" if r else ""
-            for r in map(found.get, architectures)
-        ]
+        here = map(found.get, architectures)
+        cells = [f"{r.registers} / {r.shared / 1024:.1f}" if r else "" for r in here]
         lines.append([label, str(next(iter(found.values())).warps), *cells])
     text = (
         f"Registers per thread / shared memory in KiB, as compiled by Triton {triton.__version__}. "
@@ -145,9 +141,7 @@ def write(results: list[Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for every GPU architecture.")
     parser.add_argument("--slice", action="store_true", help="the representative cases alone")
-    parser.add_argument(
-        "--write", action="store_true", help="write registers.csv and kernels/README.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write registers.csv and the README")
     parser.add_argument("--only", default="", help="cases whose label contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: every core")
     options = parser.parse_args()
@@ -171,8 +165,9 @@ def main() -> int:
         for result in pool.map(check_index, *zip(*todo, strict=True)):
             results.append(result)
             print(
-                f"[{len(results)}/{len(todo)}] {result.architecture:6} {result.case:54} {result.registers:4} registers "
-                f"{result.shared:7} B shared  {'; '.join(result.faults) or 'ok'}",
+                f"[{len(results)}/{len(todo)}] {result.architecture:6} {result.case:54} "
+                f"{result.registers:4} registers {result.shared:7} B shared  "
+                f"{'; '.join(result.faults) or 'ok'}",
                 flush=True,
             )
     if options.write:

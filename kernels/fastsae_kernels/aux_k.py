@@ -15,17 +15,15 @@ The denominator is the mean over tokens of ``‖r - mean_B r‖²`` (``residual_
 Ties of ``Z`` go to the lower latent. Source: Gao et al. 2024 (arXiv:2406.04093), A.2.
 
 Dense matrix products over the dead latents, compacted: a token selects ``k_aux`` (hundreds) of few
-columns, a density at which gathering is an order of magnitude slower. On CUDA the number of columns is
-a bound that the caller chooses beforehand, so no shape depends on data and nothing waits for the
-device; on a CPU the number of dead latents costs nothing to know.
+columns, and gathering them would be slower. On CUDA the number of columns is a bound that the caller
+chooses, so nothing waits for the device; on a CPU the number of dead latents costs nothing to know.
 
 Deterministic, given deterministic matrix products. Five products of ``2·B·n·D`` FLOP; bytes besides:
 ``4·n·D`` weights and gradients, about ``20·B·n`` for ``Z``, ``A`` and ``dA``.
 
 On a CPU where ``k_aux`` is a small part of ``n``, gathering at the selected entries beats the dense
 product, if the tables it gathers from fit the cache: ``E = A @ W_dec[S]`` goes by narrow strips of
-columns, the rest by blocks of latents. ``Z`` alone is a dense product, and nothing of size ``[n, D]`` is
-held but the two gradients. Work: ``2·B·n·D`` FLOP for ``Z``, and four times ``2·B·k_aux·D``.
+columns, the rest by blocks of latents. ``2·B·n·D`` FLOP for ``Z``, and four times ``2·B·k_aux·D``.
 """
 
 from typing import NamedTuple, get_args

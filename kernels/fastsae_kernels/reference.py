@@ -16,7 +16,7 @@ Sources: BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410); TopK and aux-k, Gao
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,9 +26,6 @@ from .sparse import CSC, CSR
 
 AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
-
-
-# --- input scaling ------------------------------------------------------------------------------
 
 
 def scale_constant(x: Tensor) -> Tensor:
@@ -71,9 +68,6 @@ def geometric_median(x: Tensor, steps: int = 20) -> Tensor:
         weight = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-8)
         median = (weight * x).sum(0) / weight.sum()
     return median
-
-
-# --- encoder and selection ----------------------------------------------------------------------
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
@@ -124,9 +118,6 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
-# --- decoder and losses -------------------------------------------------------------------------
-
-
 def decode(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """``x̂ = z @ W_dec + b_dec``."""
     return z @ W_dec + b_dec
@@ -171,9 +162,6 @@ def _aux_denominator(residual: Tensor, normalization: AuxNormalization, x: Tenso
             raise ValueError("aux_k_loss: normalization 'total_variance' needs x")
         return squared_error(x, x.mean(0))
     return residual.new_ones(())
-
-
-# --- objective and gradients, written out --------------------------------------------------------
 
 
 def objective(error: Tensor, aux: Tensor, weight: float, kind: Objective) -> Tensor:
@@ -243,16 +231,10 @@ def gradients(
     return Gradients(centred.T @ dz, dz.sum(0), dW_dec, db_dec)
 
 
-# --- update -------------------------------------------------------------------------------------
-
-
 def project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
     """Remove from each row of ``gradient [F, D]`` its component along the same row of ``W_dec``."""
-    norm2 = W_dec.square().sum(-1, keepdim=True)
-    along = (gradient * W_dec).sum(-1, keepdim=True) / norm2.clamp_min(
-        torch.finfo(W_dec.dtype).tiny
-    )
-    return gradient - along * W_dec
+    norm2 = W_dec.square().sum(-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
+    return gradient - (gradient * W_dec).sum(-1, keepdim=True) / norm2 * W_dec
 
 
 def normalize_rows(W_dec: Tensor) -> Tensor:
@@ -290,9 +272,6 @@ def adam(
     return p - lr * m_hat / (v_hat.sqrt() + eps), AdamMoments(m, v)
 
 
-# --- counters, threshold, metrics ---------------------------------------------------------------
-
-
 def update_tokens_since_active(counter: Tensor, mask: Tensor) -> Tensor:
     """Per latent: 0 if selected anywhere in the batch, else its counter plus the batch's tokens."""
     return torch.where(mask.any(0), 0, counter + mask.shape[0])
@@ -316,9 +295,6 @@ def update_threshold(
 def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     """``1 - Σ‖x - x̂‖² / Σ‖x - x̄‖²``, x̄ the mean over the given tokens."""
     return 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-
-
-# --- one whole training step --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -361,12 +337,9 @@ def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
     """``W_enc = W_decᵀ``, ``b_enc = 0``, moments and counters zero."""
     W_dec = normalize_rows(W_dec)
     params = Gradients(W_dec.T.clone(), W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
-    return State(
-        params,
-        tuple(AdamMoments(torch.zeros_like(p), torch.zeros_like(p)) for p in params),
-        torch.zeros(len(W_dec), dtype=torch.int64, device=W_dec.device),
-        W_dec.new_zeros(()),
-    )
+    moments = tuple(AdamMoments(torch.zeros_like(p), torch.zeros_like(p)) for p in params)
+    since = torch.zeros(len(W_dec), dtype=torch.int64, device=W_dec.device)
+    return State(params, moments, since, W_dec.new_zeros(()))
 
 
 def train_step(
@@ -398,22 +371,12 @@ def train_step(
         adam(p, clip * gp, mom, state.step + 1, settings.lr, settings.betas, settings.eps)
         for p, gp, mom in zip(state.params, g, state.moments, strict=True)
     ]
-    params = Gradients(*(p for p, _ in updated))
-    threshold, updates = update_threshold(
+    params, moments = Gradients(*(p for p, _ in updated)), tuple(m for _, m in updated)
+    params = params._replace(W_dec=normalize_rows(params.W_dec))
+    since = update_tokens_since_active(state.tokens_since_active, mask)
+    threshold = update_threshold(
         state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
     )
-    return StepResult(
-        objective(error, aux, settings.aux_coefficient, settings.objective),
-        error,
-        aux,
-        mask,
-        replace(
-            state,
-            params=params._replace(W_dec=normalize_rows(params.W_dec)),
-            moments=tuple(m for _, m in updated),
-            tokens_since_active=update_tokens_since_active(state.tokens_since_active, mask),
-            threshold=threshold,
-            threshold_updates=updates,
-            step=state.step + 1,
-        ),
-    )
+    after = State(params, moments, since, *threshold, step=state.step + 1)
+    value = objective(error, aux, settings.aux_coefficient, settings.objective)
+    return StepResult(value, error, aux, mask, after)

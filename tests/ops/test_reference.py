@@ -1,6 +1,7 @@
 """The executable mathematics against brute force, autograd and PyTorch's own Adam."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def small_problem(
     )
     dead = torch.arange(F) % 3 == 0
     x = torch.randn(B, D, dtype=F64, generator=g) * 2 + 1
-    return ref.replace(state, params=p, tokens_since_active=torch.where(dead, 10**9, 0)), x
+    return replace(state, params=p, tokens_since_active=torch.where(dead, 10**9, 0)), x
 
 
 def autograd(
@@ -257,7 +258,7 @@ class TestGradients:
         state, x = small_problem(6, B=1)
         s = ref.Settings(k=4, k_aux=3, aux_coefficient=0.7, aux_normalization=normalization)
         mask = torch.ones(1, 40, dtype=torch.bool)
-        plain = autograd(state, x, mask, ref.replace(s, aux_coefficient=0.0))
+        plain = autograd(state, x, mask, replace(s, aux_coefficient=0.0))
         written = ref.gradients(
             x, state.params, mask, state.tokens_since_active > 0,
             aux_coefficient=0.7, k_aux=3, normalization=normalization,
@@ -319,7 +320,7 @@ class TestUpdate:
             result = ref.train_step(state, x, s)
             # The other way to the same place, with PyTorch's machinery.
             gradients = autograd(
-                ref.replace(state, params=ref.Gradients(*params)), x, result.mask, s
+                replace(state, params=ref.Gradients(*params)), x, result.mask, s
             )
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -350,7 +351,7 @@ class TestUpdate:
                 torch.randn(24, 12, dtype=F64, generator=g), torch.zeros(12, dtype=F64)
             )
             b_enc = torch.where(torch.arange(24) < 12, 0.0, -2.0).to(F64)
-            state = ref.replace(state, params=state.params._replace(b_enc=b_enc))
+            state = replace(state, params=state.params._replace(b_enc=b_enc))
             s = ref.Settings(
                 k=2, k_aux=6, lr=0.01, dead_after_tokens=300, aux_coefficient=aux_coefficient
             )

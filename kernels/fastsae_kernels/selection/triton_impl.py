@@ -16,9 +16,6 @@ BLOCK_EMIT = 32  # the same, where two running counts take registers too
 ROW_WARPS = 8  # of the kernels that write a row's entries
 
 
-# --- outputs, before they are written, on any device and of no device -------------------------------
-
-
 def empty_maxima(pre: Tensor) -> tuple[Tensor, Tensor]:
     """What ``group_max`` returns."""
     groups = (pre.shape[1] + GROUP - 1) // GROUP
@@ -34,9 +31,6 @@ def empty_selection(
     indices, offsets = (pre.new_empty(size, dtype=torch.int32) for size in sizes)
     threshold = pre.new_empty((), dtype=torch.float32)
     return pre.new_empty(num_selected), indices, offsets, threshold
-
-
-# --- what both selections share -----------------------------------------------------------------
 
 
 @jit
@@ -127,9 +121,6 @@ def clear_tail(values_ptr, indices_ptr, nnz, capacity, BLOCK: tl.constexpr):
         empty = (slot >= nnz) & (slot < capacity)
         tl.store(values_ptr + slot, tl.zeros([BLOCK], values_ptr.dtype.element_ty), mask=empty)
         tl.store(indices_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
-
-
-# --- group maxima -------------------------------------------------------------------------------
 
 
 @jit
