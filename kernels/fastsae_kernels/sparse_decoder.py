@@ -252,7 +252,8 @@ def _decode_gradients(ctx, inputs, dx_hat) -> tuple[Tensor | None, ...]:
         dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
     if need[3]:
         csc = csr_to_csc(CSR(values, indices, offsets), W_dec.shape[0])
-        dW_dec = _sparse_decode(
+        # The plain sums: they have no derivative, so that a second one is refused, not wrong.
+        dW_dec = _weighted_row_sums(
             values[csc.positions], csc.rows, csc.offsets, dx_hat.to(W_dec.dtype), None
         )
     if need[4]:
@@ -264,8 +265,8 @@ def _decode_backward(ctx, dx_hat) -> tuple[Tensor | None, ...]:
     return _decode_gradients(ctx, ctx.saved_tensors, dx_hat)
 
 
-@register(fake=_fake_row_sums, setup_context=save_inputs, backward=_decode_backward)
-def _sparse_decode(
+@register(fake=_fake_row_sums)
+def _weighted_row_sums(
     values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None
 ) -> Tensor:
     values, table = values.contiguous(), table.contiguous()
@@ -278,6 +279,13 @@ def _sparse_decode(
         weighted_row_sums_kernel, values, indices, offsets, table, bias_ptr=bias, out_ptr=out
     )
     return out
+
+
+@register(fake=_fake_row_sums, setup_context=save_inputs, backward=_decode_backward)
+def _sparse_decode(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    return _weighted_row_sums(values, indices, offsets, W_dec, b_dec)
 
 
 def _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x):

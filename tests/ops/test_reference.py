@@ -319,9 +319,7 @@ class TestUpdate:
             x = torch.randn(x.shape, dtype=F64, generator=g) + 1
             result = ref.train_step(state, x, s)
             # The other way to the same place, with PyTorch's machinery.
-            gradients = autograd(
-                replace(state, params=ref.Gradients(*params)), x, result.mask, s
-            )
+            gradients = autograd(replace(state, params=ref.Gradients(*params)), x, result.mask, s)
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
             W_dec = params[2]
