@@ -52,7 +52,7 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, relative to the largest expected value."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
 def pca_explained_variance(x: Tensor, components: int) -> float | None:

@@ -13,9 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from .options import SaeFlags, output_folder, parse
+
+if TYPE_CHECKING:
+    from ..lm.encoding import Document
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     from ..reporting.dashboard.write import Collector, write_report_page
 
     folder = output_folder(options.out, options.sae.source)
-    texts: list[list[str]] = []
+    texts: list[list[Document]] = []
     for files in (options.positive, options.negative):
         source = open_files(
             files,
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             skip_bad_lines=options.skip_bad_lines,
         )
         texts.append(list(islice(source, options.documents)))
-    check(options.fdr, options.probe_latents, *map(len, texts))
+    check(options.fdr, options.probe_latents, len(texts[0]), len(texts[1]))
     sae = options.sae.load()
     context, outliers, rows = (
         options.sae.context(sae),
