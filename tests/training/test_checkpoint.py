@@ -130,7 +130,7 @@ def test_kill_at_any_moment_of_a_write(tmp_path: Path) -> None:
             process.wait(0.15 + 0.037 * attempt)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         partial_seen += bool(list(tmp_path.glob(".step_*")))
         for kept in checkpoint.steps(tmp_path):
             saved = checkpoint.load(tmp_path / f"step_{kept}")
