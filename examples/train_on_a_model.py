@@ -25,7 +25,6 @@ def main(model: str, layer: str, training_text: str, held_out_text: str) -> Path
         batch_size=256,
         pool_tokens=16_384,
         eval_tokens=2_048,
-        dead_after_tokens=10_000,  # a tenth of the run, as in the recipe
         log_every_tokens=10_240,
         out="runs",
         name="example",

@@ -48,7 +48,7 @@ def main(library: str, model: str, layer: str, text: str) -> fastsae.SAE:
     texts = [line for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
     harvest = {"saelens": saelens, "dictionary_learning": dictionary_learning}[library]
     batches = harvest(model, int(layer), texts, AutoConfig.from_pretrained(model).hidden_size)
-    config = fastsae.TrainConfig(d_sae=512, k=16, lr=1e-3, tokens=40_960, dead_after_tokens=10_000)
+    config = fastsae.TrainConfig(d_sae=512, k=16, lr=1e-3, tokens=40_960)
     sae = fastsae.train(batches, config)
     scores = fastsae.evaluate(sae, next(batches))["topk"]  # the batch after those trained on
     print(f"{library}: explained variance {scores.explained_variance:.3f}, L0 {scores.l0:.1f}")

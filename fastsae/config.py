@@ -38,7 +38,8 @@ class TrainConfig:
     separate_documents: bool = False
     """Attend within a document alone, though several are packed into one row."""
     outlier_norm: float | None = None
-    """Drop activations whose norm exceeds this many times the median of their forward pass."""
+    """Drop tokens whose activation has more than this many times the median norm of its forward pass;
+    inf keeps all. [10; inf for batches of your own]"""
     activation_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision in which activations wait to be trained on."""
     cache_dir: str | None = None
@@ -70,7 +71,7 @@ class TrainConfig:
     expansion: float | None = None
     """Dictionary size as a multiple of the model's width, instead of --d-sae. [16 if neither is given]"""
     normalize: Literal["scalar", "none", "layer_norm"] = "scalar"
-    """Input scaling: one constant that gives mean norm 1, nothing, or per token."""
+    """Input scaling: one constant that gives a mean distance of 1 from the mean, nothing, or per token."""
     init_from: str | None = None
     """Begin with the latents of this SAE: a folder or hub repository, anything fastsae.load reads."""
 
@@ -79,12 +80,12 @@ class TrainConfig:
     """Activations to train on; rounded up to whole batches."""
     batch_size: int = 1024
     """Tokens per step."""
-    lr: float = 3e-4
-    """Adam's learning rate."""
-    lr_warmup_tokens: int = 0
-    """Raise the learning rate linearly over this many tokens at the start."""
-    lr_decay_tokens: int = 0
-    """Lower the learning rate linearly to 0 over this many tokens at the end."""
+    lr: float | None = None
+    """Adam's learning rate. [3e-4 for 100M tokens, and for fewer as their cube root more: 3e-3 at most]"""
+    lr_warmup_tokens: int | None = None
+    """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
+    lr_decay_tokens: int | None = None
+    """Lower the learning rate linearly to 0 over this many tokens at the end. [a fifth of --tokens]"""
     k_initial: float | None = None
     """Begin with this many active latents per token and go linearly to --k. [no annealing]"""
     k_anneal_tokens: int = 1_000_000
@@ -101,8 +102,8 @@ class TrainConfig:
     """What the aux-k error is divided by."""
     k_aux: int | None = None
     """Dead latents per token in the aux-k loss. [2 k]"""
-    dead_after_tokens: int = 10_000_000
-    """A latent is dead when it was not active for this many tokens."""
+    dead_after_tokens: int | None = None
+    """A latent is dead when it was not active for this many tokens. [a tenth of --tokens, 10M at most]"""
     seed: int = 17
     """Seed of the initial weights and, without --stream-seed, of the stream."""
     stream_seed: int | None = None
@@ -149,6 +150,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dataset_config is None and self.dataset == TrainConfig.dataset:
             object.__setattr__(self, "dataset_config", "sample-10BT")  # of this data set alone
+        if self.outlier_norm == "inf":  # as to_dict has it
+            object.__setattr__(self, "outlier_norm", math.inf)
         files = (self.text_files,) if isinstance(self.text_files, str) else tuple(self.text_files)
         object.__setattr__(self, "text_files", files)
         for name, least in _WHOLE_NUMBERS.items():
@@ -159,6 +162,8 @@ class TrainConfig:
             self._require(name, valid, f"a finite number above {bound}")
         valid = lambda value: _is_finite(value) and value >= 0
         self._require("aux_coefficient", valid, "a finite number of at least 0")
+        valid = lambda value: value == math.inf or (_is_finite(value) and value > 1)
+        self._require("outlier_norm", valid, "a number above 1, or inf to keep all tokens")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -222,6 +227,37 @@ class TrainConfig:
         return f"{model}-scope-v1-L{self.layer}-batchtopk-k{self.k:g}-seed{self.seed}"
 
     @property
+    def stream_outlier_norm(self) -> float | None:
+        """``outlier_norm`` of activations that a language model gives; None if all tokens are kept."""
+        given = 10.0 if self.outlier_norm is None else self.outlier_norm
+        return given if math.isfinite(given) else None
+
+    # What follows the length of the run where it is not given: see docs/quality.md.
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or that of the run's length."""
+        own = min(3e-3, 3e-4 * max(1.0, (100_000_000 / self.tokens) ** (1 / 3)))
+        return own if self.lr is None else self.lr
+
+    @property
+    def warmup_tokens(self) -> int:
+        """``lr_warmup_tokens``, or a fiftieth of the run, 1M at most."""
+        own = min(1_000_000, self.tokens // 50)
+        return own if self.lr_warmup_tokens is None else self.lr_warmup_tokens
+
+    @property
+    def decay_tokens(self) -> int:
+        """``lr_decay_tokens``, or a fifth of the run."""
+        return self.tokens // 5 if self.lr_decay_tokens is None else self.lr_decay_tokens
+
+    @property
+    def dead_after(self) -> int:
+        """``dead_after_tokens``, or a tenth of the run, 10M at most."""
+        own = max(1, min(10_000_000, self.tokens // 10))
+        return own if self.dead_after_tokens is None else self.dead_after_tokens
+
+    @property
     def aux_weight(self) -> float:
         """What aux-k weighs in the objective: ``aux_coefficient``, or the objective's own."""
         return AUX_WEIGHTS[self.objective] if self.aux_coefficient is None else self.aux_coefficient
@@ -237,8 +273,10 @@ class TrainConfig:
         return d_sae
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting by its name, ``aux_coefficient`` as it is used."""
-        return dataclasses.asdict(self) | {"aux_coefficient": self.aux_weight}
+        """Every setting by its name, for JSON; ``aux_coefficient`` as it is used."""
+        outlier_norm = "inf" if self.outlier_norm == math.inf else self.outlier_norm
+        own = {"aux_coefficient": self.aux_weight, "outlier_norm": outlier_norm}
+        return dataclasses.asdict(self) | own
 
 
 AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
@@ -256,7 +294,7 @@ _WHOLE_NUMBERS = {
     "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2,
 }  # fmt: skip
 """The smallest value of each."""
-_ABOVE = {"k": 0, "lr": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0, "outlier_norm": 1}
+_ABOVE = {"k": 0, "lr": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0}
 _CHOICES = {
     name: get_args(hint)
     for name, hint in get_type_hints(TrainConfig).items()

@@ -20,7 +20,12 @@ def test_defaults_are_the_recipe() -> None:
     assert (c.model, c.layer, c.quantization) == ("google/gemma-4-E2B", 17, "nf4")
     assert (c.dataset, c.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert (c.resolve_d_sae(1536), c.k, c.batch_size, c.tokens) == (24576, 64, 1024, 100_000_000)
-    assert (c.lr, c.aux_weight, c.seed, c.checkpoint_every_tokens) == (3e-4, 18.75, 17, 8_000_000)
+    assert (c.peak_lr, c.aux_weight, c.seed, c.checkpoint_every_tokens) == (
+        3e-4,
+        18.75,
+        17,
+        8_000_000,
+    )
     assert c.run_name == "gemma-4-e2b-scope-v1-L17-batchtopk-k64-seed17"
     assert dataclasses.replace(c, tokens=16_000_000).steps == 15_625
     assert dataclasses.replace(c, tokens=16_000_001).steps == 15_626
@@ -40,9 +45,23 @@ def test_not_too_many_flags() -> None:
 
 
 def test_settings_survive_a_way_through_json() -> None:
-    c = TrainConfig(layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=10)
-    found = TrainConfig(**json.loads(json.dumps(c.to_dict())))
-    assert found == dataclasses.replace(c, aux_coefficient=18.75)
+    for outlier_norm in (None, 10, float("inf")):
+        c = TrainConfig(layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=outlier_norm)
+        found = TrainConfig(**json.loads(json.dumps(c.to_dict(), allow_nan=False)))
+        assert found == dataclasses.replace(c, aux_coefficient=18.75)
+
+
+def test_outliers_of_a_language_model_are_dropped_unless_all_are_kept() -> None:
+    given = [None, 3.5, float("inf")]
+    found = [TrainConfig(outlier_norm=value).stream_outlier_norm for value in given]
+    assert found == [10.0, 3.5, None]
+
+
+def test_the_dead_window_follows_the_run() -> None:
+    assert TrainConfig().dead_after == TrainConfig(tokens=10**9).dead_after == 10_000_000
+    assert TrainConfig(tokens=400_000).dead_after == 40_000
+    assert TrainConfig(tokens=5, batch_size=1).dead_after == 1
+    assert TrainConfig(tokens=400_000, dead_after_tokens=7).dead_after == 7
 
 
 def test_a_sweep_of_nothing_is_the_one_sae() -> None:
@@ -119,7 +138,12 @@ def test_the_stream_has_its_own_seed_if_wanted() -> None:
         ("layer", (3, 5), "layer must be a whole number of at least 0, got (3, 5)"),
         ("k", (4, 8), "got (4, 8)"),
         ("seed", None, "seed must be"),
-        ("outlier_norm", 1, "outlier_norm must be a finite number above 1, got 1"),
+        (
+            "outlier_norm",
+            1,
+            "outlier_norm must be a number above 1, or inf to keep all tokens, got 1",
+        ),
+        ("outlier_norm", float("nan"), "or inf to keep all tokens, got nan"),
         ("dead_after_tokens", 0, "dead_after_tokens must be"),
     ],
 )
@@ -146,7 +170,7 @@ class TestCommandLine:
             ["--layer", "3", "--k", "32.5", "--text-files", "a.txt", "b.txt", "--d-sae", "99"]
         ).base
         assert (c.layer, c.k, c.text_files, c.d_sae) == (3, 32.5, ("a.txt", "b.txt"), 99)
-        assert c.lr == 3e-4
+        assert c.lr is None and c.peak_lr == 3e-4
 
     def test_several_values_of_one_flag(self) -> None:
         c = cli.parse(
@@ -206,3 +230,19 @@ class TestCommandLine:
         result = self.run(*arguments)
         assert result.returncode == 2
         assert "Traceback" not in result.stderr and arguments[1].lstrip("-") in result.stderr
+
+
+def test_the_card_is_one_flag_away() -> None:
+    """The published SAE's own settings, and flags on top of them; the shape is the recipe's."""
+    for flag in (["--preset", "card"], ["--preset=card"]):
+        (card,) = cli.parse([*flag, "--k", "32"]).runs
+        assert (card.objective, card.aux_weight, card.peak_lr) == ("plain", 0.0625, 3e-4)
+        assert (card.warmup_tokens, card.decay_tokens, card.dead_after) == (0, 0, 10_000_000)
+        assert (card.stream_outlier_norm, card.normalize) == (None, "none")
+        (recipe,) = cli.parse(["--k", "32"]).runs
+        shape = ("model", "layer", "k", "batch_size", "tokens", "seed", "dataset", "d_sae")
+        assert all(getattr(card, name) == getattr(recipe, name) for name in shape)
+    (card,) = cli.parse(["--preset", "card", "--objective", "log", "--outlier-norm", "5"]).runs
+    assert (card.objective, card.stream_outlier_norm) == ("log", 5)
+    with pytest.raises(fastsae.ConfigError, match="--demo and --preset card"):
+        cli.parse(["--demo", "--preset", "card"])

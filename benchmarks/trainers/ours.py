@@ -14,6 +14,9 @@ from fastsae.training.update import UPDATES
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
 
+CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0}
+"""The learning rate of a problem is that of every step."""
+
 
 class Fastsae(Trainer):
     exact = True
@@ -22,7 +25,7 @@ class Fastsae(Trainer):
     def prepare(self, weights: Weights) -> None:
         p = self.problem
         config = fastsae.TrainConfig(
-            d_sae=p.shape.F, k=p.shape.k, batch_size=p.shape.B, lr=p.lr, k_aux=p.k_aux,
+            d_sae=p.shape.F, k=p.shape.k, batch_size=p.shape.B, lr=p.lr, k_aux=p.k_aux, **CONSTANT,
             dead_after_tokens=DEAD_AFTER, normalize="none", precision=p.precision, device=p.device,
             **self.settings,
         )  # fmt: skip
@@ -51,7 +54,7 @@ class Fastsae(Trainer):
     def train_sae(cls, problem: Problem) -> fastsae.SAE:
         p = problem
         config = fastsae.TrainConfig(
-            d_sae=p.shape.F, k=p.k, batch_size=p.shape.B, tokens=p.tokens, lr=p.lr,
+            d_sae=p.shape.F, k=p.k, batch_size=p.shape.B, tokens=p.tokens, lr=p.lr, **CONSTANT,
             dead_after_tokens=p.dead_after, seed=p.seed, device=p.device, **cls.settings,
         )  # fmt: skip
         return fastsae.train(p.batches, config)

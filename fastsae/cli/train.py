@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
 from ..config import Sweep, TrainConfig
+from ..errors import ConfigError
 from . import options
-from .presets import demo_config
+from .presets import card_config, demo_config
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class TrainFlags(TrainConfig):
     """Mean active latents per token; may be fractional; several train one SAE each."""
     seed: tuple[int, ...] = (TrainConfig.seed,)  # type: ignore[assignment]
     """Seed of the initial weights (several train one SAE each) and, without --stream-seed, of the stream."""
+    preset: Literal["recipe", "card"] = "recipe"
+    """What the other flags change: the recipe, or its settings on the model card of the published SAE."""
 
     def __post_init__(self) -> None:
         """Values are checked where a sweep is made of them."""
@@ -41,23 +46,29 @@ class TrainFlags(TrainConfig):
         """The SAEs that the flags ask for. Raises ConfigError."""
         several = {"layer": self.layer, "k": self.k, "seed": self.seed}
         first = {name: values[0] for name, values in several.items() if values}
-        settings = {name: value for name, value in vars(self).items() if name not in several}
+        own = {*several, "preset"}
+        settings = {name: value for name, value in vars(self).items() if name not in own}
         return Sweep(TrainConfig(**settings | first), self.layer, self.k, self.seed)
 
 
 def parse(arguments: Sequence[str], prog: str = "fastsae train") -> Sweep:
-    """The SAEs that ``arguments`` ask for, on top of the recipe, or of the demo with ``--demo``.
+    """The SAEs that ``arguments`` ask for, on top of the recipe, of the card's, or of the demo's settings.
 
     Raises:
         ConfigError: a flag that does not exist, or an impossible value.
         SystemExit: ``--help`` (0).
     """
     flags = TrainFlags()
+    card = "--preset=card" in arguments or ("--preset", "card") in pairwise(arguments)
     if "--demo" in arguments:
+        if card:
+            raise ConfigError("--demo and --preset card are settings of two runs; give one of them")
         default = demo_config()
         if any(flag.partition("=")[0] == "--expansion" for flag in arguments):
             default = replace(default, d_sae=None)
         flags = TrainFlags.of(default)
+    elif card:
+        flags = TrainFlags.of(card_config())
     return options.parse(TrainFlags, arguments, prog, __doc__, default=flags).sweep()
 
 

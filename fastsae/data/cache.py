@@ -198,7 +198,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         "context_length": config.context_length,
         "harvest_batch": config.harvest_batch,
         "separate_documents": config.separate_documents,
-        "outlier_norm": config.outlier_norm,
+        "outlier_norm": config.stream_outlier_norm,
         "activation_dtype": config.activation_dtype,
         "eval_tokens": config.eval_tokens,
         **text,

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, StreamError
 from ..files import differences
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import CutModel, is_outlier
+from .norms import FirstNorms
 from .tokens import TokenPacker
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class TextChunks(ChunkSource):
         self.device = model.device
         self._harvest_batch = harvest_batch
         self._outlier_norm = outlier_norm
+        self._norms = FirstNorms([f"layer {layer}" for layer in model.layers], outlier_norm)
         self._held_out_tokens = held_out_tokens
         self._held_out_rows = hold_out(packer, model, held_out_tokens) if held_out_tokens else None
 
@@ -238,10 +240,15 @@ class TextChunks(ChunkSource):
             rows.append(row)
             if len(rows) == self._harvest_batch:
                 break
-        return Chunk.of(rows, self.packer.context_length) if rows else None
+        if not rows:
+            self._norms.tell()
+            return None
+        return Chunk.of(rows, self.packer.context_length)
 
     def harvest(self, chunk: Chunk) -> Harvest:
-        return harvest(self.model, chunk, self._outlier_norm)
+        harvested = harvest(self.model, chunk, self._outlier_norm)
+        self._norms.see(harvested.layers)
+        return harvested
 
     def explain(self, verdict: Tensor) -> StreamError:
         model = self.model

@@ -58,7 +58,7 @@ def open_text_chunks(
         model,
         harvest_batch=config.harvest_batch,
         held_out_tokens=config.eval_tokens,
-        outlier_norm=config.outlier_norm,
+        outlier_norm=config.stream_outlier_norm,
     )
 
 

@@ -20,8 +20,6 @@ class ActivationSource(ABC):
 
     may_end_early = False
     """Whether the training ends well where the source does, however many tokens it was to see."""
-    initialization_batches = 8
-    """Batches that the input scaling and ``b_dec`` are estimated from; they are trained on too."""
 
     @abstractmethod
     def next_batch(self) -> Batches | None:
@@ -62,14 +60,13 @@ class ActivationSource(ABC):
 class IterableSource(ActivationSource):
     """An iterable of the user's; its state is how many batches were drawn.
 
-    Nothing is drawn ahead of the training, and the training ends where the iterable does.
+    The training ends where the iterable does.
 
     Args:
         batches: ``[B, D]`` tensors; with several layers, tuples of as many of them.
     """
 
     may_end_early = True
-    initialization_batches = 1
 
     def __init__(self, batches: Iterable[Tensor | Batches], layers: int) -> None:
         self._iterator = iter(batches)

@@ -26,7 +26,7 @@ from ..sae.module import SAE
 from .compare import RunSummary, plot
 from .dashboard.write import Collector, write_report_page
 from .run_folder import RunFolder
-from .tracking import read_metrics
+from .tracking import read_metrics, warn_of_outcome
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ def report_run(
             )
             summary["report"] = page.name
             log.info("%s", _describe(folder, summary))
+            if evaluation is not None:
+                warn_of_outcome(
+                    config, summary["alive_fraction"], summary["evaluated_on"],
+                    summary["explained_variance"], summary["pca_explained_variance"],
+                )  # fmt: skip
         finally:
             run = RunSummary(config.run_name, "finished", read_metrics(path), summary)
             plot(path / PICTURE, [run])
@@ -129,7 +134,7 @@ def _evaluate(
             modes,
             model=model,
             rows=folder.config.harvest_batch,
-            outlier_norm=folder.config.outlier_norm,
+            outlier_norm=sae.metadata.get("outlier_norm"),
             observers=[progress] if collector is None else [collector, progress],
         )
 

@@ -132,6 +132,32 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def warn_of_outcome(
+    config: TrainConfig,
+    alive_fraction: float,
+    measured_on: str,
+    explained_variance: float | None = None,
+    pca_explained_variance: float | None = None,
+) -> None:
+    """Warn of an SAE that fails its purpose, with what to try: one that PCA of as many components beats,
+    or most of whose latents are not active on what was ``measured_on``."""
+    if explained_variance is not None and pca_explained_variance is not None:
+        if explained_variance < pca_explained_variance:
+            log.warning(
+                "%s: PCA with k = %g components explains more of the variance (%.3f) than this SAE (%.3f). "
+                "Train on more tokens (now %s), with a larger --lr (now %g), or drop outliers (--outlier-norm)",
+                config.run_name, config.k, pca_explained_variance, explained_variance,
+                f"{config.tokens:,}", config.peak_lr,
+            )  # fmt: skip
+    if alive_fraction < 0.5:
+        log.warning(
+            "%s: only %.1f%% of the latents were active on %s. Train on more tokens (now %s), fewer "
+            "latents (--d-sae, --expansion), or with --dead-after-tokens (now %s) at a tenth of --tokens",
+            config.run_name, 100 * alive_fraction, measured_on, f"{config.tokens:,}",
+            f"{config.dead_after:,}",
+        )  # fmt: skip
+
+
 def _range(values: list[float]) -> str:
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low}-{high}"
@@ -142,5 +168,6 @@ def _line(m: dict[str, Any], tokens: int) -> str:
     return (
         f"{seen:>11,} / {tokens:,} tokens ({seen / tokens:6.1%})"
         f" | objective {m['objective']:.4g} | ev {m['explained_variance']:.4f} | l0 {m['l0']:.1f}"
-        f" | alive {m['alive_fraction']:.1%} | {m['tokens_per_second']:,.0f} tok/s"
+        f" | alive {m['alive_fraction']:.1%} of the last {m['alive_window_tokens']:,} tokens"
+        f" | {m['tokens_per_second']:,.0f} tok/s"
     )

@@ -24,6 +24,8 @@ from ..sae.module import SAE
 
 log = logging.getLogger(__name__)
 
+LEAST_SPREAD = 1e-6
+"""Activations that differ by less than this share of their norm differ by rounding alone."""
 UNIT_NORM_TOLERANCE = 1e-5
 """Decoder rows whose norm is this close to 1 are taken as they are: they differ by rounding alone."""
 
@@ -44,7 +46,7 @@ def initialize_sae(
 
     Raises:
         ConfigError: k exceeds the dictionary, or ``origin`` has another width.
-        StreamError: the rows are not finite, or nothing but zeros.
+        StreamError: the rows are not finite, or all the same.
     """
     d_in = rows.shape[1]
     d_sae = config.resolve_d_sae(d_in) if origin is None else origin.d_sae
@@ -82,12 +84,24 @@ def _estimate_scaling(sae: SAE, rows: Tensor) -> None:
         raise StreamError(
             "the first activations contain values that are not finite; drop those rows from the batches"
         )
+    rows = sae.scale_input(rows)[0]
+    center = reference.geometric_median(rows)
     if sae.normalize == "scalar":
-        constant = reference.scale_constant(rows)
-        if not constant.isfinite():
-            raise StreamError("the first activations are all zero: there is nothing to scale by")
+        constant = reference.scale_constant(rows, center)
+        ratio = float(center.norm() * constant)
+        if not constant.isfinite() or ratio > 1 / LEAST_SPREAD:
+            raise StreamError(
+                "the first activations are all the same: there is no spread to scale by; give batches of "
+                "different tokens"
+            )
         sae.scale.copy_(constant)
-    sae.b_dec.copy_(reference.geometric_median(sae.scale_input(rows)[0]))
+        sae.metadata["mean_to_spread"] = ratio
+        log.info(
+            "input scaling: 1 / %.4g, the mean distance of the first %s activations from their geometric "
+            "median, whose norm is %.2g times that",
+            1 / constant, f"{len(rows):,}", ratio,
+        )  # fmt: skip
+    sae.b_dec.copy_(center * sae.scale)
 
 
 # --- warm start ---

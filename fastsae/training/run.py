@@ -19,6 +19,7 @@ from ..files import plain
 from ..lm.held_out import HeldOutText
 from ..metrics import density_histogram
 from ..reporting.run_folder import RunFolder
+from ..reporting.tracking import warn_of_outcome
 from ..sae.module import SAE
 from . import checkpoint
 from .initialize import new_sae
@@ -233,6 +234,10 @@ class Run:
                 "lr": float(self.update.lr),
                 **self._progress(totals),
                 "peak_memory_bytes": peak_memory_bytes(sae.W_dec.device),
+                "mean_to_spread": sae.metadata.get("mean_to_spread"),
             }
             self.folder.finish(sae, summary, held_out)
+        if held_out is None:  # or else the evaluation tells
+            alive, window = float(self.update.alive.double().mean()), self.update.alive_window
+            warn_of_outcome(self.config, alive, f"the last {window:,} tokens of training")
         return sae

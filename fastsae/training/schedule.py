@@ -8,17 +8,17 @@ from ..config import TrainConfig
 def lr_at(config: TrainConfig, tokens_seen: int, batch: int) -> float:
     """The learning rate of the step that trains on the ``batch`` tokens after the first ``tokens_seen``.
 
-    It rises linearly over the first ``lr_warmup_tokens``, and falls linearly towards 0 over the last
-    ``lr_decay_tokens`` of ``tokens``; the step that ends a warm-up has the full rate, as has the one
+    It rises linearly over the first ``warmup_tokens``, and falls linearly towards 0 over the last
+    ``decay_tokens`` of ``tokens``; the step that ends a warm-up has the full rate, as has the one
     that begins a decay.
     """
     factor = 1.0
-    if config.lr_warmup_tokens:
-        factor = min(factor, (tokens_seen + batch) / config.lr_warmup_tokens)
-    if config.lr_decay_tokens:
+    if config.warmup_tokens:
+        factor = min(factor, (tokens_seen + batch) / config.warmup_tokens)
+    if config.decay_tokens:
         left = max(0, config.tokens - tokens_seen)
-        factor = min(factor, left / config.lr_decay_tokens)
-    return config.lr * factor
+        factor = min(factor, left / config.decay_tokens)
+    return config.peak_lr * factor
 
 
 def k_at(config: TrainConfig, tokens_seen: int) -> float:

@@ -28,11 +28,15 @@ from .run import Run, StreamTotals
 
 log = logging.getLogger(__name__)
 
+INITIAL_ROWS = 8192
+"""Activations, at least, that input scaling and ``b_dec`` are estimated from; they are trained on too."""
+
 
 def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
     """Train an SAE on any iterable of activations.
 
-    One pass, one batch a step, in this thread, and never a batch more than is trained on. Nothing is
+    One pass, one batch a step, in this thread, and never a batch more than is trained on; the first
+    8,192 rows are drawn together, for input scaling and ``b_dec`` to be estimated from. Nothing is
     written unless ``config.out`` is set; then the run is saved and reported there, and a run that was
     stopped goes on (batches already trained on are drawn and passed over). An iterable that ends early
     ends the training normally. The settings of the language model and the text are not looked at.
@@ -183,9 +187,11 @@ class Trainer:
                     f"{tuple(batch.shape)}"
                 )
         for run in self.runs:
-            width = batches[run.layer_index].shape[1]
-            if run.d_in not in (None, width):
-                raise StreamError(f"a batch has width {width}, those before had {run.d_in}")
+            width, before = batches[run.layer_index].shape[1], run.d_in
+            if self._pending:
+                before = self._pending[0][run.layer_index].shape[1]
+            if before not in (None, width):
+                raise StreamError(f"a batch has width {width}, those before had {before}")
         return batches
 
     def _crossed(self, interval: int, batch: int) -> bool:
@@ -274,11 +280,11 @@ class Trainer:
     def _begin(self, training: list[Run]) -> None:
         """Draw the first batches, initialise SAEs on them, and keep them to train on."""
         self._source_start = self.source.state_dict()
-        for _ in range(self.source.initialization_batches):
-            batches = self._draw()
-            if batches is None:
-                break
-            self._pending.append(batches)
+        missing = min(INITIAL_ROWS, self.config.tokens)
+        while missing > 0 and (batches := self._draw()) is not None:
+            # A source may fill the same memory again for its next batch.
+            self._pending.append(tuple(batch.clone() for batch in batches))
+            missing -= len(batches[0])
         if not self._pending:
             raise StreamError("there is nothing to train on: the stream gave no batch at all")
         self._drawn_ahead = len(self._pending)
@@ -312,7 +318,11 @@ class Trainer:
     def _source_ended(self, training: list[Run]) -> None:
         seen, asked = self.tokens_seen, self.config.tokens
         if self.source.may_end_early:
-            log.info("the batches ended after %s tokens of %s", f"{seen:,}", f"{asked:,}")
+            log.info(
+                "the batches ended after %s tokens of %s; learning rate and dead window were those of a run "
+                "of the latter: give tokens = %s for a run that knows its length",
+                f"{seen:,}", f"{asked:,}", seen,
+            )  # fmt: skip
             return
         self._save(training)
         raise StreamError(

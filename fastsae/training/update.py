@@ -35,9 +35,6 @@ from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from .schedule import k_at, lr_at
 
-ALIVE_WINDOW_TOKENS = 1_000_000
-"""A latent counts as alive when it was active within this many tokens."""
-
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
@@ -73,7 +70,7 @@ class Update(ABC):
         device = sae.W_dec.device
         self.tokens_since_active = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
-        self.lr = torch.tensor(config.lr, dtype=sae.W_dec.dtype, device=device)
+        self.lr = torch.tensor(config.peak_lr, dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
 
     def __call__(self, x: Tensor) -> UpdateResult:
@@ -94,8 +91,20 @@ class Update(ABC):
 
     @property
     def dead(self) -> Tensor:
-        """Latents ``[F]`` (bool) that were not active for ``dead_after_tokens`` tokens."""
-        return self.tokens_since_active >= self.config.dead_after_tokens
+        """Latents ``[F]`` (bool) that were not active for ``config.dead_after`` tokens."""
+        return self.tokens_since_active >= self.config.dead_after
+
+    @property
+    def alive_window(self) -> int:
+        """Tokens within which a latent must have been active to count as alive: as many as the final
+        evaluation looks at, so that the fraction seen on the way is the one that comes out."""
+        return min(self.config.eval_tokens, self.tokens_seen)
+
+    @property
+    def alive(self) -> Tensor:
+        """Latents ``[F]`` (bool) that were active within the last ``alive_window`` tokens."""
+        # One that was never active has counted every token.
+        return self.tokens_since_active < self.alive_window
 
     @torch.no_grad()
     def metrics(self, x: Tensor, result: UpdateResult) -> dict[str, float]:
@@ -108,8 +117,6 @@ class Update(ABC):
         squared = residual.square()
         threshold = self.sae.threshold
         assert threshold is not None
-        # A latent that was never active has counted every token; it is not alive however young the run.
-        window = min(ALIVE_WINDOW_TOKENS, self.tokens_seen)
         values = {
             "objective": result.objective,
             "error": result.error,
@@ -117,13 +124,15 @@ class Update(ABC):
             "mse": squared.mean(),
             "explained_variance": 1 - squared.sum() / (x - x.mean(0)).square().sum(),
             "l0": result.counts.sum() / len(x),
-            "alive_fraction": (self.tokens_since_active < window).double().mean(),
+            "alive_fraction": self.alive.double().mean(),
+            "alive_window_tokens": self.alive_window,
             "dead": self.dead.sum(),
             "threshold": threshold,
             "lr": self.lr,
         }
         numbers = {name: float(value) for name, value in values.items()}
-        return numbers | {"dead": int(numbers["dead"])}
+        whole = ("dead", "alive_window_tokens")
+        return numbers | {name: int(numbers[name]) for name in whole}
 
     # --- state ---
 
@@ -269,7 +278,7 @@ class FusedUpdate(Update):
                 W_dec.compute(),
                 b_dec.weight,
                 self.tokens_since_active,
-                dead_after=config.dead_after_tokens,
+                dead_after=config.dead_after,
                 max_dead=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,

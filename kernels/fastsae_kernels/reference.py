@@ -28,14 +28,16 @@ AuxNormalization = Literal["residual_variance", "total_variance", "none"]
 Objective = Literal["log", "plain"]
 
 
-def scale_constant(x: Tensor) -> Tensor:
-    """``c = 1 / mean‖x‖``: the constant that gives scaled rows a mean norm of 1, a decoder row's norm.
+def scale_constant(x: Tensor, center: Tensor) -> Tensor:
+    """``c = 1 / mean‖x - center‖``: the constant that gives rows a mean distance of 1, a decoder row's
+    norm, from where ``b_dec`` begins, ``c * center``.
 
-    Adam moves every element by about ``lr`` a step whatever its size. With rows, biases and activations
-    all of norm 1, one ``lr`` suits them all; at a mean norm of sqrt(D) the biases, sqrt(D) times larger,
-    would learn that much more slowly.
+    Adam moves every element by about ``lr`` a step whatever its size. With what is to be learnt, biases
+    and decoder rows all of norm 1, one ``lr`` suits them all; at sqrt(D) the biases would learn sqrt(D)
+    times more slowly. Distances, not norms: a mean that is large against the spread is learnt by
+    ``b_dec`` before the first step, and would only make what is left small.
     """
-    return 1 / x.norm(dim=-1).mean()
+    return 1 / (x - center).norm(dim=-1).mean()
 
 
 class TokenStatistics(NamedTuple):

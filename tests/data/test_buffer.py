@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections import Counter
 from itertools import islice
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastsae.data.buffer import ActivationBuffer
 from fastsae.data.harvest import Chunk, TextChunks, harvest
+from fastsae.data.norms import FirstNorms
 from fastsae.data.text import TextSource
 from fastsae.data.tokens import TokenPacker
 from fastsae.errors import CheckpointError, StreamError
@@ -495,3 +497,42 @@ def test_too_little_text_to_hold_out(tokens: int):
     ):
         chunks(texts, held_out=tokens)
     assert len(chunks(texts, held_out=7)._held_out_rows) == 1
+
+
+def test_the_first_norms_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(9000, 8, generator=torch.Generator().manual_seed(0))
+    x[::1000] *= 1000
+    for outlier_norm, level, said in (
+        (10.0, logging.INFO, "are dropped (--outlier-norm inf keeps them)"),
+        (None, logging.WARNING, "--outlier-norm 10 drops them"),
+    ):
+        norms = FirstNorms(["layer 3", "layer 5"], outlier_norm)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            norms.see([x[:100], x[:100].abs()])
+            assert not caplog.records  # too few to say anything
+            norms.see([x[100:].half(), torch.full_like(x[100:], 2.0)])
+            norms.see([x, x])
+            norms.tell()
+        first, second = caplog.records
+        assert (first.levelno, second.levelno) == (level, logging.INFO)
+        line = first.getMessage()
+        assert line.startswith("layer 3: norms of the first 9,000 activations: median 2.7")
+        assert "9 (0.10%) above 10 times the median hold 100% of the variance" in line
+        assert line.endswith(said)
+
+
+def test_the_first_norms_of_untidy_activations(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.ones(5, 4)
+    x[0, 0], x[1, 1] = float("nan"), float("inf")
+    with caplog.at_level(logging.INFO):
+        norms = FirstNorms(["layer 3"], 10.0)
+        norms.see([x])
+        norms.tell()
+        FirstNorms(["layer 3"], 10.0).tell()
+        empty = FirstNorms(["layer 3"], 10.0)
+        empty.see([x[:2]])
+        empty.tell()
+    (record,) = caplog.records
+    assert "of the first 3 activations: median 2" in record.getMessage()
+    assert record.getMessage().endswith("none is above 10 times the median")

@@ -7,12 +7,26 @@ import pytest
 import fastsae
 from fastsae.training.schedule import k_at, lr_at
 
-CONFIG = fastsae.TrainConfig(d_sae=64, k=4, lr=0.5, tokens=1000, batch_size=10)
+CONFIG = fastsae.TrainConfig(
+    d_sae=64, k=4, lr=0.5, lr_warmup_tokens=0, lr_decay_tokens=0, tokens=1000, batch_size=10
+)
 
 
 def test_without_options_nothing_changes() -> None:
     assert {lr_at(CONFIG, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
     assert {k_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {4}
+
+
+def test_the_schedule_follows_the_length_of_the_run() -> None:
+    recipe = fastsae.TrainConfig()
+    assert lr_at(recipe, 0, 1024) == pytest.approx(3e-4 * 1024 / 1_000_000)
+    assert lr_at(recipe, 50_000_000, 1024) == recipe.peak_lr == 3e-4
+    assert lr_at(recipe, 90_000_000, 1024) == pytest.approx(1.5e-4)
+    short = fastsae.TrainConfig(tokens=800_000)
+    assert short.peak_lr == pytest.approx(1.5e-3)
+    assert (short.warmup_tokens, short.decay_tokens) == (16_000, 160_000)
+    assert fastsae.TrainConfig(tokens=10).peak_lr == 3e-3
+    assert fastsae.TrainConfig(tokens=10**9).peak_lr == 3e-4
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:

@@ -18,7 +18,7 @@ from fastsae_kernels import reference as ref
 
 CONFIG = fastsae.TrainConfig(
     d_sae=64, k=4, lr=3e-3, batch_size=64, tokens=64 * 50, dead_after_tokens=600, device="cpu", seed=1,
-    log_every_tokens=640, checkpoint_every_tokens=1280,
+    log_every_tokens=640, checkpoint_every_tokens=1280, lr_warmup_tokens=0, lr_decay_tokens=0,
 )  # fmt: skip
 
 
@@ -78,14 +78,49 @@ def test_the_first_batch_initialises_and_is_trained_on() -> None:
     x = next(iter(Source(stop=1)))
     sae = fastsae.train(source, CONFIG)
     # The same by the definitions: initialise on x, one step on x.
-    c = ref.scale_constant(x)
+    center = ref.geometric_median(x)
+    c = ref.scale_constant(x, center)
     start = fastsae.SAE(16, 64, 4, generator=torch.Generator().manual_seed(1))
-    state = ref.initial_state(start.W_dec.detach(), ref.geometric_median(c * x))
+    state = ref.initial_state(start.W_dec.detach(), c * center)
     settings = ref.Settings(k=4, k_aux=8, lr=3e-3, aux_coefficient=CONFIG.aux_weight)
     expected = ref.train_step(state, c * x, settings).state.params
     torch.testing.assert_close(sae.W_dec.detach(), expected.W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec.detach(), expected.b_dec / c, rtol=0, atol=1e-4)
     assert not sae.W_dec.equal(start.W_dec)
+
+
+def test_memory_may_be_filled_again() -> None:
+    """Batches are drawn ahead to begin with; a loader may give the same tensor every time."""
+    memory = torch.empty(64, 16)
+    again = (memory.copy_(x) for x in Source())
+    assert same(fastsae.train(again, CONFIG), fastsae.train(Source(), CONFIG))
+
+
+def test_an_offset_of_all_activations_changes_nothing() -> None:
+    """Scaling is by the spread, and ``b_dec`` begins at the middle."""
+    spread = Source().batch(2000).std(0).mean()
+    held_out = Source(seed=99).batch(4000)
+    config = dataclasses.replace(CONFIG, tokens=64 * 300)
+    found = []
+    for offset in (0, 1, 10, 100):
+        away = offset * spread * torch.nn.functional.normalize(torch.ones(16), dim=0) * 4
+        sae = fastsae.train((x + away for x in Source()), config)
+        score = evaluate(sae, held_out + away, "topk")["topk"]
+        found.append(score.explained_variance)
+        assert sae.metadata["mean_to_spread"] >= offset
+    assert found[0] > 0.75
+    assert found == pytest.approx(found[:1] * 4, abs=0.005)
+
+
+def test_an_outcome_to_worry_about_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(CONFIG, d_sae=2048, k=1, tokens=640, eval_tokens=100)
+    with caplog.at_level(logging.WARNING):
+        fastsae.train(Source(), config)
+    assert "of the latents were active on the last 100 tokens of training" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        fastsae.train(Source(), CONFIG)
+    assert not caplog.text
 
 
 def test_an_early_end_is_a_normal_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,14 +226,15 @@ class TestWithOut:
         assert timeless[0] == timeless[1] and len(timeless[0]) == 5
 
     def test_other_settings_are_refused_with_the_difference(self, tmp_path: Path) -> None:
-        config = dataclasses.replace(CONFIG, out=str(tmp_path), name="run")
-        fastsae.train(Source(stop=30), config)
+        # More tokens than the initialisation looks at, which a longer run begins with alike.
+        config = dataclasses.replace(CONFIG, out=str(tmp_path), name="run", tokens=64 * 140)
+        fastsae.train(Source(stop=130), config)
         with pytest.raises(fastsae.CheckpointError, match=r"lr: 0\.003 in the run, 0\.1 now"):
             fastsae.train(Source(), dataclasses.replace(config, lr=0.1))
         with pytest.raises(fastsae.ConfigError, match="--resume is never"):
             fastsae.train(Source(), dataclasses.replace(config, resume="never"))
-        longer = fastsae.train(Source(), dataclasses.replace(config, tokens=64 * 60))
-        assert same(longer, fastsae.train(Source(), dataclasses.replace(CONFIG, tokens=64 * 60)))
+        longer = fastsae.train(Source(), dataclasses.replace(config, tokens=64 * 150))
+        assert same(longer, fastsae.train(Source(), dataclasses.replace(CONFIG, tokens=64 * 150)))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +244,7 @@ class TestWithOut:
         ([torch.zeros(3)], r"float tensor \[B, D\]"),
         ([torch.ones(3, 4, dtype=torch.int64)], "torch.int64"),
         ([torch.empty(0, 4)], "at least one row"),
-        ([torch.zeros(3, 4)], "all zero"),
+        ([torch.full((3, 4), 0.1)], "all the same"),
         ([torch.full((3, 4), float("nan"))], "not finite"),
         ([torch.randn(8, 4), torch.randn(8, 5)], "width 5, those before had 4"),
     ],

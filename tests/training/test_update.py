@@ -14,8 +14,9 @@ from fastsae_kernels import reference as ref
 
 F64 = torch.float64
 CONFIG = fastsae.TrainConfig(
-    d_sae=40, k=2.5, lr=0.01, k_aux=3, dead_after_tokens=50, normalize="none", device="cpu"
-)
+    d_sae=40, k=2.5, lr=0.01, k_aux=3, dead_after_tokens=50, normalize="none", device="cpu",
+    lr_warmup_tokens=0, lr_decay_tokens=0,
+)  # fmt: skip
 
 
 @pytest.fixture(params=["fused", "autograd"])
@@ -121,6 +122,7 @@ def test_latents_never_active_are_not_alive(way: str) -> None:
         last = step(x)
     metrics = step.metrics(x, last)
     assert 0 < metrics["alive_fraction"] < 1
+    assert metrics["alive_window_tokens"] == 48
     assert metrics["alive_fraction"] == (step.tokens_since_active < 48).double().mean().item()
 
 
