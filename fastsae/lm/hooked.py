@@ -3,6 +3,7 @@ activations, or spliced, to read the stream and to replace it."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -254,7 +255,7 @@ class SplicedModel(HookedModel):
     @classmethod
     def load(
         cls,
-        name: str,
+        name: str | os.PathLike[str],
         layer: int,
         *,
         quantization: str = "none",
@@ -267,6 +268,7 @@ class SplicedModel(HookedModel):
         Raises StreamError or ConfigError, each with what to do; at once, if rows of ``context_length``
         are too long for the model.
         """
+        name = os.fspath(name)
         load_config(name, (layer,), context_length, revision)
         model, tokenizer = load_pretrained(
             name, quantization=quantization, device=device, revision=revision
