@@ -58,7 +58,9 @@ def test_paths_devices_and_scalars_are_plain_in_the_settings() -> None:
         text_files=("a.txt", "b.txt"), device="cuda:1", tokens=1_000_000, k=16, layer=3, eval_tokens=64,
     )  # fmt: skip
     json.dumps(given.to_dict())
-    assert {type(value) for value in (given.tokens, given.layer, given.k, given.eval_tokens)} == {int}
+    assert {type(value) for value in (given.tokens, given.layer, given.k, given.eval_tokens)} == {
+        int
+    }
     assert TrainConfig(text_files=Path("a.txt")).text_files == ("a.txt",)
     home = str(Path.home() / "runs")
     assert TrainConfig(out="~/runs").out == TrainConfig(out=Path("~/runs")).out == home

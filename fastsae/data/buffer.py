@@ -234,7 +234,8 @@ class ActivationBuffer:
         meta = {
             "position": self._position,
             "generations": [
-                {"index": g.index, "chunks": len(g.chunks), "activations": len(g.slots)} for g in live
+                {"index": g.index, "chunks": len(g.chunks), "activations": len(g.slots)}
+                for g in live
             ],
             "counts": dict(vars(self.counts)),
             "source": source["meta"],

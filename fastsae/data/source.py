@@ -113,8 +113,16 @@ class IterableSource(ActivationSource):
     def _take(self, given: Any) -> Batches:
         """The rows of a batch that are finite, float32 ``[b, D]`` for each layer; maybe none."""
         found = _unpack(given)
-        if len(found) != self._layers or not all(map(_is_batch, found)) or len({*map(len, found)}) > 1:
-            layers = f" for each of {self._layers} layers, all with the same B" if self._layers > 1 else ""
+        if (
+            len(found) != self._layers
+            or not all(map(_is_batch, found))
+            or len({*map(len, found)}) > 1
+        ):
+            layers = (
+                f" for each of {self._layers} layers, all with the same B"
+                if self._layers > 1
+                else ""
+            )
             raise StreamError(
                 f"a batch is {_describe(given)}, expected a float tensor [B, D] with at least one row{layers}; "
                 f"of rows x [N, D], give x.split(1024), of a text's [text, position, D], x.flatten(0, 1)"

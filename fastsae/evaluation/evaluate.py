@@ -167,7 +167,9 @@ def _evaluate_activations(
     finite = torch.cat([part.isfinite().all(dim=1) for part in x.split(batch_size)])
     lost = len(x) - int(finite.sum())
     if lost == len(x):
-        raise StreamError(f"none of the {lost:,} activations is finite; compute them in float32 or bfloat16")
+        raise StreamError(
+            f"none of the {lost:,} activations is finite; compute them in float32 or bfloat16"
+        )
     x = x[finite] if lost else x
     device = sae.W_dec.device
     documents = torch.arange(len(x))

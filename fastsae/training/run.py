@@ -156,7 +156,11 @@ class Run:
             self._finite_step = self.step_count
             return
         last = checkpoint.newest(self.folder.checkpoints) if self.folder else None
-        kept = f"The last checkpoint before that is {last}" if last else "No checkpoint was written before"
+        kept = (
+            f"The last checkpoint before that is {last}"
+            if last
+            else "No checkpoint was written before"
+        )
         raise StreamError(
             f"{self.name} diverged: after step {self._finite_step:,} and until step {self.step_count:,}, its loss "
             f"or its weights stopped being finite. Try again under another --name with a lower --lr (it is "

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import Sweep, TrainConfig
 from ..data.source import ActivationSource, Batches, IterableSource
@@ -99,6 +98,11 @@ class Trainer:
         config: TrainConfig | Sweep,
         source: ActivationSource | Iterable[Any] | None = None,
     ) -> None:
+        if not isinstance(config, (TrainConfig, Sweep)):
+            raise ConfigError(
+                f"the settings are a {type(config).__name__}, expected a TrainConfig or a Sweep: it is "
+                f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
+            )
         sweep = config if isinstance(config, Sweep) else Sweep(config)
         if source is None and sweep.base.out is None:
             base = replace(sweep.base, out="runs")

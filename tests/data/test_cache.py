@@ -285,10 +285,14 @@ def test_what_came_before_a_bad_line_is_kept(tmp_path: Path) -> None:
         open_stream(failed)
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     rows = sum(chunk["rows"] for shard in manifest["shards"] for chunk in shard["chunks"])
-    assert read - 200 - 32 - 2 * 4 * 32 < rows <= read - 200  # less what is held out, and two chunks
+    assert (
+        read - 200 - 32 - 2 * 4 * 32 < rows <= read - 200
+    )  # less what is held out, and two chunks
     before = {file.name: file.read_bytes() for file in (tmp_path / "c").glob("activations_*")}
     skipping = dataclasses.replace(failed, skip_bad_lines=True)
     found = open_stream(skipping)
     assert all((tmp_path / "c" / name).read_bytes() == content for name, content in before.items())
     assert found.counts["cache_skipped_records"] == 1
-    assert_equal(batches(found, 50), batches(open_stream(dataclasses.replace(skipping, cache_dir=None)), 50))
+    assert_equal(
+        batches(found, 50), batches(open_stream(dataclasses.replace(skipping, cache_dir=None)), 50)
+    )

@@ -30,7 +30,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     path = tmp_path_factory.mktemp("text") / "prose.jsonl"
     letters = random.Random(0)
     lines = [
-        json.dumps({"text": "".join(letters.choices("etaoin shrdlu", k=30 + i % 40))}) for i in range(400)
+        json.dumps({"text": "".join(letters.choices("etaoin shrdlu", k=30 + i % 40))})
+        for i in range(400)
     ]
     lines[BAD - 1] = '{"text": "torn'
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -45,7 +46,9 @@ def assert_same_runs(out: Path, other: Path) -> None:
     runs = sorted(out.iterdir())
     assert [run.name for run in runs] == sorted(run.name for run in other.iterdir())
     for run in runs:
-        a, b = (checkpoint.load(checkpoint.newest(of / "checkpoints")) for of in (run, other / run.name))
+        a, b = (
+            checkpoint.load(checkpoint.newest(of / "checkpoints")) for of in (run, other / run.name)
+        )
         assert a.tensors.keys() == b.tensors.keys()
         assert all(tensor.equal(b.tensors[name]) for name, tensor in a.tensors.items())
         assert a.meta["stream"] == b.meta["stream"]
@@ -73,7 +76,9 @@ def test_a_bad_line_in_the_middle(
 ) -> None:
     real = ActivationBuffer.__init__
     monkeypatch.setattr(
-        ActivationBuffer, "__init__", lambda self, *a, **options: real(self, *a, **options, ahead=ahead)
+        ActivationBuffer,
+        "__init__",
+        lambda self, *a, **options: real(self, *a, **options, ahead=ahead),
     )
     command = [*command, *grid, *rare]
     assert main([*command, "--out", str(tmp_path / "whole"), "--skip-bad-lines"]) == 0
