@@ -72,7 +72,8 @@ def train_and_report(
         saes, folders = trainer.fit(scope), trainer.folders
         # The evaluation needs the memory of the model that was cut, of the buffer and the optimizers.
         del trainer, source
-        report_runs(folders)
+        if folders:
+            report_runs(folders)
         return saes
 
 
