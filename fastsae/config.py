@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,11 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, of one SAE; :class:`Sweep` is several. Defaults are the recipe: Gemma 4 E2B, layer 17, 16x, k 64, 100M tokens."""
+    """One training run, of one SAE; :class:`Sweep` is several. Defaults are the recipe: Gemma 4 E2B, layer 17, 16x, k 64, 100M tokens.
+
+    In Python, folders and files may also be any ``os.PathLike``, ``device`` a ``torch.device``, numbers
+    scalars of numpy or torch, and whole ones floats without a fraction, as ``1e6`` is.
+    """
 
     # --- language model ---
     model: str = "google/gemma-4-E2B"
@@ -150,11 +155,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dataset_config is None and self.dataset == TrainConfig.dataset:
             object.__setattr__(self, "dataset_config", "sample-10BT")  # of this data set alone
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        files = (self.text_files,) if isinstance(self.text_files, str) else self.text_files
+        object.__setattr__(self, "text_files", tuple(map(_plain, files or ())))
+        object.__setattr__(self, "device", str(self.device))
         if self.outlier_norm == "inf":  # as to_dict has it
             object.__setattr__(self, "outlier_norm", math.inf)
-        files = (self.text_files,) if isinstance(self.text_files, str) else tuple(self.text_files)
-        object.__setattr__(self, "text_files", files)
         for name, least in _WHOLE_NUMBERS.items():
+            if isinstance(value := getattr(self, name), float) and value.is_integer():
+                object.__setattr__(self, name, int(value))  # 1e6
             valid = lambda value, least=least: isinstance(value, int) and value >= least
             self._require(name, valid, f"a whole number of at least {least}")
         for name, bound in _ABOVE.items():
@@ -302,6 +312,13 @@ _CHOICES = {
 }
 
 
+def _plain(value: Any) -> Any:
+    """A path as a string, ``~`` expanded, and a scalar of numpy or torch as a number; all else as it is."""
+    if isinstance(value, (str, os.PathLike)):
+        return os.path.expanduser(value)
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -331,9 +348,9 @@ class Sweep:
     def __init__(
         self,
         base: TrainConfig,
-        layers: Iterable[int] | None = None,
-        ks: Iterable[float] | None = None,
-        seeds: Iterable[int] | None = None,
+        layers: Iterable[int] | int | None = None,
+        ks: Iterable[float] | float | None = None,
+        seeds: Iterable[int] | int | None = None,
     ) -> None:
         self.base = base
         self.layers = _values("layer", base.layer, layers)
@@ -360,8 +377,9 @@ class Sweep:
 T = TypeVar("T")
 
 
-def _values(name: str, default: T, given: Iterable[T] | None) -> tuple[T, ...]:
-    values = (default,) if given is None else tuple(given)
+def _values(name: str, default: T, given: Iterable[T] | T | None) -> tuple[T, ...]:
+    given = (default,) if given is None else _plain(given)
+    values = tuple(map(_plain, given if isinstance(given, Iterable) else (given,)))
     if not values or len(set(values)) < len(values):
         raise ConfigError(
             f"{name} = {values!r}: expected at least one {name}, and each of them once"

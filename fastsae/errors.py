@@ -10,7 +10,7 @@ class ConfigError(FastsaeError, ValueError):
 
 
 class StreamError(FastsaeError, RuntimeError):
-    """The model, the data set or the text cannot be had, or does not give usable activations."""
+    """The model, the data set or the text cannot be had, or gives no usable activations; or training diverged."""
 
 
 class CheckpointError(FastsaeError, RuntimeError):

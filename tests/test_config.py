@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import fastsae
 from fastsae.cli import train as cli
@@ -62,6 +64,33 @@ def test_the_dead_window_follows_the_run() -> None:
     assert TrainConfig(tokens=400_000).dead_after == 40_000
     assert TrainConfig(tokens=5, batch_size=1).dead_after == 1
     assert TrainConfig(tokens=400_000, dead_after_tokens=7).dead_after == 7
+
+
+def test_paths_devices_and_scalars_are_plain_in_the_settings() -> None:
+    given = TrainConfig(
+        out=Path("runs"), cache_dir=Path("cache"), model=Path("model"), dataset=Path("data"),
+        init_from=Path("sae"), text_files=[Path("a.txt"), "b.txt"], device=torch.device("cuda", 1),
+        tokens=1e6, k=np.int64(16), layer=torch.tensor(3), eval_tokens=np.float64(64),
+    )  # fmt: skip
+    assert given == TrainConfig(
+        out="runs", cache_dir="cache", model="model", dataset="data", init_from="sae",
+        text_files=("a.txt", "b.txt"), device="cuda:1", tokens=1_000_000, k=16, layer=3, eval_tokens=64,
+    )  # fmt: skip
+    json.dumps(given.to_dict())
+    assert {type(value) for value in (given.tokens, given.layer, given.k, given.eval_tokens)} == {
+        int
+    }
+    assert TrainConfig(text_files=Path("a.txt")).text_files == ("a.txt",)
+    home = str(Path.home() / "runs")
+    assert TrainConfig(out="~/runs").out == TrainConfig(out=Path("~/runs")).out == home
+    with pytest.raises(fastsae.ConfigError, match=r"tokens must be a whole number .* got 10\.5"):
+        TrainConfig(tokens=10.5)
+
+
+def test_a_sweep_of_an_array_or_of_one_number() -> None:
+    c = Sweep(TrainConfig(), layers=8, ks=np.array([16, 32]), seeds=torch.arange(2))
+    assert (c.layers, c.ks, c.seeds) == ((8,), (16, 32), (0, 1))
+    assert c.runs[1].run_name.endswith("-L8-batchtopk-k16-seed1")
 
 
 def test_a_sweep_of_nothing_is_the_one_sae() -> None:

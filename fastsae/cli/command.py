@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             )
         return 0
     except FastsaeError as error:
-        said, code = f"error: {error}", 2
+        said, code = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), 2
     except Interrupted as interruption:
         said, code = interruption, 128 + interruption.signal
     except KeyboardInterrupt:

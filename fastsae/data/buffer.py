@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ class _Generation:
         order = _permutation(len(self.slots), seed, self.index, 0)
         middle = (len(order) + 1) // 2
         return self.slots[order[:middle]], self.slots[order[middle:]]
+
+
+class _Moment(NamedTuple):
+    """All that a state speaks of. Cheap, for it is taken before every batch: nothing is copied."""
+
+    chunks: list[Any]
+    source: dict[str, Tensor]
+    meta: dict[str, Any]
 
 
 def _permutation(n: int, *seed: int) -> Tensor:
@@ -102,12 +110,22 @@ class ActivationBuffer:
         # The first generation with activations is number 1.
         self._older, self._newer, self._next = _Generation(0), _Generation(0), _Generation(1)
         self._begin_stage()
+        self._unserved: _Moment | None = None  # before the batch that is being served
 
     # --- serving ---
 
     def next_batch(self) -> tuple[Tensor, ...] | None:
         """The next ``[batch_size, D]`` activations in float32, for each layer; fewer in the last batch;
-        then None. The same row is the same token in every layer."""
+        then None. The same row is the same token in every layer.
+
+        Where the source raises, the state is that before the batch, to be loaded into another buffer.
+        """
+        self._unserved = self._moment()
+        batch = self._serve()
+        self._unserved = None
+        return batch
+
+    def _serve(self) -> tuple[Tensor, ...] | None:
         parts: list[tuple[Tensor, ...]] = []
         missing = self._batch_size
         while missing:
@@ -210,25 +228,25 @@ class ActivationBuffer:
 
     # --- state ---
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """``tensors``: the live chunks and what the source needs; ``meta``: plain numbers for JSON."""
+    def _moment(self) -> _Moment:
         live = (self._older, self._newer, self._next)
         source = self._source.state_dict()
-        return {
-            "tensors": {
-                **self._source.pack([chunk for generation in live for chunk in generation.chunks]),
-                **{f"source.{name}": tensor for name, tensor in source["tensors"].items()},
-            },
-            "meta": {
-                "position": self._position,
-                "generations": [
-                    {"index": g.index, "chunks": len(g.chunks), "activations": len(g.slots)}
-                    for g in live
-                ],
-                "counts": dict(vars(self.counts)),
-                "source": source["meta"],
-            },
+        meta = {
+            "position": self._position,
+            "generations": [
+                {"index": g.index, "chunks": len(g.chunks), "activations": len(g.slots)}
+                for g in live
+            ],
+            "counts": dict(vars(self.counts)),
+            "source": source["meta"],
         }
+        return _Moment([chunk for g in live for chunk in g.chunks], source["tensors"], meta)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """``tensors``: the live chunks and what the source needs; ``meta``: plain numbers for JSON."""
+        chunks, source, meta = self._unserved or self._moment()
+        tensors = {f"source.{name}": tensor for name, tensor in source.items()}
+        return {"tensors": {**self._source.pack(chunks), **tensors}, "meta": meta}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Harvest the live chunks of ``state`` again, and go on with the batch that came next.
@@ -255,6 +273,7 @@ class ActivationBuffer:
         for _ in range(ahead["chunks"]):
             self._harvest(next(chunks), self._next)
         self.counts = Counts(**meta["counts"])
+        self._unserved = None
 
     def _harvest_again(
         self, generation: _Generation, saved: dict[str, int], chunks: Iterator[Any]

@@ -316,8 +316,14 @@ def _write(
             chunks: list[dict[str, Any]] = []
             rows, counts = 0, Counter(manifest["counts"])
             verdicts: list[Tensor] = []
+            state: dict[str, Any] = {}  # after the last of them
+            failure: Exception | None = None
             while rows * row_bytes < SHARD_BYTES and _rows(manifest) + rows < wanted:
-                chunk = source.draw()
+                try:
+                    chunk = source.draw()
+                except Exception as error:  # what came before is written first
+                    failure = error
+                    break
                 if chunk is None:
                     manifest["text_ended"] = True
                     break
@@ -331,7 +337,7 @@ def _write(
                 sums = {n: checksum(layer) for n, layer in zip(names, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
                 rows += len(kept[0])
-            state = source.state_dict()
+                state = source.state_dict()
             name = f"activations_{len(manifest['shards']):05}.safetensors"
             if chunks:
                 verdict = torch.cat(verdicts)
@@ -351,6 +357,8 @@ def _write(
             log.info(
                 "cache: %s / %s activations | %s tok/s", f"{done:,}", f"{wanted:,}", f"{speed:,.0f}"
             )
+            if failure is not None:
+                raise failure
     return manifest
 
 

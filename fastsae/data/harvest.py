@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import CheckpointError, StreamError
 from ..files import differences
 from ..lm.held_out import HeldOutText
-from ..lm.hooked import CutModel, is_outlier
-from .norms import FirstNorms
+from ..lm.hooked import CutModel
+from ..lm.norms import FirstNorms, is_outlier
 from .tokens import TokenPacker
 
 log = logging.getLogger(__name__)

@@ -124,7 +124,7 @@ class TokenPacker:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """``tensors``: the int32 ids not given out yet; ``meta``: the position in the text after them."""
-        leftover = torch.from_numpy(self._ids[self._taken :].copy())
+        leftover = torch.from_numpy(self._ids[self._taken :])  # what it is of never changes
         meta = {"text": self._text_state, "counts": dict(self._counts)}
         return {"tensors": {"leftover": leftover}, "meta": meta}
 

@@ -63,9 +63,11 @@ class DocumentSums:
         """``formula`` of the totals of ``names``, with the percentile interval of the bootstrap.
 
         ``formula`` takes and gives tensors, elementwise over replicates. Documents without a token
-        in any of the sums are left out. With fewer than two documents there is no interval.
+        in any of the sums are left out. With fewer than two documents there is no interval; with none
+        the value is that of the formula for zeros, NaN for a ratio.
         """
-        table = pad_sequence([self._sums[name] for name in names])
+        none = torch.zeros(0, dtype=torch.float64)
+        table = pad_sequence([self._sums.get(name, none) for name in names])
         table = table[(table != 0).any(dim=1)]
         value = formula(*table.sum(0))
         if len(table) < 2:

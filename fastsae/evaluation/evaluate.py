@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, StreamError
 from ..lm.held_out import Batch, HeldOutText
-from ..lm.hooked import SplicedModel, is_outlier
+from ..lm.hooked import SplicedModel
+from ..lm.norms import is_outlier
 from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..sae.module import SAE
 from .covariance import RunningCovariance
@@ -102,7 +103,8 @@ def evaluate(
     """Evaluate ``sae`` in eval mode; nothing in it changes. Memory does not grow with the tokens.
 
     Args:
-        source: activations ``[N, D]`` (every row counts as a document), or text, with ``model``.
+        source: activations ``[N, D]`` (every row counts as a document; those that are not finite are left
+            out), or text, with ``model``.
         modes: inference modes; all the SAE has, its own first, if absent. ``"batch"`` selects within
             the tokens of each batch.
         losses: run the rest of the model too: clean, with the reconstruction of each mode in the place
@@ -117,6 +119,10 @@ def evaluate(
     Special tokens are not measured, and keep their residual when others are replaced. Raises
     ConfigError if widths do not fit or there is no such mode, StreamError if nothing is finite.
     """
+    if not isinstance(source, (Tensor, HeldOutText)):
+        raise ConfigError(
+            f"expected activations [N, {sae.d_in}] as a tensor, or a HeldOutText, got {type(source).__name__}"
+        )
     modes = inference_modes(sae) if modes is None else (modes,) if isinstance(modes, str) else modes
     possible = INFERENCE_MODES if isinstance(sae.activation, BatchTopK) else inference_modes(sae)
     for mode in modes:
@@ -159,6 +165,13 @@ def _evaluate_activations(
         raise ConfigError(
             f"expected activations [N, {sae.d_in}] with N of at least 1, got shape {tuple(x.shape)}"
         )
+    finite = torch.cat([part.isfinite().all(dim=1) for part in x.split(batch_size)])
+    lost = len(x) - int(finite.sum())
+    if lost == len(x):
+        raise StreamError(
+            f"none of the {lost:,} activations is finite; compute them in float32 or bfloat16"
+        )
+    x = x[finite] if lost else x
     device = sae.W_dec.device
     documents = torch.arange(len(x))
     batches = list(zip(x.split(batch_size), documents.split(batch_size), strict=True))
@@ -170,7 +183,9 @@ def _evaluate_activations(
         batch = batch.to(device)
         for mode in modes:
             sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
-    return _evaluation(sae, sums, covariance, len(x), "rows", "activations")
+    result = _evaluation(sae, sums, covariance, len(x), "rows", "activations")
+    result.nonfinite = lost
+    return result
 
 
 def _evaluate_text(

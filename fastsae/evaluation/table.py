@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .estimates import Estimate
 from .evaluate import Evaluation
 
@@ -52,7 +54,7 @@ def describe(evaluation: Evaluation) -> str:
 
 def interval(value: Estimate | None, digits: int = 4) -> str:
     """``0.8803 [0.8790, 0.8815]``, with as many digits as ``digits`` significant ones take."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     places = max(0, digits - len(str(int(abs(value)))) + (abs(value) < 1))
     if value.low is None or value.high is None:

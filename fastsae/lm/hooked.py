@@ -3,6 +3,7 @@ activations, or spliced, to read the stream and to replace it."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -254,7 +255,7 @@ class SplicedModel(HookedModel):
     @classmethod
     def load(
         cls,
-        name: str,
+        name: str | os.PathLike[str],
         layer: int,
         *,
         quantization: str = "none",
@@ -267,6 +268,7 @@ class SplicedModel(HookedModel):
         Raises StreamError or ConfigError, each with what to do; at once, if rows of ``context_length``
         are too long for the model.
         """
+        name = os.fspath(name)
         load_config(name, (layer,), context_length, revision)
         model, tokenizer = load_pretrained(
             name, quantization=quantization, device=device, revision=revision
@@ -428,10 +430,3 @@ def layer_of(hook_name: str | None) -> int:
         f"the SAE reads {hook_name!r}, which is not the output of a decoder layer by any name known "
         f"here; if it is, {advice}"
     )
-
-
-def is_outlier(x: Tensor, factor: float) -> Tensor:
-    """Which rows ``[n]`` of ``x [n, D]``, n at least 1, have more than ``factor`` times the median norm of
-    the finite ones. Waits for no device."""
-    norms = x.float().norm(dim=1)
-    return norms > factor * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()

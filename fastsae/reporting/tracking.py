@@ -141,14 +141,14 @@ def warn_of_outcome(
 ) -> None:
     """Warn of an SAE that fails its purpose, with what to try: one that PCA of as many components beats,
     or most of whose latents are not active on what was ``measured_on``."""
-    if explained_variance is not None and pca_explained_variance is not None:
-        if explained_variance < pca_explained_variance:
-            log.warning(
-                "%s: PCA with k = %g components explains more of the variance (%.3f) than this SAE (%.3f). "
-                "Train on more tokens (now %s), with a larger --lr (now %g), or drop outliers (--outlier-norm)",
-                config.run_name, config.k, pca_explained_variance, explained_variance,
-                f"{config.tokens:,}", config.peak_lr,
-            )  # fmt: skip
+    ours, pca = explained_variance, pca_explained_variance
+    if ours is not None and pca is not None and ours < pca:
+        log.warning(
+            "%s: PCA with k = %g components explains more of the variance (%.3f) than this SAE (%.3f). Train "
+            "on more tokens (now %s), with a larger --lr (now %g), or drop outliers (--outlier-norm)",
+            config.run_name, config.k, pca, ours,
+            f"{config.tokens:,}", config.peak_lr,
+        )  # fmt: skip
     if alive_fraction < 0.5:
         log.warning(
             "%s: only %.1f%% of the latents were active on %s. Train on more tokens (now %s), fewer "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import MAY_CHANGE_ON_RESUME, TrainConfig
 from ..device import peak_memory_bytes
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StreamError
 from ..files import plain
 from ..lm.held_out import HeldOutText
 from ..metrics import density_histogram
@@ -55,6 +55,7 @@ class Run:
         self.folder = RunFolder.of(config)
         self.step_count = 0
         self._saved_step: int | None = None
+        self._finite_step = 0  # the last one that was looked at
         self._seconds_before: dict[str, float] = {}  # by stage, of the processes before this one
         self._update_seconds = 0.0
         self._last: tuple[Tensor, UpdateResult] | None = None
@@ -115,7 +116,7 @@ class Run:
                 f"the checkpoint {path} does not fit this version: {error}"
             ) from error
         self._fired_tokens = saved.meta["fired_tokens"]
-        self.step_count = self._saved_step = saved.meta["steps"]
+        self.step_count = self._saved_step = self._finite_step = saved.meta["steps"]
         self._seconds_before = saved.meta["seconds"]
         self.folder.history, self.folder.wandb_id = saved.meta["history"], saved.meta["wandb_id"]
         return saved
@@ -147,8 +148,31 @@ class Run:
         self._update_seconds += time.perf_counter() - started
 
     @torch.no_grad()
+    def require_finite(self) -> None:
+        """Raise StreamError if the training has diverged; waits for the device."""
+        tensors = [*self.update.state_dict().values(), *(self._last[1][:3] if self._last else ())]
+        # The least and the greatest of a tensor are NaN if anything in it is.
+        ends = [end for t in tensors if t.is_floating_point() for end in t.aminmax()]
+        if torch.stack([end.isfinite() for end in ends]).all():
+            self._finite_step = self.step_count
+            return
+        last = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+        kept = (
+            f"The last checkpoint before that is {last}"
+            if last
+            else "No checkpoint was written before"
+        )
+        raise StreamError(
+            f"{self.name} diverged: after step {self._finite_step:,} and until step {self.step_count:,}, its loss "
+            f"or its weights stopped being finite. Try again under another --name with a lower --lr (it is "
+            f"{self.config.lr:g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
+        )
+
+    @torch.no_grad()
     def log(self, totals: StreamTotals) -> dict[str, Any]:
-        """Write the metrics of the last step, and return them; waits for the device."""
+        """Write the metrics of the last step, and return them; waits for the device. Raises StreamError if
+        the training has diverged."""
+        self.require_finite()
         assert self._last is not None
         started = time.perf_counter()
         metrics = {
@@ -188,12 +212,17 @@ class Run:
     # --- what is written ---
 
     def save(
-        self, stream: dict[str, Any], skip: int, totals: StreamTotals, group: Sequence[str]
+        self,
+        stream: dict[str, Any],
+        drawn: tuple[int, int],
+        totals: StreamTotals,
+        group: Sequence[str],
     ) -> None:
         """Write a checkpoint, if there is none of this step, and push it if the training goes on.
 
         Args:
-            stream: state of the stream; after restoring it, ``skip`` batches are passed over.
+            stream: state of the stream.
+            drawn: batches to pass over after restoring it, and to draw after those, not trained on yet.
             group: names of the runs that train side by side, which are all saved at this step.
         """
         if self.folder is None or self.step_count == self._saved_step:
@@ -209,7 +238,8 @@ class Run:
             "metadata": self.update.sae.metadata,
             "group": list(group),
             "stream": stream["meta"],
-            "stream_skip": skip,
+            "stream_skip": drawn[0],
+            "stream_ahead": drawn[1],
             "seconds": self._seconds(totals),
             "fired_tokens": self._fired_tokens,
             "history": self.folder.history,

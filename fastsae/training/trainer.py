@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -11,13 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import Sweep, TrainConfig
 from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import open_stream
 from ..device import resolve_device, resolve_precision
-from ..errors import CheckpointError, ConfigError, Interrupted, StreamError
+from ..errors import CheckpointError, ConfigError, FastsaeError, Interrupted, StreamError
 from ..reporting.report import report_runs
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import Display
@@ -32,7 +32,7 @@ INITIAL_ROWS = 8192
 """Activations, at least, that input scaling and ``b_dec`` are estimated from; they are trained on too."""
 
 
-def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
+def train(batches: Iterable[Any], config: TrainConfig) -> SAE:
     """Train an SAE on any iterable of activations.
 
     One pass, one batch a step, in this thread, and never a batch more than is trained on; the first
@@ -42,7 +42,8 @@ def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
     ends the training normally. The settings of the language model and the text are not looked at.
 
     Args:
-        batches: ``[B, D]`` tensors of any float dtype, on any device.
+        batches: ``[B, D]`` tensors or arrays of any float dtype, on any device, also in the lists and
+            dicts that loaders make of them. Rows that are not finite are dropped and counted.
         config: ``d_sae`` (or ``expansion``), ``k``, ``lr``, ``tokens``, ... ; ``batch_size`` is only
             used to describe the run, each batch is taken as it comes.
 
@@ -51,7 +52,9 @@ def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
 
     Raises:
         ConfigError: an impossible setting, several SAEs, or CUDA asked for and absent.
-        StreamError: the iterable is empty, or a batch is not ``[B, D]`` with the same finite D.
+        StreamError: the iterable is empty, a batch is not ``[B, D]`` with the same D, most rows are not
+            finite, or the training diverged.
+        Exception: what the iterable raises, after saving what was trained, if there is an ``out``.
         CheckpointError: ``out`` holds a run with other settings.
     """
     if isinstance(config, Sweep):
@@ -65,7 +68,7 @@ def train(batches: Iterable[Tensor], config: TrainConfig) -> SAE:
 
 def train_and_report(
     config: TrainConfig | Sweep,
-    source: ActivationSource | Iterable[Tensor | Batches] | None = None,
+    source: ActivationSource | Iterable[Any] | None = None,
 ) -> list[SAE]:
     """Train as :class:`Trainer` does; then evaluate, report and publish what was written, if anything."""
     with ExitStack() as scope:
@@ -73,7 +76,8 @@ def train_and_report(
         saes, folders = trainer.fit(scope), trainer.folders
         # The evaluation needs the memory of the model that was cut, of the buffer and the optimizers.
         del trainer, source
-        report_runs(folders)
+        if folders:
+            report_runs(folders)
         return saes
 
 
@@ -87,8 +91,8 @@ class Trainer:
         config: one SAE, or a sweep. With ``out=None`` nothing is written, unless the stream is the
             language model's, whose runs go to ``runs/``.
         source: where activations come from: an :class:`ActivationSource`, or an iterable of ``[B, D]``
-            tensors (with several layers, of a tuple of them). By default the language model and text
-            of ``config``.
+            tensors, as ``train`` takes them (with several layers, of a tuple of them). By default the
+            language model and text of ``config``.
 
     Raises:
         FastsaeError: anything the user can mend, before anything is written.
@@ -97,8 +101,13 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig | Sweep,
-        source: ActivationSource | Iterable[Tensor | Batches] | None = None,
+        source: ActivationSource | Iterable[Any] | None = None,
     ) -> None:
+        if not isinstance(config, (TrainConfig, Sweep)):
+            raise ConfigError(
+                f"the settings are a {type(config).__name__}, expected a TrainConfig or a Sweep: it is "
+                f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
+            )
         sweep = config if isinstance(config, Sweep) else Sweep(config)
         if source is None and sweep.base.out is None:
             base = replace(sweep.base, out="runs")
@@ -114,7 +123,9 @@ class Trainer:
         if source is None:
             source = open_stream(self.config, sweep.layers)
         elif not isinstance(source, ActivationSource):
-            source = IterableSource(source, len(sweep.layers))
+            factor = self.config.outlier_norm or math.inf
+            kept = None if math.isinf(factor) else factor
+            source = IterableSource(source, len(sweep.layers), kept)
         self.source = source
         self._metadata = source.metadata or ({},) * len(sweep.layers)
         self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
@@ -137,7 +148,8 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived and everything was saved.
-            FastsaeError: the text ended early, the disk is full, ...
+            FastsaeError: the text ended early, the training diverged, the disk is full, ...
+            Exception: what the source raises; everything was saved before, and a note says where.
         """
         self._started = time.perf_counter()
         self._set_precision()
@@ -147,7 +159,7 @@ class Trainer:
             stopped_by = own.enter_context(_signals(enabled=bool(self.folders)))
 
             while self.tokens_seen < self.config.tokens:
-                batches = self._next_batches()
+                batches = self._next_batches(training)
                 if batches is None:
                     self._source_ended(training)
                     break
@@ -170,29 +182,15 @@ class Trainer:
         """Activations trained on by the runs that are not finished; all runs, if all are."""
         return min(run.tokens_seen for run in self.runs)
 
-    def _next_batches(self) -> Batches | None:
-        batches = self._pending.pop(0) if self._pending else self._draw()
+    def _next_batches(self, training: list[Run]) -> Batches | None:
+        try:
+            batches = self._pending.pop(0) if self._pending else self.source.next_batch()
+        except Exception as error:
+            self._save_before(error, training)
+            raise
         if batches is None:
             return None
         return tuple(batch.to(self.device, non_blocking=True) for batch in batches)
-
-    def _draw(self) -> Batches | None:
-        batches = self.source.next_batch()
-        if batches is None:
-            return None
-        for batch in batches:
-            if batch.ndim != 2 or not batch.is_floating_point() or not len(batch):
-                raise StreamError(
-                    f"a batch must be a float tensor [B, D] with at least one row, got {batch.dtype} "
-                    f"{tuple(batch.shape)}"
-                )
-        for run in self.runs:
-            width, before = batches[run.layer_index].shape[1], run.d_in
-            if self._pending:
-                before = self._pending[0][run.layer_index].shape[1]
-            if before not in (None, width):
-                raise StreamError(f"a batch has width {width}, those before had {before}")
-        return batches
 
     def _crossed(self, interval: int, batch: int) -> bool:
         seen = self.tokens_seen
@@ -281,17 +279,26 @@ class Trainer:
         """Draw the first batches, initialise SAEs on them, and keep them to train on."""
         self._source_start = self.source.state_dict()
         missing = min(INITIAL_ROWS, self.config.tokens)
-        while missing > 0 and (batches := self._draw()) is not None:
-            # A source may fill the same memory again for its next batch.
-            self._pending.append(tuple(batch.clone() for batch in batches))
+        while missing > 0 and (batches := self.source.next_batch()) is not None:
+            self._keep(batches)
             missing -= len(batches[0])
         if not self._pending:
             raise StreamError("there is nothing to train on: the stream gave no batch at all")
         self._drawn_ahead = len(self._pending)
         rows = [torch.cat(layer) for layer in zip(*self._pending, strict=True)]
+        fewest = min(run.config.k for run in training)
+        if int(fewest * len(self._pending[0][0])) < 1:
+            raise ConfigError(
+                f"k = {fewest:g} active latents per token select none in a batch of "
+                f"{len(self._pending[0][0])}; raise k, or the batch size to {math.ceil(1 / fewest)}"
+            )
         for run in training:
             i = run.layer_index
             run.begin(initialize_sae(run.config, rows[i], self._origin, self._metadata[i]))
+
+    def _keep(self, batches: Batches) -> None:
+        # A source may fill the same memory again for its next batch.
+        self._pending.append(tuple(batch.clone() for batch in batches))
 
     def _resume_source(self, saved: checkpoint.Checkpoint) -> None:
         prefix = "stream."
@@ -299,8 +306,13 @@ class Trainer:
             n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)
         }
         self.source.load_state_dict({"tensors": tensors, "meta": saved.meta["stream"]})
-        for _ in range(saved.meta["stream_skip"]):
-            self.source.next_batch()
+        self._source_start = self.source.state_dict()
+        skip, ahead = saved.meta["stream_skip"], saved.meta["stream_ahead"]
+        for i in range(skip + ahead):
+            batches = self.source.next_batch()
+            if i >= skip and batches is not None:
+                self._keep(batches)
+        self._drawn_ahead = skip + len(self._pending)
 
     # --- what is saved, and where it ends ---
 
@@ -309,11 +321,23 @@ class Trainer:
         ahead = len(self._pending)
         position = self._source_start if ahead else self.source.state_dict()
         skip = self._drawn_ahead - ahead if ahead else 0
+        for run in training:
+            run.require_finite()
         totals, group = self._totals(), [run.name for run in training]
         for run in training:
-            run.save(position, skip, totals, group)
+            run.save(position, (skip, ahead), totals, group)
         for folder in self.folders:  # of a finished one too: it may have been killed before this
             checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
+
+    def _save_before(self, error: Exception, training: list[Run]) -> None:
+        """Save what was trained before the stream raised ``error``, and note on it where."""
+        if not self.folders:
+            return
+        try:
+            self._save(training)
+            error.add_note(self._how_to_resume())
+        except FastsaeError as other:
+            error.add_note(f"It could not be saved: {other}")
 
     def _source_ended(self, training: list[Run]) -> None:
         seen, asked = self.tokens_seen, self.config.tokens

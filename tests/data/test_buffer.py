@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from fastsae.data.buffer import ActivationBuffer
 from fastsae.data.harvest import Chunk, TextChunks, harvest
-from fastsae.data.norms import FirstNorms
 from fastsae.data.text import TextSource
 from fastsae.data.tokens import TokenPacker
 from fastsae.errors import CheckpointError, StreamError
 from fastsae.lm.hooked import CutModel
+from fastsae.lm.norms import FirstNorms
 
 CONTEXT = 8
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -164,6 +165,55 @@ def test_the_next_batch_is_the_next_batch(
     assert_batches_equal(drain(source), whole[taken:])
     assert vars(again.counts) == vars(source.counts)
     assert again._free_count == len(again._pools[0])
+
+
+def failing(function, count: int):
+    """``function``, whose call number ``count`` raises."""
+    calls = itertools.count(1)
+
+    def call(*arguments):
+        if next(calls) == count:
+            raise OSError("gone")
+        return function(*arguments)
+
+    return call
+
+
+@settings(deadline=None, max_examples=120)
+@given(**shapes, where=st.sampled_from(["text", "draw", "harvest"]), count=st.integers(1, 40))
+def test_a_batch_that_fails_leaves_the_state_before_it(
+    documents, batch_size, pool_tokens, harvest_batch, ahead, where, count
+):
+    def start(source: TextSource) -> ActivationBuffer:
+        packer = TokenPacker(source, models.tokenizer(), CONTEXT, documents_per_batch=3)
+        parts = TextChunks(packer, FakeModel(), harvest_batch=harvest_batch, held_out_tokens=0)
+        return ActivationBuffer(
+            parts,
+            batch_size=batch_size,
+            pool_tokens=pool_tokens,
+            seed=0,
+            dtype=torch.float32,
+            ahead=ahead,
+        )
+
+    texts = text_of(documents)
+    whole = drain(start(TextSource([texts], iter, name="test text", seed=0)))
+    read = failing(lambda text: text, count if where == "text" else -1)
+    source = start(TextSource([texts], lambda docs: map(read, docs), name="test text", seed=0))
+    if where != "text":
+        setattr(source._source, where, failing(getattr(source._source, where), count))
+    served, state = [], through_disk(source.state_dict())
+    try:
+        while (batch := source.next_batch()) is not None:
+            served.append(batch[0])
+            state = through_disk(source.state_dict())
+    except OSError:
+        after = through_disk(source.state_dict())
+        assert after["meta"] == state["meta"]
+        assert all(torch.equal(t, state["tensors"][n]) for n, t in after["tensors"].items())
+    resumed = start(TextSource([texts], iter, name="test text", seed=0))
+    resumed.load_state_dict(state)
+    assert_batches_equal(served + drain(resumed), whole)
 
 
 def through_disk(state: dict) -> dict:

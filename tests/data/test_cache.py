@@ -271,3 +271,28 @@ def test_what_was_dropped_is_counted_in_the_cache_too(text: str, tmp_path: Path)
     assert cached["cache_special"] >= live["special"] > 0 and cached["cache_nonfinite"] == 0
     assert cached["cache_documents"] > 0 and "documents" not in cached
     assert of(tmp_path / "c") == cached
+
+
+def test_what_came_before_a_bad_line_is_kept(tmp_path: Path) -> None:
+    """With --skip-bad-lines writing goes on behind it: the cache is the one that skipped from the start."""
+    lines = [json.dumps({"text": f"Line {i} of a text."}) for i in range(300)]
+    read = sum(len(json.loads(line)["text"]) for line in lines[:128])  # tokens of two batches
+    lines[150] = "not JSON"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(lines), encoding="utf-8")
+    failed = config(str(bad), tmp_path / "c")
+    with pytest.raises(StreamError, match="line 151: not JSON"):
+        open_stream(failed)
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    rows = sum(chunk["rows"] for shard in manifest["shards"] for chunk in shard["chunks"])
+    assert (
+        read - 200 - 32 - 2 * 4 * 32 < rows <= read - 200
+    )  # less what is held out, and two chunks
+    before = {file.name: file.read_bytes() for file in (tmp_path / "c").glob("activations_*")}
+    skipping = dataclasses.replace(failed, skip_bad_lines=True)
+    found = open_stream(skipping)
+    assert all((tmp_path / "c" / name).read_bytes() == content for name, content in before.items())
+    assert found.counts["cache_skipped_records"] == 1
+    assert_equal(
+        batches(found, 50), batches(open_stream(dataclasses.replace(skipping, cache_dir=None)), 50)
+    )

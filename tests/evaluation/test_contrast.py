@@ -244,3 +244,13 @@ def test_what_cannot_be_compared_is_refused_before_the_work(
     monkeypatch.setattr(fastsae.SplicedModel, "load", None)
     assert main([*given, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_documents_of_one_token(given: list[str], tmp_path: Path) -> None:
+    for name, letters in (("positive", "abcdefghijklmnop"), ("negative", "ABCDEFGHIJKLMNOP")):
+        lines = (json.dumps({"text": letter}) for letter in letters)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    assert main(given) == 0
+    result = json.loads((tmp_path / "sae/contrast.json").read_text())
+    assert result["documents"] == {"positive": 16, "negative": 16}
+    assert result["repeated"]["near_copies"] == 0 and result["latents_tested"] > 0

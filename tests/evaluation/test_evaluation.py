@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import models
 import pytest
@@ -287,3 +288,41 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (" is an outlier" in capsys.readouterr().out) == expected
     assert main([*quick, "--outlier-norm", "1"]) == 2
     assert "greater than 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-losses",)])
+@pytest.mark.parametrize("texts", ["a", "aba"])
+def test_texts_of_one_token(tmp_path: Path, texts: str, flags: tuple[str, ...]) -> None:
+    """Nothing follows a token, so no prediction is measured; with one token, there is no variance either."""
+    fastsae.save(small_sae(64, 128, 8, metadata={"hook_name": "model.layers.2"}), tmp_path / "sae")
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    of = ("--model", models.llama(), "--text-files", str(lines))
+    assert main(["evaluate", str(tmp_path / "sae"), *of, *flags]) == 0
+    found = json.loads((tmp_path / "sae/evaluation.json").read_text())
+    assert found["tokens"] == found["documents"] == len(texts)
+    scores = found["modes"]["topk"]
+    assert (scores["explained_variance"]["value"] is None) == (len(texts) == 1)
+    assert scores["l0"]["value"] > 0
+    if not flags:
+        assert scores["cross_entropy"]["value"] is found["losses"]["clean"]["value"] is None
+        assert scores["kl"]["value"] > 0
+    assert (tmp_path / "sae/report.html").exists()
+
+
+def test_activations_that_are_not_finite_are_left_out() -> None:
+    sae, x, modes = small_sae(), activations(50, 12), ("topk", "threshold")
+    spoilt = x[:3].clone()
+    spoilt[:, 5] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    found = evaluate(sae, torch.cat([x[:20], spoilt, x[20:]]), modes, batch_size=7)
+    assert found.nonfinite == 3
+    assert found.to_json() == evaluate(sae, x, modes, batch_size=7).to_json() | {"nonfinite": 3}
+    with pytest.raises(fastsae.StreamError, match="none of the 3 activations is finite"):
+        evaluate(sae, spoilt)
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"expected activations \[N, 12\] as a tensor.* got ndarray"
+    ):
+        evaluate(small_sae(), activations(50, 12).numpy())

@@ -1,4 +1,4 @@
-"""The norms of a run's first activations: what is told of them, since a few tokens can hold most of the variance."""
+"""Norms of activations: a few tokens can hold most of the variance. Which are outliers, and what is told of them."""
 
 from __future__ import annotations
 
@@ -77,3 +77,10 @@ class FirstNorms:
                     f"--outlier-norm {FACTOR:g} drops them"
                 )
         log.log(level, "%s", line)
+
+
+def is_outlier(x: Tensor, factor: float) -> Tensor:
+    """Which rows ``[n]`` of ``x [n, D]``, n at least 1, have more than ``factor`` times the median norm of
+    the finite ones. Waits for no device."""
+    norms = x.float().norm(dim=1)
+    return norms > factor * torch.where(norms.isfinite(), norms, torch.nan).nanmedian()

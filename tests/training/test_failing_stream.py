@@ -1,0 +1,153 @@
+"""Text that fails in the middle of a run: everything before is saved, and mended, it is the same run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import models
+import pytest
+
+from fastsae.cli import main
+from fastsae.data import cache, text
+from fastsae.data.buffer import ActivationBuffer
+from fastsae.reporting.tracking import read_metrics
+from fastsae.training import checkpoint
+
+BAD = 150
+"""The bad line; those before it are read in batches of 64 documents."""
+FLAGS = (
+    "--quantization", "none", "--context-length", "32", "--harvest-batch", "4", "--d-sae", "128", "--k", "4",
+    "--batch-size", "48", "--tokens", "9600", "--pool-tokens", "1024", "--eval-tokens", "256", "--device", "cpu",
+    "--log-every-tokens", "480", "--checkpoint-every-tokens", "960", "--dead-after-tokens", "900",
+    "--wandb", "disabled",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("text") / "prose.jsonl"
+    letters = random.Random(0)
+    lines = [
+        json.dumps({"text": "".join(letters.choices("etaoin shrdlu", k=30 + i % 40))})
+        for i in range(400)
+    ]
+    lines[BAD - 1] = '{"text": "torn'
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return ["train", "--model", models.llama(), "--text-files", str(path), "--layer", "2", *FLAGS]
+
+
+def timeless(run: Path) -> list[dict]:
+    return [{n: v for n, v in m.items() if "second" not in n} for m in read_metrics(run)]
+
+
+def assert_same_runs(out: Path, other: Path) -> None:
+    runs = sorted(out.iterdir())
+    assert [run.name for run in runs] == sorted(run.name for run in other.iterdir())
+    for run in runs:
+        a, b = (
+            checkpoint.load(checkpoint.newest(of / "checkpoints")) for of in (run, other / run.name)
+        )
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(tensor.equal(b.tensors[name]) for name, tensor in a.tensors.items())
+        assert a.meta["stream"] == b.meta["stream"]
+        weights = "sae_weights.safetensors"
+        assert (run / weights).read_bytes() == (other / run.name / weights).read_bytes()
+        assert timeless(run) == timeless(other / run.name) and len(timeless(run)) == 20
+
+
+def steps(out: Path) -> list[int]:
+    """The newest step of every run in ``out``."""
+    return [checkpoint.steps(run / "checkpoints")[-1] for run in sorted(out.iterdir())]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("grid", [(), ("--layer", "1", "3", "--k", "4", "8")])
+@pytest.mark.parametrize("rare", [(), ("--checkpoint-every-tokens", "100000")])
+def test_a_bad_line_in_the_middle(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ahead: bool,
+    grid: tuple[str, ...],
+    rare: tuple[str, ...],
+) -> None:
+    real = ActivationBuffer.__init__
+    monkeypatch.setattr(
+        ActivationBuffer,
+        "__init__",
+        lambda self, *a, **options: real(self, *a, **options, ahead=ahead),
+    )
+    command = [*command, *grid, *rare]
+    assert main([*command, "--out", str(tmp_path / "whole"), "--skip-bad-lines"]) == 0
+    command += ["--out", str(tmp_path / "mended")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    error, note = said[said.rindex("error: ") :].strip().split("\n")
+    assert f"line {BAD}: not JSON" in error and "--skip-bad-lines" in error
+    assert "everything is saved in" in note and "Give the same command again" in note
+    (stopped,) = set(steps(tmp_path / "mended"))
+    assert f"stopped at {48 * stopped:,} of 9,600 tokens" in note and 0 < stopped < 200
+    # No batch that could be made of the lines before was left untrained: not even a pool is missing.
+    assert main(command) == 2
+    assert set(steps(tmp_path / "mended")) == {stopped}
+    assert main([*command, "--skip-bad-lines"]) == 0
+    assert_same_runs(tmp_path / "mended", tmp_path / "whole")
+
+
+def test_a_network_that_stays_away(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*command, "--skip-bad-lines"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(text, "RETRY_SECONDS", (0, 0))
+    real = text.TextSource._next_of_shard
+
+    def away(self: text.TextSource):
+        if self._document >= 150:
+            raise ConnectionError("the network is away")
+        return real(self)
+
+    monkeypatch.setattr(text.TextSource, "_next_of_shard", away)
+    command += ["--out", str(tmp_path / "mended")]
+    assert main(command) == 2
+    (stopped,) = steps(tmp_path / "mended")
+    assert stopped % 20, "it was saved at an ordinary checkpoint"
+    monkeypatch.setattr(text.TextSource, "_next_of_shard", real)
+    assert main(command) == 0
+    assert_same_runs(tmp_path / "mended", tmp_path / "whole")
+
+
+def test_a_cache_that_is_damaged(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cache, "SHARD_BYTES", 128 << 10)
+    command = [*command, "--skip-bad-lines", "--cache-dir", str(tmp_path / "cache")]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    shard = sorted((tmp_path / "cache").glob("activations_*"))[-3]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-500] + bytes(500))
+    command += ["--out", str(tmp_path / "mended")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "the cache of activations is damaged" in said and "everything is saved in" in said
+    assert 0 < steps(tmp_path / "mended")[0] < 200
+    shard.write_bytes(content)
+    assert main(command) == 0
+    assert_same_runs(tmp_path / "mended", tmp_path / "whole")
+
+
+def test_a_bad_line_before_the_first_step(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing was trained, nothing is written."""
+    command = [*command, "--pool-tokens", "100000", "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"line {BAD}: not JSON" in said and "saved" not in said
+    assert not (tmp_path / "run").exists()
