@@ -30,6 +30,8 @@ class ActivationSource(ABC):
 
     may_end_early = False
     """Whether the training ends well where the source does, however many tokens it was to see."""
+    initialization_batches = 8
+    """Batches that the input scaling and ``b_dec`` are estimated from; they are trained on too."""
 
     @abstractmethod
     def next_batch(self) -> Batches | None:
@@ -70,7 +72,8 @@ class ActivationSource(ABC):
 class IterableSource(ActivationSource):
     """An iterable of the user's; its state is how many batches were drawn, and how wide they are.
 
-    The training ends where the iterable does. Rows that are not finite in one layer, or outliers there
+    Nothing is drawn ahead of the training, unless batches are tiny, and the training ends where the
+    iterable does. Rows that are not finite in one layer, or outliers there
     where ``outlier_norm`` is given, are dropped from all, counted, and told once; to find them, a batch
     on a CUDA device is waited for.
 
@@ -85,6 +88,7 @@ class IterableSource(ActivationSource):
     """
 
     may_end_early = True
+    initialization_batches = 1
 
     def __init__(
         self, batches: Iterable[Any], layers: int, outlier_norm: float | None = None

@@ -28,15 +28,14 @@ from .run import Run, StreamTotals
 
 log = logging.getLogger(__name__)
 
-INITIAL_ROWS = 8192
-"""Activations, at least, that input scaling and ``b_dec`` are estimated from; they are trained on too."""
+LEAST_ROWS = 32
+"""Activations, at least, that input scaling and ``b_dec`` are estimated from, however small batches are."""
 
 
 def train(batches: Iterable[Any], config: TrainConfig) -> SAE:
     """Train an SAE on any iterable of activations.
 
-    One pass, one batch a step, in this thread, and never a batch more than is trained on; the first
-    8,192 rows are drawn together, for input scaling and ``b_dec`` to be estimated from. Nothing is
+    One pass, one batch a step, in this thread, and never a batch more than is trained on. Nothing is
     written unless ``config.out`` is set; then the run is saved and reported there, and a run that was
     stopped goes on (batches already trained on are drawn and passed over). An iterable that ends early
     ends the training normally. The settings of the language model and the text are not looked at.
@@ -278,10 +277,13 @@ class Trainer:
     def _begin(self, training: list[Run]) -> None:
         """Draw the first batches, initialise SAEs on them, and keep them to train on."""
         self._source_start = self.source.state_dict()
-        missing = min(INITIAL_ROWS, self.config.tokens)
-        while missing > 0 and (batches := self.source.next_batch()) is not None:
+        drawn, few = 0, min(LEAST_ROWS, self.config.tokens)
+        while len(self._pending) < self.source.initialization_batches or drawn < few:
+            batches = self.source.next_batch()
+            if batches is None:
+                break
             self._keep(batches)
-            missing -= len(batches[0])
+            drawn += len(batches[0])
         if not self._pending:
             raise StreamError("there is nothing to train on: the stream gave no batch at all")
         self._drawn_ahead = len(self._pending)
