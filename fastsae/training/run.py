@@ -157,14 +157,10 @@ class Run:
             self._finite_step = self.step_count
             return
         last = checkpoint.newest(self.folder.checkpoints) if self.folder else None
-        kept = (
-            f"The last checkpoint before that is {last}"
-            if last
-            else "No checkpoint was written before"
-        )
+        kept = f"Its last checkpoint is {last}" if last else "It has no checkpoint"
         raise StreamError(
-            f"{self.name} diverged: after step {self._finite_step:,} and until step {self.step_count:,}, its loss "
-            f"or its weights stopped being finite. Try again under another --name with a lower --lr (it is "
+            f"{self.name} diverged between step {self._finite_step:,} and step {self.step_count:,}: its loss or its "
+            f"weights are no longer finite. Try again under another --name with a lower --lr (it is "
             f"{self.config.lr:g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
         )
 

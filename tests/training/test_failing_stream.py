@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -13,7 +17,7 @@ from fastsae.cli import main
 from fastsae.data import cache, text
 from fastsae.data.buffer import ActivationBuffer
 from fastsae.reporting.tracking import read_metrics
-from fastsae.training import checkpoint
+from fastsae.training import checkpoint, trainer
 
 BAD = 150
 """The bad line; those before it are read in batches of 64 documents."""
@@ -62,46 +66,79 @@ def steps(out: Path) -> list[int]:
     return [checkpoint.steps(run / "checkpoints")[-1] for run in sorted(out.iterdir())]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("grid", [(), ("--layer", "1", "3", "--k", "4", "8")])
-@pytest.mark.parametrize("rare", [(), ("--checkpoint-every-tokens", "100000")])
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "report_runs", lambda _folders: None)
+
+
+GRID = ("--layer", "1", "3", "--k", "4", "8")
+RARE = ("--checkpoint-every-tokens", "100000")
+
+
+@contextmanager
+def harvesting(ahead: bool) -> Iterator[None]:
+    real = ActivationBuffer.__init__
+
+    def init(self: ActivationBuffer, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options, ahead=ahead)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationBuffer, "__init__", init)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The runs that left the bad line out from the start, of one SAE or of ``GRID``, harvested ahead or not."""
+
+    @functools.cache
+    def train(ahead: bool, *grid: str) -> Path:
+        out = tmp_path_factory.mktemp("whole")
+        with harvesting(ahead):
+            assert main([*command, *grid, "--out", str(out), "--skip-bad-lines"]) == 0
+        return out
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("ahead", "grid", "rare"),
+    [(False, (), ()), (False, (), RARE), (True, (), ()), (True, GRID, ())],
+)
 def test_a_bad_line_in_the_middle(
     command: list[str],
+    whole: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     ahead: bool,
     grid: tuple[str, ...],
     rare: tuple[str, ...],
 ) -> None:
-    real = ActivationBuffer.__init__
-    monkeypatch.setattr(
-        ActivationBuffer,
-        "__init__",
-        lambda self, *a, **options: real(self, *a, **options, ahead=ahead),
-    )
-    command = [*command, *grid, *rare]
-    assert main([*command, "--out", str(tmp_path / "whole"), "--skip-bad-lines"]) == 0
-    command += ["--out", str(tmp_path / "mended")]
-    assert main(command) == 2
+    command = [*command, *grid, *rare, "--out", str(tmp_path)]
+    with harvesting(ahead):
+        assert main(command) == 2
     said = capsys.readouterr().err
     error, note = said[said.rindex("error: ") :].strip().split("\n")
     assert f"line {BAD}: not JSON" in error and "--skip-bad-lines" in error
     assert "everything is saved in" in note and "Give the same command again" in note
-    (stopped,) = set(steps(tmp_path / "mended"))
+    (stopped,) = set(steps(tmp_path))
     assert f"stopped at {48 * stopped:,} of 9,600 tokens" in note and 0 < stopped < 200
-    # No batch that could be made of the lines before was left untrained: not even a pool is missing.
-    assert main(command) == 2
-    assert set(steps(tmp_path / "mended")) == {stopped}
-    assert main([*command, "--skip-bad-lines"]) == 0
-    assert_same_runs(tmp_path / "mended", tmp_path / "whole")
+    assert stopped % 20, "it was saved at an ordinary checkpoint"
+    with harvesting(ahead):
+        assert main(command) == 2  # not mended: it ends where it ended
+        assert set(steps(tmp_path)) == {stopped}
+        assert main([*command, "--skip-bad-lines"]) == 0
+    assert_same_runs(tmp_path, whole(ahead, *grid))
 
 
 def test_a_network_that_stays_away(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str],
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = [*command, "--skip-bad-lines"]
-    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    expected = whole(False)
+    command = [*command, "--skip-bad-lines", "--out", str(tmp_path)]
     monkeypatch.setattr(text, "RETRY_SECONDS", (0, 0))
     real = text.TextSource._next_of_shard
 
@@ -111,13 +148,12 @@ def test_a_network_that_stays_away(
         return real(self)
 
     monkeypatch.setattr(text.TextSource, "_next_of_shard", away)
-    command += ["--out", str(tmp_path / "mended")]
     assert main(command) == 2
-    (stopped,) = steps(tmp_path / "mended")
+    (stopped,) = steps(tmp_path)
     assert stopped % 20, "it was saved at an ordinary checkpoint"
     monkeypatch.setattr(text.TextSource, "_next_of_shard", real)
     assert main(command) == 0
-    assert_same_runs(tmp_path / "mended", tmp_path / "whole")
+    assert_same_runs(tmp_path, expected)
 
 
 def test_a_cache_that_is_damaged(
