@@ -132,6 +132,16 @@ def raise_(error: BaseException) -> None:
     raise error
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)])
+def test_whoever_reads_may_stop_reading(arguments: tuple[str, ...]) -> None:
+    """As in ``fastsae train --help | head -1``."""
+    command = [sys.executable, "-m", "fastsae", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141  # 128 + SIGPIPE, as of any program that writes on
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert fastsae.__version__ in capsys.readouterr().out
