@@ -40,8 +40,8 @@ by 22 % for 8."""
 def report_runs(folders: Sequence[RunFolder]) -> None:
     """Report finished runs as their ``report`` asks; a language model that they share is loaded once.
 
-    A run that has its report already is pushed again, if it is to be. What fails costs a warning with the
-    command that repeats it: the SAEs are saved.
+    A run that has its report already is left alone. What fails costs a warning with the command that
+    repeats it: the SAEs are saved.
     """
     gc.collect()  # the model that training cut holds itself by its hooks
     if torch.cuda.is_available():
@@ -52,14 +52,11 @@ def report_runs(folders: Sequence[RunFolder]) -> None:
         if config.report == "none":
             log.info("%s is not evaluated (--report none); that is\n  %s", config.run_name, command)
             continue
-        summary = folder.summary()
+        if {"full": "report", "quick": "inference"}[config.report] in folder.summary():
+            log.info("%s has its report; for another one\n  %s", config.run_name, command)
+            continue
         try:
-            if {"full": "report", "quick": "inference"}[config.report] in summary:
-                log.info("%s has its report; for another one\n  %s", config.run_name, command)
-                with folder.opened():
-                    folder.summarize(folder.load_sae("cpu"), summary, f"Add {config.run_name}")
-            else:
-                report_run(folder, page=config.report == "full", load_model=load)
+            report_run(folder, page=config.report == "full", load_model=load)
         except (FastsaeError, OSError, RuntimeError) as error:
             log.warning(
                 "%s was not evaluated (%s: %s). The SAE is safe; evaluate it with\n  %s",

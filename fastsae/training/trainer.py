@@ -177,13 +177,12 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM arrived and everything was saved.
             FastsaeError: the text ended early, the disk is full, ...
         """
-        if self._complete:
-            log.info("trained already, and saved in %s", _paths(self.folders))
-            return [folder.load_sae(self.config.device) for folder in self.folders]
         self._started = time.perf_counter()
         self._set_precision()
         with ExitStack() as own:
             signals = signals or own.enter_context(_signals(self.runs))
+            if self._complete:
+                return self._trained_already(own if scope is None else scope)
             training = self._open_runs(own if scope is None else scope)
             display = own.enter_context(self._display())
 
@@ -248,6 +247,16 @@ class Trainer:
         # A progress bar is for runs; without a folder the program around us has the terminal.
         total = self.config.steps * self.config.batch_size
         return Display(self.config.tokens, total, self.tokens_seen, bar=bool(self.folders))
+
+    def _trained_already(self, scope: ExitStack) -> list[SAE]:
+        """The SAEs of runs that are complete, sent again to where they are to be."""
+        log.info("trained already, and saved in %s", _paths(self.folders))
+        saes = []
+        for folder in self.folders:
+            scope.enter_context(folder.opened())
+            saes.append(folder.load_sae(self.config.device))
+            folder.summarize(saes[-1], folder.summary(), f"Add {folder.config.run_name}")
+        return saes
 
     # --- where it begins ---
 
