@@ -156,7 +156,9 @@ def _numbers(
         "alive_fraction": own.alive_fraction,
         "evaluated_on": f"{evaluation.tokens} held-out activations",
         "evaluated_tokens": evaluation.tokens,
-        "held_out_tokens": held_out.tokens if isinstance(held_out, HeldOutText) else evaluation.tokens,
+        "held_out_tokens": held_out.tokens
+        if isinstance(held_out, HeldOutText)
+        else evaluation.tokens,
         "inference": sae.inference,
         "threshold_explained_variance": by_threshold.explained_variance,
         "threshold_l0": by_threshold.l0,

@@ -65,7 +65,10 @@ def test_logits_of_some_positions_are_those_of_the_whole_model(family: str):
     tokens = torch.randint(4, 260, (2, 20), generator=torch.Generator().manual_seed(0))
     some = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) < 0.3
     clean, residual = model.logits(tokens)
-    for replacement, whole in ((None, clean), (residual / 2, model.logits(tokens, residual / 2)[0])):
+    for replacement, whole in (
+        (None, clean),
+        (residual / 2, model.logits(tokens, residual / 2)[0]),
+    ):
         hidden, kept = model.hidden(tokens, replacement)
         assert kept.equal(residual)
         torch.testing.assert_close(model.head(hidden[some]), whole[some])

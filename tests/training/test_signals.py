@@ -37,7 +37,7 @@ def train(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tu
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
         printed = capfd.readouterr().err
         assert "Traceback" not in printed
-        return code, printed.strip().splitlines()[-1]
+        return code, (printed.strip().splitlines() or [""])[-1]
 
     return give
 
@@ -74,9 +74,7 @@ def test_before_the_first_step(
     assert train()[0] == 0
 
 
-def test_while_the_cache_is_written(
-    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_the_cache_is_written(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD_BYTES", 64 << 10)
     flags = ("--cache-dir", str(tmp_path / "cache"))
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +127,10 @@ def test_of_two_signals_the_second_takes_its_usual_course() -> None:
     received: list[int] = []
     usual = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        with pytest.raises(Interrupted, match="saved") as caught, Signals(lambda: "saved") as signals:
+        with (
+            pytest.raises(Interrupted, match="saved") as caught,
+            Signals(lambda: "saved") as signals,
+        ):
             with signals.deferred():
                 signal.raise_signal(signal.SIGTERM)
                 assert signals.received == signal.SIGTERM and not received
