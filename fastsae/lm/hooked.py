@@ -309,7 +309,7 @@ class SplicedModel(HookedModel):
     @cached_property
     def _has_head(self) -> bool:
         """Whether logits follow from the decoder's output, position by position; tried on eight tokens."""
-        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        tokens = torch.arange(8)[None]
         logits = self.logits(tokens)[0][0].float()
         try:
             _, output = self._run(self._decoder, tokens, None)

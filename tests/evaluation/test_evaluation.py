@@ -287,7 +287,7 @@ def test_a_part_is_whole_rows_evenly_spread() -> None:
     assert (part.name, part.documents_are) == ("numbers", "rows")
     assert part.special_ids.equal(text.special_ids)
     assert text.part(1, fewest=5).documents == [0, 2, 4, 7, 9]
-    assert text.part(99) is text.part(1, fewest=12) is text
+    assert text.part(100) is text.part(1, fewest=12) is text
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
