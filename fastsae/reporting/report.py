@@ -32,9 +32,8 @@ PICTURE = "training.png"
 SHARE = 0.1
 """What an evaluation may cost beside its training, in weights that tokens are multiplied by."""
 FEWEST_ROWS = 16
-"""That are evaluated however short the training was. Rows are what the bootstrap draws, and its intervals are
-too narrow by the factor of Student's t of as many and of (n - 1) / n in the variance: by 11 % for 16 rows, and
-by 22 % for 8."""
+"""Evaluated however short the training was. Rows are what the bootstrap draws: by Student's t and (n - 1) / n in the
+variance, its 95 % intervals are 11 % too narrow with 16 of them, and 22 % with 8."""
 
 
 def report_runs(folders: Sequence[RunFolder]) -> None:
