@@ -124,7 +124,7 @@ class TrainConfig:
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
     eval_tokens: int = 65_536
-    """Activations held out at the start of the text for the final evaluation."""
+    """Activations held out at the start of the text; of a short run, the final evaluation takes fewer."""
 
     # --- output ---
     out: str | None = None
@@ -139,6 +139,9 @@ class TrainConfig:
     """Write metrics each time this many tokens were seen."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues an unfinished run of the same name; never refuses to touch an existing one."""
+    report: Literal["full", "quick", "none"] = "full"
+    """What follows the training: evaluation and report.html, the evaluation alone, or nothing; fastsae
+    evaluate makes it later."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases; auto does what wandb is set to, or logs online when a key is configured."""
     wandb_project: str = "fastsae"
@@ -325,7 +328,7 @@ def _is_finite(value: Any) -> bool:
 
 MAY_CHANGE_ON_RESUME = frozenset({
     "tokens", "out", "checkpoint_every_tokens", "keep_checkpoints", "resume", "wandb", "wandb_project",
-    "wandb_entity", "hub_repo", "hub_private", "revision", "dataset_revision", "skip_bad_lines",
+    "wandb_entity", "hub_repo", "hub_private", "revision", "dataset_revision", "skip_bad_lines", "report",
 })  # fmt: skip
 """Fields that do not touch what a step computes, or whose effect is looked at in another way, as the
 commit of a revision is; any other difference makes a resumed run inconsistent."""

@@ -74,7 +74,7 @@ def test_the_configuration_needs_the_standard_library_alone() -> None:
 
 FLOORS = (
     ("version", "errors"),
-    ("config", "device", "files", "metrics"),
+    ("config", "device", "files", "metrics", "progress"),
     ("sae",),
     ("lm",),
     ("data", "evaluation"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
     Returns:
         The exit code: 0, 2 after an error of the user, 130 when interrupted from the keyboard, or 128
-        and the signal's number when a signal ended a run that was saved.
+        and the signal's number when a signal ended a run, or nobody reads what is printed (SIGPIPE, 13).
 
     Raises:
         SystemExit: after ``--help`` (0).
@@ -46,21 +47,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for ours in ("fastsae", "fastsae_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if name in ("-h", "--help"):
-            commands = "\n".join(f"  {command:10}{what}" for command, what in COMMANDS.items())
-            print(HELP.format(commands))  # noqa: T201
-        elif name == "--version":
-            print(f"fastsae {__version__}")  # noqa: T201
-        elif name in COMMANDS:
-            module = importlib.import_module(f".{name}", __package__)
-            module.main(rest, prog or f"fastsae {name}")
-        else:
-            raise ConfigError(
-                f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
-            )
+        try:
+            _run(given, prog)
+        finally:
+            sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        # As head and pagers leave it: what is still to be printed, at the end too, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except FastsaeError as error:
         said, code = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), 2
     except Interrupted as interruption:
@@ -69,3 +66,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         said, code = "interrupted", 130
     print(said, file=sys.stderr)  # noqa: T201
     return code
+
+
+def _run(arguments: Sequence[str], prog: str | None) -> None:
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        commands = "\n".join(f"  {command:10}{what}" for command, what in COMMANDS.items())
+        print(HELP.format(commands))  # noqa: T201
+    elif name == "--version":
+        print(f"fastsae {__version__}")  # noqa: T201
+    elif name in COMMANDS:
+        module = importlib.import_module(f".{name}", __package__)
+        module.main(rest, prog or f"fastsae {name}")
+    else:
+        raise ConfigError(
+            f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
+        )

@@ -27,7 +27,8 @@ class EvaluateOptions:
     sae: SaeFlags
     text: TextFlags
     tokens: int | None = None
-    """Tokens of text to evaluate on. [as many as training holds out: 65536, in the demo 16384]"""
+    """Tokens of text to evaluate on. [as many as training holds out: 65536, in the demo 16384; of a run,
+    without other flags, no more than take a tenth of its training]"""
     modes: tuple[Literal["topk", "threshold", "batch"], ...] = ()
     """Inference modes. [all that the SAE has]"""
     losses: bool = True
@@ -67,10 +68,11 @@ def main(arguments: Sequence[str], prog: str) -> None:
     context, outliers = options.sae.context(sae), options.sae.outliers(sae)
     preset = preset_of(options.sae.model_name(sae))
     own = None
-    if finished and (options.text, options.tokens, options.sae.model) == (TextFlags(), None, None):
+    if finished and (options.text, options.sae.model) == (TextFlags(), None):
         own = finished.held_out()
     if isinstance(own, HeldOutText):
-        text, model = own, options.sae.load_model(sae)
+        text = own.part(options.tokens or own.tokens)
+        model = options.sae.load_model(sae)
     else:
         texts = options.text.open(preset)
         model = options.sae.load_model(sae)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..progress import progress
 from .harvest import KEPT, NONFINITE, OUTLIER, ChunkSource, to_device
 
 
@@ -147,8 +148,10 @@ class ActivationBuffer:
 
     def _next_stage(self) -> bool:
         """Move on by a generation; False when everything there is was used up."""
-        while len(self._next.chunks) < self.chunks_per_generation and self._harvest_one():
-            pass
+        missing = self.chunks_per_generation - len(self._next.chunks)
+        with progress("filling the pool", missing * self._source.chunk_tokens) as advance:
+            while len(self._next.chunks) < self.chunks_per_generation and self._harvest_one():
+                advance(self._source.chunk_tokens)
         if not self._next.chunks and not self._newer.chunks:
             return False
         self._settle(self._next)
@@ -278,8 +281,11 @@ class ActivationBuffer:
     def _harvest_again(
         self, generation: _Generation, saved: dict[str, int], chunks: Iterator[Any]
     ) -> None:
-        for _ in range(saved["chunks"]):
-            self._harvest(next(chunks), generation)
+        total = saved["chunks"] * self._source.chunk_tokens
+        with progress("filling the pool again", total) as advance:
+            for _ in range(saved["chunks"]):
+                self._harvest(next(chunks), generation)
+                advance(self._source.chunk_tokens)
         self._settle(generation)
         if len(generation.slots) != saved["activations"]:
             raise CheckpointError(

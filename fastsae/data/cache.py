@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -39,6 +38,7 @@ from ..files import (
     write_tensors,
 )
 from ..lm.loading import weights_of
+from ..progress import progress
 from .harvest import NONFINITE, OUTLIER, ChunkSource, Harvest, to_device
 from .opening import open_text_chunks
 
@@ -284,8 +284,9 @@ def _write(
     source = open_text_chunks(config, layers, device)
     dtype = _DTYPES[config.activation_dtype]
     row_bytes = source.d_model * dtype.itemsize * source.num_streams
-    _require_space(folder, (wanted - (_rows(manifest) if manifest else 0)) * row_bytes)
-    with _writing(folder):
+    missing = wanted - (_rows(manifest) if manifest else 0)
+    _require_space(folder, missing * row_bytes)
+    with _writing(folder), progress("writing the cache", missing) as advance:
         names = [str(layer) for layer in layers]
         if manifest is None:
             held_out = dict(zip(names, source.held_out(), strict=True))
@@ -310,7 +311,6 @@ def _write(
             last = load_file(folder / manifest["shards"][-1]["file"])
             state = {n.removeprefix(_STATE): t for n, t in last.items() if n.startswith(_STATE)}
             source.load_state_dict({"tensors": state, "meta": manifest["source"]})
-        started, before = time.perf_counter(), _rows(manifest)
         while _rows(manifest) < wanted and not manifest["text_ended"]:
             parts: list[tuple[Tensor, ...]] = []
             chunks: list[dict[str, Any]] = []
@@ -337,6 +337,7 @@ def _write(
                 sums = {n: checksum(layer) for n, layer in zip(names, kept, strict=True)}
                 chunks.append({"rows": len(kept[0]), "checksums": sums})
                 rows += len(kept[0])
+                advance(len(kept[0]))
                 state = source.state_dict()
             name = f"activations_{len(manifest['shards']):05}.safetensors"
             if chunks:
@@ -352,13 +353,9 @@ def _write(
                 manifest["source"] = state["meta"]
                 manifest["counts"] = {**counts, **source.counts}
             _save(manifest, folder / "manifest.json")
-            done = _rows(manifest)
-            speed = (done - before) / (time.perf_counter() - started)
-            log.info(
-                "cache: %s / %s activations | %s tok/s", f"{done:,}", f"{wanted:,}", f"{speed:,.0f}"
-            )
             if failure is not None:
                 raise failure
+    log.info("the cache in %s holds %s activations", folder, f"{_rows(manifest):,}")
     return manifest
 
 

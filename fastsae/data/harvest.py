@@ -20,6 +20,7 @@ from ..files import differences
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import CutModel
 from ..lm.norms import FirstNorms, is_outlier
+from ..progress import progress
 from .tokens import TokenPacker
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,11 @@ class TextChunks(ChunkSource):
 
     def held_out(self) -> tuple[Tensor, ...]:
         assert self._held_out_rows is not None
-        harvests = [self.harvest(part) for part in self._held_out_rows.split(self._harvest_batch)]
+        harvests: list[Harvest] = []
+        with progress("held-out activations", self._held_out_tokens) as advance:
+            for part in self._held_out_rows.split(self._harvest_batch):
+                harvests.append(self.harvest(part))
+                advance(len(harvests[-1].verdict))
         self.require_mostly_finite(torch.cat([harvest.verdict for harvest in harvests]))
         layers = zip(*(harvest.kept() for harvest in harvests), strict=True)
         return tuple(torch.cat(layer)[: self._held_out_tokens].float() for layer in layers)

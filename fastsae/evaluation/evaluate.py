@@ -16,6 +16,7 @@ from ..errors import ConfigError, StreamError
 from ..lm.held_out import Batch, HeldOutText
 from ..lm.hooked import SplicedModel
 from ..lm.norms import is_outlier
+from ..progress import progress
 from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..sae.module import SAE
 from .covariance import RunningCovariance
@@ -25,7 +26,7 @@ from .provenance import require_same_activations
 from .scores import Scores, ScoreSums
 
 _AT_ONCE = 2**27
-"""Logits of one forward pass, and latents of one batch: with more, fewer rows are taken at a time."""
+"""Logits, and latents, of one batch: with more, fewer rows are taken at a time."""
 
 Observer = Callable[[Batch, Tensor, Tensor, Tensor], None]
 """Is given every batch, the mask ``[n, t]`` of the measured positions, and x ``[m, D]`` and z ``[m, F]``
@@ -85,6 +86,12 @@ def inference_modes(sae: SAE) -> tuple[Inference, ...]:
     if not float(sae.activation.threshold) > 0:
         modes.remove("threshold")
     return tuple(modes)
+
+
+def whole_passes(modes: Sequence[Inference]) -> int:
+    """How often :func:`evaluate` with ``losses`` runs the whole model on a token: clean, with the residual
+    stream ablated to zero and to the mean, and with the reconstruction of each mode."""
+    return 3 + len(modes)
 
 
 @torch.no_grad()
@@ -153,7 +160,10 @@ def evaluate(
         longest = max(map(len, source.rows))
         widest = max(sae.d_sae, model.vocabulary if losses else 0)
         rows = max(1, min(rows, _AT_ONCE // (longest * widest)))
-        return _evaluate_text(sae, source, modes, model, losses, rows, outlier_norm, observers)
+        with progress("evaluating", source.tokens) as advance:
+            return _evaluate_text(
+                sae, source, modes, model, losses, rows, outlier_norm, observers, advance
+            )
     finally:
         sae.train(was_training)
 
@@ -179,10 +189,12 @@ def _evaluate_activations(
     for batch, ids in batches:
         covariance.add(batch.to(device), ids)
     sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
-    for batch, ids in batches:
-        batch = batch.to(device)
-        for mode in modes:
-            sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
+    with progress("evaluating", len(x)) as advance:
+        for batch, ids in batches:
+            batch = batch.to(device)
+            for mode in modes:
+                sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
+            advance(len(batch))
     result = _evaluation(sae, sums, covariance, len(x), "rows", "activations")
     result.nonfinite = lost
     return result
@@ -197,10 +209,18 @@ def _evaluate_text(
     rows: int,
     outlier_norm: float | None,
     observers: Sequence[Observer],
+    advance: Callable[[float], object],
 ) -> Evaluation:
+    passes = whole_passes(modes) if losses else 1
+
+    def batches(share: float) -> Iterator[Batch]:
+        for batch in text.batches(rows, model.device):
+            yield batch
+            advance(share * int(batch.text.sum()))
+
     covariance = RunningCovariance(sae.d_in, sae.W_dec.device)
     nonfinite = outliers = 0
-    for batch in text.batches(rows, model.device):
+    for batch in batches(1 / (1 + passes)):
         finite, measured, x = _measured(batch, model.residual(batch.tokens), outlier_norm)
         nonfinite += int((batch.text & ~finite).sum())
         outliers += int(finite.sum()) - len(x)
@@ -212,7 +232,7 @@ def _evaluate_text(
         )
     sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
     spliced = SplicedLosses(model, covariance.mean) if losses else None
-    for batch in text.batches(rows, model.device):
+    for batch in batches(passes / (1 + passes)):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
         _, measured, x = _measured(batch, residual, outlier_norm)
         if not len(x):
@@ -229,6 +249,8 @@ def _evaluate_text(
             if i == 0:
                 for observe in observers:
                     observe(batch, measured, x, z)
+        if spliced is not None:
+            spliced.measure()
     documents = len(set(text.documents))
     result = _evaluation(sae, sums, covariance, documents, text.documents_are, text.name)
     result.nonfinite, result.outliers = nonfinite, outliers

@@ -2,59 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from ..lm.held_out import Batch
 from ..lm.hooked import SplicedModel
 from .estimates import DocumentSums, Estimate, ratio
 from .scores import Scores
 
-_LOGITS_AT_ONCE = 2**24
-"""Logits in float32 that one step of a sum over the vocabulary may hold: 64 MB."""
+_LOGITS_AT_ONCE = 7 * 2**20
+"""Logits in one block: 28 MB of float32. What is larger than 32 MB the C library takes from the system and
+gives back every time, and with a large vocabulary that takes longer than the products."""
 
 
 class SplicedLosses:
-    """Cross-entropy and KL of the model with its residual stream replaced, summed by document."""
+    """Cross-entropy and KL of the model with its residual stream replaced, summed by document.
+
+    For each batch :meth:`begin`, then any of :meth:`ablate` and :meth:`replace`, then :meth:`measure`. Only the
+    last forms logits: where there is text, and a block at a time.
+    """
 
     def __init__(self, model: SplicedModel, mean: Tensor) -> None:
         self._model, self._mean = model, mean
         self._sums = DocumentSums()
+        self._log_p, self._p, self._log_q = (torch.empty(0, device=model.device) for _ in range(3))
 
     def begin(self, batch: Batch) -> Tensor:
         """Run the clean model; returns its residual stream."""
-        self._batch = batch
-        self._clean, self._residual = self._model.logits(batch.tokens)
-        # Text that something follows in its row; that may be a special token.
-        followed = torch.arange(batch.text.shape[1]) < batch.lengths[:, None] - 1
-        self._predicting = batch.text & followed.to(batch.text.device)
-        documents = batch.documents_of(self._predicting)
-        clean = cross_entropy(self._clean, batch.tokens, self._predicting)
-        self._sums.add(documents, predictions=torch.ones_like(clean), ce_clean=clean)
+        self._batch, self._hidden = batch, dict[str, Tensor]()
+        hidden, self._residual = self._model.hidden(batch.tokens)
+        self._clean = hidden[batch.text]
         return self._residual
 
     def ablate(self, measured: Tensor) -> None:
-        self._add("zero", torch.zeros_like(self._residual))
+        self._run("zero", torch.zeros_like(self._residual))
         self.replace("mean", measured, self._mean)
 
-    def replace(self, mode: str, measured: Tensor, x_hat: Tensor) -> None:
+    def replace(self, name: str, measured: Tensor, x_hat: Tensor) -> None:
         replaced = self._residual.clone()
         replaced[measured] = x_hat.to(replaced.device, replaced.dtype)
-        self._add(mode, replaced)
+        self._run(name, replaced)
 
-    def _add(self, name: str, replacement: Tensor) -> None:
-        batch = self._batch
-        logits, _ = self._model.logits(batch.tokens, replacement)
-        ce = cross_entropy(logits, batch.tokens, self._predicting)
-        self._sums.add(batch.documents_of(self._predicting), **{f"ce_{name}": ce})
-        kl = kl_divergence(self._clean, logits, batch.text)
-        self._sums.add(
-            batch.documents_of(batch.text),
-            **{f"kl_{name}": kl, f"kl_tokens_{name}": torch.ones_like(kl)},
-        )
+    def _run(self, name: str, replacement: Tensor) -> None:
+        hidden, _ = self._model.hidden(self._batch.tokens, replacement)
+        self._hidden[name] = hidden[self._batch.text]
+
+    def measure(self) -> None:
+        """Add what the batch loses to the sums."""
+        text, tokens = self._batch.text, self._batch.tokens
+        row, column = text.nonzero(as_tuple=True)
+        # Text that something follows in its row; that may be a special token.
+        predicting = column < self._batch.lengths.to(column.device)[row] - 1
+        following = tokens[row, (column + 1).clamp(max=tokens.shape[1] - 1)][:, None]
+        ce: dict[str, list[Tensor]] = {name: [] for name in ("clean", *self._hidden)}
+        kl: dict[str, list[Tensor]] = {name: [] for name in self._hidden}
+        size = max(1, _LOGITS_AT_ONCE // self._model.vocabulary)
+        for start in range(0, len(row), size):
+            block = slice(start, start + size)
+            log_p = self._log_softmax(self._clean[block], self._log_p)
+            p = torch.exp(log_p, out=self._p.resize_(log_p.shape))
+            ce["clean"].append(-log_p.gather(1, following[block])[:, 0])
+            for name, hidden in self._hidden.items():
+                log_q = self._log_softmax(hidden[block], self._log_q)
+                ce[name].append(-log_q.gather(1, following[block])[:, 0])
+                kl[name].append(-log_q.sub_(log_p).mul_(p).sum(-1))
+        documents = self._batch.documents_of(text)
+        for name, parts in ce.items():
+            predicted = torch.cat(parts)[predicting]
+            self._sums.add(documents[predicting.cpu()], **{f"ce_{name}": predicted})
+        self._sums.add(documents[predicting.cpu()], predictions=torch.ones(int(predicting.sum())))
+        for name, parts in kl.items():
+            found = torch.cat(parts)
+            self._sums.add(
+                documents, **{f"kl_{name}": found, f"kl_tokens_{name}": torch.ones_like(found)}
+            )
+
+    def _log_softmax(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        logits = self._model.head(hidden).float()
+        return torch.log_softmax(logits, -1, out=buffer.resize_(logits.shape))
 
     def complete(self, mode: str, scores: Scores) -> None:
         recovered = lambda ablated, replaced, clean: (ablated - replaced) / (ablated - clean)
@@ -72,34 +97,3 @@ class SplicedLosses:
 
     def _kl(self, name: str) -> Estimate:
         return self._sums.estimate(ratio, f"kl_{name}", f"kl_tokens_{name}")
-
-
-# --- sums over the vocabulary, a slice of the positions at a time ---
-
-
-def cross_entropy(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-    """``-log p`` of the token that follows each position of ``positions [n, t]`` (bool): ``[m]`` float32.
-
-    ``logits [n, t, V]``; positions in the last column have no following token and must be off.
-    """
-    parts: list[Tensor] = []
-    for row, column in _slices(positions, logits.shape[-1]):
-        log_p = log_softmax(logits[row, column].float(), dim=-1)
-        parts.append(-log_p.gather(1, tokens[row, column + 1][:, None])[:, 0])
-    return torch.cat(parts)
-
-
-def kl_divergence(clean: Tensor, changed: Tensor, positions: Tensor) -> Tensor:
-    """``KL(clean ‖ changed)`` of the next-token distributions at ``positions [n, t]``: ``[m]`` float32."""
-    parts: list[Tensor] = []
-    for at in _slices(positions, clean.shape[-1]):
-        log_p = log_softmax(clean[at].float(), dim=-1)
-        log_q = log_softmax(changed[at].float(), dim=-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts)
-
-
-def _slices(positions: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(1, _LOGITS_AT_ONCE // vocabulary)
-    row, column = positions.nonzero(as_tuple=True)
-    return zip(row.split(size), column.split(size), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,18 @@ class HeldOutText:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, tokens: float, fewest: int = 1) -> HeldOutText:
+        """About ``tokens`` tokens of it, in whole rows, at least ``fewest``, evenly spread; all it has if
+        those are no more."""
+        count = max(fewest, math.ceil(tokens / self.tokens * len(self)))
+        if count >= len(self):
+            return self
+        kept = [i * len(self) // count for i in range(count)]
+        rows, documents = [self.rows[i] for i in kept], [self.documents[i] for i in kept]
+        return HeldOutText(
+            rows, documents, self.special_ids.tolist(), self.name, self.documents_are
+        )
 
     def batches(self, rows: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """The text in order, ``rows`` rows at a time, each batch as long as its longest row."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -294,6 +295,58 @@ class SplicedModel(HookedModel):
         """
         kept, output = self._run(self._model, tokens, replacement)
         return output.logits, kept
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`logits`, but before the head: ``[n, t, H]``, of which :meth:`head` makes logits."""
+        if not self._has_head:
+            return self.logits(tokens, replacement)
+        kept, output = self._run(self._decoder, tokens, replacement)
+        return output.last_hidden_state, kept
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Next-token logits ``[m, V]`` of any rows ``[m, H]`` of :meth:`hidden`."""
+        return self._head(hidden) if self._has_head else hidden
+
+    @cached_property
+    def _has_head(self) -> bool:
+        """Whether logits follow from the decoder's output, position by position; tried on eight tokens."""
+        tokens = torch.arange(8)[None]
+        logits = self.logits(tokens)[0][0].float()
+        try:
+            _, output = self._run(self._decoder, tokens, None)
+            self._output_class = type(output)
+            found = self._head(output.last_hidden_state[0]).float()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        # The same products in another shape, which may be rounded elsewhere.
+        return found.shape == logits.shape and bool((found - logits).norm() < 0.02 * logits.norm())
+
+    @torch.no_grad()
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The model itself runs, with ``hidden [m, H]`` in the place of what its decoder gives."""
+        decoder, own = self._decoder, vars(self._decoder).pop("forward", None)
+        # As rows of one token: some models make a mask on the way, which would be m by m.
+        decoder.forward = lambda *_, **__: self._output_class(last_hidden_state=hidden[:, None])
+        tokens = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
+        try:
+            return self._model(input_ids=tokens, use_cache=False).logits[:, 0]
+        finally:
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Weights that a token is multiplied by up to the hooked layer, and in the whole model."""
+        of_4_bits = lambda weight: weight.dtype == torch.uint8  # two of them in an element
+        layers = [
+            sum(p.numel() * (1 + of_4_bits(p)) for p in layer.parameters())
+            for layer in self._modules
+        ]
+        head = self._model.get_output_embeddings()
+        whole = sum(layers) + (0 if head is None else head.weight.numel())
+        return sum(layers[: self.layer + 1]), whole
 
     def _run(
         self, module: nn.Module, tokens: Tensor, replacement: Tensor | None, stop: bool = False

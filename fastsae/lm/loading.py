@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from .hub_access import access_error, cached_commit, hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = {demo.MODEL: demo.load_model}
 """Models that come with a package, by name."""
@@ -134,6 +137,7 @@ def load_pretrained(
     Raises StreamError or ConfigError, each with what to do.
     """
     device = resolve_device(device)
+    log.info("loading %s", name)
     if load := _embedded(name):
         if quantization != "none":
             raise ConfigError(

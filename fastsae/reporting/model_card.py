@@ -23,7 +23,7 @@ _CHECKPOINTS_SHOWN = 30
 # Settings of where a run is kept, which say nothing of the SAE.
 _UNTOLD = (
     "out", "name", "resume", "wandb", "wandb_project", "wandb_entity", "hub_repo", "hub_private", "demo",
-    "keep_checkpoints", "device",
+    "keep_checkpoints", "device", "report",
 )  # fmt: skip
 _OF_THE_STREAM = (
     "model", "layer", "quantization", "context_length", "harvest_batch", "dataset", "dataset_config",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ..files import write_text
 from ..lm.hub_access import is_refused
+from ..progress import QUIET_SECONDS
 from ..sae.formats.files import first_line
 
 if TYPE_CHECKING:
@@ -70,18 +71,26 @@ class Publisher:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         deadline = self._handed_in + (PATIENCE_SECONDS if kind is None else HURRIED_SECONDS)
+        try:
+            if self._is_pushing(min(deadline, time.monotonic() + QUIET_SECONDS)):
+                log.info("waiting for the push to %s", self.repository)
+                self._is_pushing(deadline)
+        finally:
+            if self._is_pushing(0):
+                log.warning(
+                    "the push to %s is not finished: give the same command again, or complete it with\n  %s",
+                    self.repository, self.command,
+                )  # fmt: skip
+            elif self._failed > 1:  # the first was told
+                log.warning(
+                    "the last %d pushes to %s failed; complete them with\n  %s",
+                    self._failed, self.repository, self.command,
+                )  # fmt: skip
+
+    def _is_pushing(self, deadline: float) -> bool:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            log.warning(
-                "the push to %s is not finished: give the same command again, or complete it with\n  %s",
-                self.repository, self.command,
-            )  # fmt: skip
-        elif self._failed > 1:  # the first was told
-            log.warning(
-                "the last %d pushes to %s failed; complete them with\n  %s",
-                self._failed, self.repository, self.command,
-            )  # fmt: skip
+        return any(thread.is_alive() for thread in self._threads)
 
     def publish(self, source: Path, card: str, message: str) -> None:
         """Push the SAE in ``source`` with its model card, soon; returns when it is safe to delete.

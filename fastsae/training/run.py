@@ -18,7 +18,7 @@ from ..errors import CheckpointError, StreamError
 from ..files import plain
 from ..lm.held_out import HeldOutText
 from ..metrics import density_histogram
-from ..reporting.run_folder import RunFolder
+from ..reporting.run_folder import SUMMARY, RunFolder
 from ..reporting.tracking import warn_of_outcome
 from ..sae.module import SAE
 from . import checkpoint
@@ -91,10 +91,29 @@ class Run:
         assert self.folder is not None
         return self.folder.checkpoints / f"step_{step}"
 
+    def saved_tokens(self) -> int:
+        """The tokens that the newest checkpoint has seen."""
+        newest = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+        return 0 if newest is None else checkpoint.load_meta(newest)["tokens_seen"]
+
     def is_finished(self) -> bool:
         """Whether the newest checkpoint has seen all tokens."""
-        newest = checkpoint.newest(self.folder.checkpoints) if self.folder else None
-        return bool(newest) and checkpoint.load_meta(newest)["tokens_seen"] >= self.config.tokens
+        return self.saved_tokens() >= self.config.tokens
+
+    def is_complete(self) -> bool:
+        """Whether the folder holds the SAE of all tokens with its summary; its history is then known.
+
+        Raises:
+            CheckpointError: it belongs to a run with other settings.
+        """
+        if self.folder is None or not (self.folder.path / SUMMARY).exists():
+            return False
+        if self.folder.summary()["tokens_seen"] < self.config.tokens:
+            return False
+        saved = RunFolder.read(self.folder.path)
+        self.refuse_changes(self.folder.path, plain(saved.config.to_dict()))
+        self.folder.history, self.folder.wandb_id = saved.history, saved.wandb_id
+        return True
 
     def restore(self, step: int, metadata: dict[str, Any]) -> checkpoint.Checkpoint:
         """Go back to the checkpoint of ``step``, which is returned for the stream's part of it.
@@ -161,7 +180,7 @@ class Run:
         raise StreamError(
             f"{self.name} diverged between step {self._finite_step:,} and step {self.step_count:,}: its loss or its "
             f"weights are no longer finite. Try again under another --name with a lower --lr (it is "
-            f"{self.config.lr:g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
+            f"{self.config.peak_lr:g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
         )
 
     @torch.no_grad()
@@ -257,7 +276,7 @@ class Run:
                 "d_in": sae.d_in,
                 "d_sae": sae.d_sae,
                 "k": self.config.k,
-                "lr": float(self.update.lr),
+                "lr": self.config.peak_lr,
                 **self._progress(totals),
                 "peak_memory_bytes": peak_memory_bytes(sae.W_dec.device),
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),

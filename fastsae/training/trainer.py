@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..config import Sweep, TrainConfig
 from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import open_stream
 from ..device import resolve_device, resolve_precision
-from ..errors import CheckpointError, ConfigError, FastsaeError, Interrupted, StreamError
+from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
 from ..reporting.report import report_runs
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import Display
@@ -25,6 +24,7 @@ from ..sae.module import SAE
 from . import checkpoint
 from .initialize import initialize_sae, load_origin
 from .run import Run, StreamTotals
+from .signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +69,61 @@ def train_and_report(
     config: TrainConfig | Sweep,
     source: ActivationSource | Iterable[Any] | None = None,
 ) -> list[SAE]:
-    """Train as :class:`Trainer` does; then evaluate, report and publish what was written, if anything."""
-    with ExitStack() as scope:
-        trainer = Trainer(config, source)
-        saes, folders = trainer.fit(scope), trainer.folders
+    """Train as :class:`Trainer` does; then evaluate, report and publish what was written, if anything.
+
+    SIGINT and SIGTERM end any of that with Interrupted, and the same call goes on.
+    """
+    sweep = _sweep(config, source)
+    signals = _signals(_runs(sweep))
+    with signals, ExitStack() as scope:
+        trainer = Trainer(sweep, source)
+        saes, folders = trainer.fit(scope, signals), trainer.folders
         # The evaluation needs the memory of the model that was cut, of the buffer and the optimizers.
         del trainer, source
         if folders:
             report_runs(folders)
         return saes
+
+
+def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
+    """What is asked for as a sweep, which is written if it is trained on the language model's stream."""
+    if not isinstance(config, (TrainConfig, Sweep)):
+        raise ConfigError(
+            f"the settings are a {type(config).__name__}, expected a TrainConfig or a Sweep: it is "
+            f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
+        )
+    sweep = config if isinstance(config, Sweep) else Sweep(config)
+    if source is None and sweep.base.out is None:
+        return Sweep(replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds)
+    return sweep
+
+
+def _runs(sweep: Sweep) -> list[Run]:
+    return [Run(each, sweep.layers.index(each.layer)) for each in sweep.runs]
+
+
+def _signals(runs: Sequence[Run]) -> Signals:
+    folders = [run.folder for run in runs if run.folder is not None]
+    return Signals(lambda: _what_is_saved(runs, _paths(folders)), enabled=bool(folders))
+
+
+def _what_is_saved(runs: Sequence[Run], where: str) -> str:
+    seen, tokens = min(run.saved_tokens() for run in runs), runs[0].config.tokens
+    if all(run.is_complete() for run in runs):
+        return (
+            f"stopped after the training; the SAE is saved in {where}. Give the same command again for the "
+            f"evaluation, report and push that are missing"
+        )
+    if not seen:
+        return "stopped before the first step; give the same command again to begin"
+    return (
+        f"stopped at {seen:,} of {tokens:,} tokens; everything is saved in {where}. Give the same command "
+        f"again to go on"
+    )
+
+
+def _paths(folders: Iterable[RunFolder]) -> str:
+    return ", ".join(str(folder.path) for folder in folders)
 
 
 class Trainer:
@@ -102,21 +148,16 @@ class Trainer:
         config: TrainConfig | Sweep,
         source: ActivationSource | Iterable[Any] | None = None,
     ) -> None:
-        if not isinstance(config, (TrainConfig, Sweep)):
-            raise ConfigError(
-                f"the settings are a {type(config).__name__}, expected a TrainConfig or a Sweep: it is "
-                f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
-            )
-        sweep = config if isinstance(config, Sweep) else Sweep(config)
-        if source is None and sweep.base.out is None:
-            base = replace(sweep.base, out="runs")
-            sweep = Sweep(base, sweep.layers, sweep.ks, sweep.seeds)
+        sweep = _sweep(config, source)
         self.config = sweep.runs[0]
         """What the runs have in common, and the first one's layer, k and seed."""
         self.device = resolve_device(self.config.device)
-        self.runs = [Run(each, sweep.layers.index(each.layer)) for each in sweep.runs]
+        self.runs = _runs(sweep)
         for folder in self.folders:
             folder.require_usable()
+        self._complete = all(run.is_complete() for run in self.runs)
+        if self._complete:  # the SAEs are there: neither model nor text is opened
+            return
         fresh = not all(run.saved_steps() for run in self.runs)
         self._origin = load_origin(sweep) if self.config.init_from is not None and fresh else None
         if source is None:
@@ -136,7 +177,7 @@ class Trainer:
 
     # --- the loop ---
 
-    def fit(self, scope: ExitStack | None = None) -> list[SAE]:
+    def fit(self, scope: ExitStack | None = None, signals: Signals | None = None) -> list[SAE]:
         """Train to the end, or resume and train to the end; the finished SAEs, in the order of the sweep.
 
         Each is saved with a ``summary.json``; ``report_runs(trainer.folders)`` evaluates them.
@@ -144,6 +185,7 @@ class Trainer:
         Args:
             scope: keeps the runs' folders locked and open until it ends; the end of the training, if
                 absent.
+            signals: those of a scope that is wider than the training.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived and everything was saved.
@@ -153,27 +195,27 @@ class Trainer:
         self._started = time.perf_counter()
         self._set_precision()
         with ExitStack() as own:
+            signals = signals or own.enter_context(_signals(self.runs))
+            if self._complete:
+                return self._trained_already(own if scope is None else scope)
             training = self._open_runs(own if scope is None else scope)
             display = own.enter_context(self._display())
-            stopped_by = own.enter_context(_signals(enabled=bool(self.folders)))
 
-            while self.tokens_seen < self.config.tokens:
-                batches = self._next_batches(training)
-                if batches is None:
-                    self._source_ended(training)
-                    break
-                for run in training:
-                    run.train_on(batches[run.layer_index])
-                if self._crossed(self.config.log_every_tokens, len(batches[0])):
-                    totals = self._totals()
-                    display.show({run.name: run.log(totals) for run in training})
-                display.advance(self.tokens_seen)
-                if stopped_by:
-                    self._save(training)
-                    raise Interrupted(self._how_to_resume(), stopped_by[0])
-                if self._crossed(self.config.checkpoint_every_tokens, len(batches[0])):
-                    self._save(training)
-            self._save(training)
+            with signals.deferred():
+                while self.tokens_seen < self.config.tokens and signals.received is None:
+                    batches = self._next_batches(training)
+                    if batches is None:
+                        self._source_ended(training)
+                        break
+                    for run in training:
+                        run.train_on(batches[run.layer_index])
+                    if self._crossed(self.config.log_every_tokens, len(batches[0])):
+                        totals = self._totals()
+                        display.show({run.name: run.log(totals) for run in training})
+                    display.advance(self.tokens_seen)
+                    if self._crossed(self.config.checkpoint_every_tokens, len(batches[0])):
+                        self._save(training)
+                self._save(training)
             return self._finish(training)
 
     @property
@@ -208,6 +250,16 @@ class Trainer:
         # A progress bar is for runs; without a folder the program around us has the terminal.
         total = self.config.steps * self.config.batch_size
         return Display(self.config.tokens, total, self.tokens_seen, bar=bool(self.folders))
+
+    def _trained_already(self, scope: ExitStack) -> list[SAE]:
+        """The SAEs of runs that are complete, sent again to where they are to be."""
+        log.info("trained already, and saved in %s", _paths(self.folders))
+        saes = []
+        for folder in self.folders:
+            scope.enter_context(folder.opened())
+            saes.append(folder.load_sae(self.config.device))
+            folder.summarize(saes[-1], folder.summary(), f"Add {folder.config.run_name}")
+        return saes
 
     # --- where it begins ---
 
@@ -337,7 +389,7 @@ class Trainer:
             return
         try:
             self._save(training)
-            error.add_note(self._how_to_resume())
+            error.add_note(_what_is_saved(self.runs, _paths(self.folders)))
         except FastsaeError as other:
             error.add_note(f"It could not be saved: {other}")
 
@@ -353,7 +405,7 @@ class Trainer:
         self._save(training)
         raise StreamError(
             f"the text ended after {seen:,} activations of the {asked:,} asked for. Everything is saved "
-            f"in {self._where()}: give the same command with --tokens {seen} to finish there, or "
+            f"in {_paths(self.folders)}: give the same command with --tokens {seen} to finish there, or "
             f"train on more text"
         )
 
@@ -370,37 +422,3 @@ class Trainer:
             )
             for run in self.runs
         ]
-
-    def _how_to_resume(self) -> str:
-        return (
-            f"stopped at {self.tokens_seen:,} of {self.config.tokens:,} tokens; everything is saved in "
-            f"{self._where()}. Give the same command again to go on"
-        )
-
-    def _where(self) -> str:
-        return ", ".join(str(folder.path) for folder in self.folders)
-
-
-@contextmanager
-def _signals(enabled: bool) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one takes its usual course."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-        log.info("signal %s: finishing this step, then saving", signal.Signals(number).name)
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    try:
-        if enabled:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: the program around us handles signals
-        previous.clear()
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -223,7 +223,7 @@ class TestAnExistingRun:
         first = run()
         before = (first.out / "run/sae_weights.safetensors").read_bytes()
         again = run()
-        assert again.code == 0 and "resumed at 1,280 tokens" in again.errors
+        assert again.code == 0 and "trained already, and saved in" in again.errors
         assert (first.out / "run/sae_weights.safetensors").read_bytes() == before
 
 

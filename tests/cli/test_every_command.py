@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import statistics
 import subprocess
@@ -130,6 +131,17 @@ def test_codes_of_what_ends_early(
 
 def raise_(error: BaseException) -> None:
     raise error
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)])
+def test_whoever_reads_may_stop_reading(arguments: tuple[str, ...]) -> None:
+    """As in ``fastsae train --help | head -1``."""
+    command = [sys.executable, "-m", "fastsae", *arguments]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")  # 128 + SIGPIPE
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy as plain_cross_entropy
 import fastsae
 from fastsae import ConfigError, HeldOutText, SplicedModel
 from fastsae.cli import main
+from fastsae.evaluation import losses
 from fastsae.evaluation.estimates import DocumentSums
-from fastsae.evaluation.evaluate import evaluate, inference_modes
+from fastsae.evaluation.evaluate import evaluate, inference_modes, whole_passes
 from fastsae.lm.hooked import layer_of
 
 SAELENS = 2e-5
@@ -119,6 +120,26 @@ def test_losses_are_what_they_are_defined_as() -> None:
     assert result.losses["zero"] == pytest.approx(mean["zero"], rel=1e-5)
     assert result["topk"].cross_entropy == pytest.approx(mean["topk"], rel=1e-5)
     assert result["topk"].kl == pytest.approx(mean["kl"], rel=1e-4)
+
+
+def test_logits_are_formed_where_they_are_measured_a_block_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = SplicedModel.load(models.llama(), 2)
+    text, sae = text_for(model), small_sae(64, 128, 8)
+    whole = evaluate(sae, text, "topk", model=model)
+    formed, head = [], SplicedModel.head
+    monkeypatch.setattr(
+        SplicedModel, "head", lambda self, x: (formed.append(len(x)), head(self, x))[1]
+    )
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 5 * model.vocabulary)
+    parts = evaluate(sae, text, "topk", model=model)
+    assert max(formed) == 5 and sum(formed) == whole_passes(["topk"]) * text.tokens
+    assert sum(formed) < whole_passes(["topk"]) * sum(map(len, text.rows))  # no logits at BOS
+    for name, value in whole.losses.items():
+        assert parts.losses[name] == pytest.approx(value, rel=1e-5), name
+    assert parts["topk"].kl == pytest.approx(whole["topk"].kl, rel=1e-5)
+    assert parts["topk"].loss_recovered == pytest.approx(whole["topk"].loss_recovered, rel=1e-5)
 
 
 def test_outliers_are_left_out_and_left_as_they_are() -> None:
@@ -256,6 +277,18 @@ def test_rows_hold_one_document_each_and_no_token_twice() -> None:
     assert all(row[0] == tokenizer.bos_token_id for row in text.rows)
     assert "".join(tokenizer.decode(row[1:]) for row in text.rows) == "abcdefghxy0123456"
     assert text.tokens == 17
+
+
+def test_a_part_is_whole_rows_evenly_spread() -> None:
+    rows = [torch.tensor([2, *range(10 * i, 10 * i + 9)]) for i in range(1, 13)]
+    text = HeldOutText(rows, range(12), [2], "numbers", "rows")
+    part = text.part(20)  # 9 a row
+    assert part.documents == [0, 4, 8] and part.tokens == 27
+    assert all(a.equal(text.rows[i]) for i, a in zip(part.documents, part.rows, strict=True))
+    assert (part.name, part.documents_are) == ("numbers", "rows")
+    assert part.special_ids.equal(text.special_ids)
+    assert text.part(1, fewest=5).documents == [0, 2, 4, 7, 9]
+    assert text.part(100) is text.part(1, fewest=12) is text
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,46 @@ def test_the_residual_stream_is_that_of_the_whole_model(family: str):
     assert torch.equal(cut.residuals(tokens)[0], expected)
 
 
+@pytest.mark.parametrize("family", [*models.FAMILIES, "gemma4_text", "gemma4_multimodal"])
+def test_logits_of_some_positions_are_those_of_the_whole_model(family: str):
+    directory = models.family(family) if family in models.FAMILIES else getattr(models, family)()
+    model = SplicedModel.load(directory, 2)
+    assert model._has_head
+    tokens = torch.randint(4, 260, (2, 20), generator=torch.Generator().manual_seed(0))
+    some = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) < 0.3
+    clean, residual = model.logits(tokens)
+    for replacement, whole in (
+        (None, clean),
+        (residual / 2, model.logits(tokens, residual / 2)[0]),
+    ):
+        hidden, kept = model.hidden(tokens, replacement)
+        assert kept.equal(residual)
+        torch.testing.assert_close(model.head(hidden[some]), whole[some])
+        assert "forward" not in vars(model._decoder), "the decoder was not put back"
+    assert model.logits(tokens)[0].equal(clean)
+
+
+def test_logits_that_depend_on_more_than_their_position_are_formed_whole():
+    model = SplicedModel.load(models.llama(), 2)
+    expected = SplicedModel.load(models.llama(), 2)
+    sae, text = small_sae(64, 32, 4), text_of(model)
+    model._model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits * torch.arange(1, 1 + logits.shape[1])[:, None]
+    )
+    assert expected._has_head and not model._has_head
+    tokens = text.rows[0][None].long()
+    hidden, _ = model.hidden(tokens)
+    assert model.head(hidden[0]).equal(model.logits(tokens)[0][0])
+    assert evaluate(sae, text, model=model).losses["clean"] > 0
+
+
+def test_the_work_of_a_token_does_not_depend_on_how_weights_are_stored():
+    plain = SplicedModel.load(models.llama(), 1)
+    layer = sum(p.numel() for p in plain._modules[0].parameters())
+    assert plain.work == (2 * layer, 4 * layer + 64 * models.VOCABULARY)
+    assert SplicedModel.load(models.llama(), 1, quantization="nf4").work == plain.work
+
+
 @each_family
 def test_what_a_latent_promotes_is_what_the_model_makes_of_it(family: str):
     """Against the logits themselves, from the last layer on, with the norm's scale frozen."""

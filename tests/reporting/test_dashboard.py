@@ -13,7 +13,13 @@ from small_saes import small_sae
 from fastsae import HeldOutText, SplicedModel
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.reporting.dashboard.collect import AFTER, BEFORE
-from fastsae.reporting.dashboard.geometry import PART, TokenNames, logit_effects, neighbours
+from fastsae.reporting.dashboard.geometry import (
+    PART,
+    TokenNames,
+    logit_effects,
+    name_in_row,
+    neighbours,
+)
 from fastsae.reporting.dashboard.page import encode, write_page
 from fastsae.reporting.dashboard.write import Collector, write_report_page
 
@@ -74,7 +80,12 @@ def test_a_character_of_several_tokens_is_shown_once() -> None:
     names = TokenNames(tokenizer)
     ids = tokenizer("a 😀é", add_special_tokens=False)["input_ids"]
     assert names.row(ids) == ["a", " ", "😀", PART, PART, PART, "é", PART]
-    assert [names.in_row(ids, i) for i in (0, 2, 4, 7)] == ["a", "😀", "😀" + PART, "é" + PART]
+    assert [name_in_row(names.row(ids), i) for i in (0, 2, 4, 7)] == [
+        "a",
+        "😀",
+        "😀" + PART,
+        "é" + PART,
+    ]
     # By itself, and where a row ends, a part is a byte.
     assert names(ids[2]) == "<0xF0>" and names.row(ids[:4]) == ["a", " ", "<0xF0>", "<0x9F>"]
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ import yaml
 
 import fastsae
 from fastsae.cli import main
+from fastsae.errors import Interrupted
 from fastsae.reporting import publish as hub
 from fastsae.reporting.model_card import model_card
 from fastsae.reporting.tracking import read_metrics
@@ -211,10 +213,38 @@ def test_a_hub_that_hangs_does_not_keep_the_program(
     released = threading.Event()
     server.fail = lambda request: released.wait(60) and None if "/commit/" in request else None
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "QUIET_SECONDS", 0.1)
+    caplog.set_level(logging.INFO, "fastsae")
     fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path)))
     released.set()
+    assert "waiting for the push to me/mine" in caplog.text
     assert "the push to me/mine is not finished" in caplog.text
     assert f"  hf upload me/mine {tmp_path}/run/hub ." in caplog.text
+
+
+def test_a_signal_while_a_push_is_waited_for(
+    server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    released, config = threading.Event(), dataclasses.replace(CONFIG, out=str(tmp_path))
+    server.fail = lambda request: released.wait(60) and None if "/commit/" in request else None
+    wait, waits = hub.Publisher._is_pushing, []
+
+    def signalled(self: hub.Publisher, deadline: float) -> bool:
+        waits.append(deadline)
+        if len(waits) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return wait(self, deadline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub.Publisher, "_is_pushing", signalled)
+        patch.setattr(hub, "QUIET_SECONDS", 0.1)
+        with pytest.raises(Interrupted, match="stopped after the training; .*same command again"):
+            fastsae.train(batches(), config)
+    assert "the push to me/mine is not finished: give the same command again" in caplog.text
+    released.set()
+    server.fail = lambda request: None
+    fastsae.train(batches(), config)
+    assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
 def test_pushes_that_fail_are_counted(

@@ -3,6 +3,7 @@
 import json
 import logging
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import fastsae
+from fastsae import progress
+from fastsae.cli import main
 from fastsae.data.stream import Stream
 from fastsae.lm import loading
 from fastsae.reporting import report
@@ -119,18 +122,6 @@ def test_a_failure_costs_a_warning_that_names_the_command(
     assert {*SCORES, "report"} <= summary_of(run).keys()
 
 
-def test_an_interruption_is_passed_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def interrupt(*_arguments: object, **_options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "load_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train_and_report(config(tmp_path))
-    assert "fastsae evaluate" in caplog.text and summary_of(tmp_path / "runs/run")["step"] == 20
-
-
 def test_a_run_on_a_cache_is_evaluated_on_its_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,17 +133,89 @@ def test_a_run_on_a_cache_is_evaluated_on_its_activations(
     trainer.train_and_report(cached)
     summary = summary_of(tmp_path / "runs/run")
     assert summary["evaluated_on"] == "256 held-out activations"
+    assert summary["evaluated_tokens"] == summary["held_out_tokens"] == 256
     assert {*SCORES, "report"} <= summary.keys()
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(
+def test_every_stage_tells_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(report, "LINE_SECONDS", 0.0)
-    with caplog.at_level(logging.INFO):
-        trainer.train_and_report(config(tmp_path))
-    told = [line for line in caplog.text.splitlines() if " rows" in line]
-    assert len(told) == 3 and told[0].endswith("run: 4 of 9 rows"), told
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "fastsae")
+    trainer.train_and_report(config(tmp_path, d_sae=512))
+    cached = config(tmp_path, name="other", d_sae=512, cache_dir=str(tmp_path / "cache"))
+    trainer.train_and_report(cached)
+    told = [record.getMessage() for record in caplog.records]
+    for stage in (
+        f"loading {models.llama()}", "filling the pool: ", "evaluating: ", "report: pages: ",
+        "held-out activations: ", "writing the cache: ",
+    ):  # fmt: skip
+        assert any(line.startswith(stage) for line in told), stage
+    caplog.clear()
+    caplog.set_level(logging.WARNING, "fastsae")
+    trainer.train_and_report(config(tmp_path, name="unheard"))
+    assert not caplog.records
+
+
+def test_a_short_run_has_a_short_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastsae")
+    short = config(tmp_path, eval_tokens=2048)
+    trainer.train_and_report(short)
+    run = tmp_path / "runs/run"
+    evaluation, summary = json.loads((run / "evaluation.json").read_text()), summary_of(run)
+    assert evaluation["rows"] == report.FEWEST_ROWS == 16
+    held_out = RunFolder.read(run).held_out()
+    measured = held_out.part(1, fewest=16).tokens
+    assert summary["evaluated_tokens"] == evaluation["tokens"] == measured < 16 * 32
+    assert summary["held_out_tokens"] == held_out.tokens >= 2048
+    assert f"on {measured} of {held_out.tokens:,} held-out tokens" in caplog.text
+    # A longer training pays for more, in proportion to the work of both.
+    model = fastsae.SplicedModel.load(models.llama(), 2)
+    cut, whole = model.work
+    share = report._affordable_share(model, ["topk", "threshold", "batch"])
+    assert share * (cut + 6 * whole) == pytest.approx(0.1 * cut)
+    monkeypatch.setattr(report, "SHARE", 0.1 * 1000 / (1280 * share))
+    report.report_run(RunFolder.read(run))
+    assert summary_of(run)["evaluated_tokens"] == pytest.approx(1000, abs=2 * 32)
+    monkeypatch.setattr(report, "SHARE", 1e9)
+    report.report_run(RunFolder.read(run))
+    assert summary_of(run)["evaluated_tokens"] == summary["held_out_tokens"]
+
+
+def test_the_command_evaluates_as_much_of_the_held_out_text_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.train_and_report(config(tmp_path, eval_tokens=2048, report="quick"))
+    run = tmp_path / "runs/run"
+    held_out = RunFolder.read(run).held_out()
+    for tokens, rows in ((1000, len(held_out.part(1000))), (10**6, len(held_out))):
+        assert main(["evaluate", str(run), "--tokens", str(tokens), "--no-report"]) == 0
+        assert json.loads((run / "evaluation.json").read_text())["rows"] == rows
+    assert "loss recovered" in capsys.readouterr().out
+
+
+def test_what_follows_the_training_can_be_chosen_and_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastsae")
+    run, settings = tmp_path / "runs/run", config(tmp_path)
+    trainer.train_and_report(replace(settings, report="none"))
+    later = {"evaluation.json", "report.html", "report_data", "training.png"}
+    assert {path.name for path in run.iterdir()} & FILES == FILES - later
+    assert f"--report none); that is\n  fastsae evaluate {run}" in caplog.text
+    trainer.train_and_report(replace(settings, report="quick"))
+    assert {path.name for path in run.iterdir()} & later == {"evaluation.json", "training.png"}
+    quick = summary_of(run)
+    assert {*SCORES} <= quick.keys() and "report" not in quick
+    trainer.train_and_report(settings)
+    assert {path.name for path in run.iterdir()} >= FILES
+    assert summary_of(run) == quick | {"report": "report.html"}
+    monkeypatch.setattr(report, "report_run", None)  # it is made once
+    trainer.train_and_report(settings)
+    assert f"run has its report; for another one\n  fastsae evaluate {run}" in caplog.text
 
 
 def test_fit_ends_with_the_sae_and_the_facts_of_its_training(tmp_path: Path) -> None:

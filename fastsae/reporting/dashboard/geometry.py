@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...lm.hooked import SplicedModel
+from ...progress import progress
 from ...sae.module import SAE
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,15 @@ def neighbours(sae: SAE, count: int = 8) -> Ranked:
     count = min(count, sae.d_sae - 1)
     step = max(1, _PRODUCTS // sae.d_sae)
     indices, values = [], []
-    for start in range(0, sae.d_sae, step):
-        cosines = rows[start : start + step] @ rows.T
-        own = torch.arange(len(cosines), device=cosines.device)
-        cosines[own, start + own] = -2
-        best = cosines.topk(count, dim=1)
-        indices.append(best.indices.cpu())
-        values.append(best.values.cpu())
+    with progress("report: neighbours", sae.d_sae, "latents") as advance:
+        for start in range(0, sae.d_sae, step):
+            cosines = rows[start : start + step] @ rows.T
+            own = torch.arange(len(cosines), device=cosines.device)
+            cosines[own, start + own] = -2
+            best = cosines.topk(count, dim=1)
+            indices.append(best.indices.cpu())
+            values.append(best.values.cpu())
+            advance(len(cosines))
     return Ranked(torch.cat(indices), torch.cat(values))
 
 
@@ -80,12 +83,14 @@ def logit_effects(sae: SAE, model: SplicedModel, count: int = 10) -> tuple[Ranke
     count = min(count, vocabulary)
     step = max(1, _PRODUCTS // vocabulary)
     found: tuple[list[Ranked], list[Ranked]] = ([], [])
-    for part in rows.split(step):
-        effects = (part @ unembedding.T).float()
-        effects -= effects.mean(1, keepdim=True)
-        for kept, largest in zip(found, (True, False), strict=True):
-            best = effects.topk(count, dim=1, largest=largest)
-            kept.append(Ranked(best.indices.cpu(), best.values.cpu()))
+    with progress("report: promoted tokens", sae.d_sae, "latents") as advance:
+        for part in rows.split(step):
+            effects = (part @ unembedding.T).float()
+            effects -= effects.mean(1, keepdim=True)
+            for kept, largest in zip(found, (True, False), strict=True):
+                best = effects.topk(count, dim=1, largest=largest)
+                kept.append(Ranked(best.indices.cpu(), best.values.cpu()))
+            advance(len(part))
     promoted, suppressed = (
         Ranked(torch.cat([r.indices for r in kept]), torch.cat([r.values for r in kept]))
         for kept in found
@@ -140,13 +145,13 @@ class TokenNames:
             start += length
         return names
 
-    def in_row(self, ids: list[int], position: int) -> str:
-        """The token at ``position`` of a text by name; of a part of a character, with the character."""
-        names = self.row(ids)
-        first = position
-        while names[first] == PART:
-            first -= 1
-        return names[first] + PART * (first < position)
+
+def name_in_row(names: list[str], position: int) -> str:
+    """The token at ``position`` of a :meth:`TokenNames.row`; of a part of a character, with the character."""
+    first = position
+    while names[first] == PART:
+        first -= 1
+    return names[first] + PART * (first < position)
 
 
 PART = "⋯"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...files import to_json, write_text
 from ...lm.held_out import HeldOutText
+from ...progress import progress
 from .collect import BEFORE, Collector, Passages
-from .geometry import Ranked, TokenNames
+from .geometry import Ranked, TokenNames, name_in_row
 
 LATENTS_PER_FILE = 256
 TOKENS_PER_FILE = 65_536
@@ -62,34 +63,36 @@ def write_latents(
     rows_per_file = 1
     if collector is not None and text is not None and names is not None:
         rows_per_file = max(1, TOKENS_PER_FILE // max(map(len, text.rows)))
+        rows = [names.row(row.tolist()) for row in text.rows]
         for number, start in enumerate(range(0, len(text), rows_per_file)):
-            rows = [names.row(r.tolist()) for r in text.rows[start : start + rows_per_file]]
-            _write_data(folder, f"text-{number}", rows)
+            _write_data(folder, f"text-{number}", rows[start : start + rows_per_file])
         fired = collector.fired.cpu()
         index |= {
             "density": _rounded(fired.double() / max(1, collector.tokens)),
             "max": _rounded(collector.max.cpu()),
             "mean": _rounded(collector.sum.cpu() / fired.clamp(min=1)),
-            "peak": _peak_tokens(collector.top, text, names),
+            "peak": _peak_tokens(collector.top, rows),
         }
     if effects is not None and names is not None:
         index["promoted"] = [[names(t) for t in row[:3]] for row in effects[0].indices.tolist()]
     _write_data(folder, "index", index)
-    for number, start in enumerate(range(0, d_sae, LATENTS_PER_FILE)):
-        part = slice(start, min(d_sae, start + LATENTS_PER_FILE))
-        entries: list[dict[str, Any]] = [{} for _ in range(part.stop - part.start)]
-        _fill(entries, "near", near, part, lambda latent: latent)
-        if effects is not None and names is not None:
-            _fill(entries, "promoted", effects[0], part, names)
-            _fill(entries, "suppressed", effects[1], part, names)
-        if collector is not None:
-            counts = collector.histogram[part].cpu().tolist()
-            for kind, passages in (("top", collector.top), ("random", collector.random)):
-                for entry, found in zip(entries, _passages(passages, part), strict=True):
-                    entry[kind] = found
-            for entry, count in zip(entries, counts, strict=True):
-                entry["histogram"] = _trimmed(count, collector.lowest or 0)
-        _write_data(folder, f"latents-{number}", entries)
+    with progress("report: pages", d_sae, "latents") as advance:
+        for number, start in enumerate(range(0, d_sae, LATENTS_PER_FILE)):
+            part = slice(start, min(d_sae, start + LATENTS_PER_FILE))
+            entries: list[dict[str, Any]] = [{} for _ in range(part.stop - part.start)]
+            _fill(entries, "near", near, part, lambda latent: latent)
+            if effects is not None and names is not None:
+                _fill(entries, "promoted", effects[0], part, names)
+                _fill(entries, "suppressed", effects[1], part, names)
+            if collector is not None:
+                counts = collector.histogram[part].cpu().tolist()
+                for kind, passages in (("top", collector.top), ("random", collector.random)):
+                    for entry, found in zip(entries, _passages(passages, part), strict=True):
+                        entry[kind] = found
+                for entry, count in zip(entries, counts, strict=True):
+                    entry["histogram"] = _trimmed(count, collector.lowest or 0)
+            _write_data(folder, f"latents-{number}", entries)
+            advance(len(entries))
     return {
         "folder": folder.name,
         "count": d_sae,
@@ -119,14 +122,15 @@ def _passages(passages: Passages, part: slice) -> list[list[Any]]:
     return found
 
 
-def _peak_tokens(top: Passages, text: HeldOutText, names: TokenNames) -> list[list[str]]:
-    """The tokens a latent peaks on, most frequent among its top passages first; at most three."""
+def _peak_tokens(top: Passages, named: list[list[str]]) -> list[list[str]]:
+    """The tokens a latent peaks on, most frequent among its top passages first; at most three. ``named``
+    are the rows of the text."""
     found = []
     for keys, rows, positions in zip(
         top.keys.tolist(), top.rows.tolist(), top.positions.tolist(), strict=True
     ):
         tokens = [
-            names.in_row(text.rows[row].tolist(), position)
+            name_in_row(named[row], position)
             for key, row, position in zip(keys, rows, positions, strict=True)
             if math.isfinite(key)
         ]
