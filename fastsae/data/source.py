@@ -134,7 +134,7 @@ class IterableSource(ActivationSource):
             )
             raise StreamError(
                 f"a batch is {_describe(given)}, expected a float tensor [B, D] with at least one row{layers}; "
-                f"of rows x [N, D], give x.split(1024), of a text's [text, position, D], x.flatten(0, 1)"
+                f"of rows x [N, D], give x.split(1024); of x [text, position, D], x.flatten(0, 1)"
             )
         widths = ", ".join(str(tensor.shape[1]) for tensor in found)
         if self._widths not in (None, widths):
