@@ -24,7 +24,7 @@ from ..sae.module import SAE
 from .compare import RunSummary, plot
 from .dashboard.write import Collector, write_report_page
 from .run_folder import RunFolder
-from .tracking import read_metrics, warn_of_outcome
+from .tracking import read_metrics, warn_of_baseline
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +129,8 @@ def report_run(
                 summary["report"] = written.name
             log.info("%s", _describe(folder, summary))
             if evaluation is not None:
-                warn_of_outcome(
-                    config, summary["alive_fraction"], summary["evaluated_on"],
-                    summary["explained_variance"], summary["pca_explained_variance"],
-                )  # fmt: skip
+                found = evaluation[sae.inference or "topk"].explained_variance
+                warn_of_baseline(config, found, evaluation.pca_explained_variance)
         finally:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 run = RunSummary(config.run_name, "finished", read_metrics(path), summary)

@@ -132,29 +132,24 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def warn_of_outcome(
-    config: TrainConfig,
-    alive_fraction: float,
-    measured_on: str,
-    explained_variance: float | None = None,
-    pca_explained_variance: float | None = None,
-) -> None:
-    """Warn of an SAE that fails its purpose, with what to try: one that PCA of as many components beats,
-    or most of whose latents are not active on what was ``measured_on``."""
-    ours, pca = explained_variance, pca_explained_variance
-    if ours is not None and pca is not None and ours < pca:
+def warn_of_idle_latents(config: TrainConfig, alive_fraction: float, window: int) -> None:
+    """Warn, with what to try, if most latents were not active in the last ``window`` tokens of a run."""
+    if alive_fraction < 0.5:
+        log.warning(
+            "%s: only %.1f%% of the latents were active within the last %s tokens. Train on more tokens (now "
+            "%s), with fewer latents (--d-sae, --expansion), or with a smaller --dead-after-tokens (now %s)",
+            config.run_name, 100 * alive_fraction, f"{window:,}", f"{config.tokens:,}",
+            f"{config.dead_after:,}",
+        )  # fmt: skip
+
+
+def warn_of_baseline(config: TrainConfig, explained: float, pca: float | None) -> None:
+    """Warn, with what to try, if PCA of as many components explains more of the variance."""
+    if pca is not None and explained < pca:
         log.warning(
             "%s: PCA with k = %g components explains more of the variance (%.3f) than this SAE (%.3f). Train "
             "on more tokens (now %s), with a larger --lr (now %g), or drop outliers (--outlier-norm)",
-            config.run_name, config.k, pca, ours,
-            f"{config.tokens:,}", config.peak_lr,
-        )  # fmt: skip
-    if alive_fraction < 0.5:
-        log.warning(
-            "%s: only %.1f%% of the latents were active on %s. Train on more tokens (now %s), fewer "
-            "latents (--d-sae, --expansion), or with --dead-after-tokens (now %s) at a tenth of --tokens",
-            config.run_name, 100 * alive_fraction, measured_on, f"{config.tokens:,}",
-            f"{config.dead_after:,}",
+            config.run_name, config.k, pca, explained, f"{config.tokens:,}", config.peak_lr,
         )  # fmt: skip
 
 

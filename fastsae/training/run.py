@@ -19,7 +19,7 @@ from ..files import plain
 from ..lm.held_out import HeldOutText
 from ..metrics import density_histogram
 from ..reporting.run_folder import SUMMARY, RunFolder
-from ..reporting.tracking import warn_of_outcome
+from ..reporting.tracking import warn_of_idle_latents
 from ..sae.module import SAE
 from . import checkpoint
 from .initialize import new_sae
@@ -282,7 +282,6 @@ class Run:
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),
             }
             self.folder.finish(sae, summary, held_out)
-        if held_out is None:  # or else the evaluation tells
-            alive, window = float(self.update.alive.double().mean()), self.update.alive_window
-            warn_of_outcome(self.config, alive, f"the last {window:,} tokens of training")
+        alive = float(self.update.alive.double().mean())
+        warn_of_idle_latents(self.config, alive, self.update.alive_window)
         return sae

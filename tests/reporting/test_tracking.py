@@ -19,7 +19,12 @@ import wandb_stand_in
 import fastsae
 from fastsae.metrics import DENSITY_EDGES
 from fastsae.reporting import weights_and_biases
-from fastsae.reporting.tracking import Tracker, read_metrics
+from fastsae.reporting.tracking import (
+    Tracker,
+    read_metrics,
+    warn_of_baseline,
+    warn_of_idle_latents,
+)
 from fastsae.reporting.weights_and_biases import WandbRun, wandb_mode
 
 CONFIG = fastsae.TrainConfig(
@@ -388,3 +393,15 @@ def test_a_broken_client_costs_nothing(
         fastsae.train(batches(), config)
     assert "Weights & Biases: ModuleNotFoundError" in caplog.text
     assert len(read_metrics(tmp_path / "run")) == 10
+
+
+def test_an_sae_that_pca_beats_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_baseline(CONFIG, 0.7, None)
+    warn_of_baseline(CONFIG, 0.7, 0.69)
+    warn_of_idle_latents(CONFIG, 0.5, 1000)
+    assert not caplog.records
+    warn_of_baseline(CONFIG, 0.653, 0.767)
+    assert "explains more of the variance (0.767) than this SAE (0.653)" in caplog.text
+    warn_of_idle_latents(CONFIG, 0.287, 4096)
+    assert "only 28.7% of the latents were active within the last 4,096 tokens" in caplog.text
+    assert all(flag in caplog.text for flag in ("--lr", "--outlier-norm", "--d-sae"))

@@ -116,7 +116,7 @@ def test_an_outcome_to_worry_about_is_told(caplog: pytest.LogCaptureFixture) -> 
     config = dataclasses.replace(CONFIG, d_sae=2048, k=1, tokens=640, eval_tokens=100)
     with caplog.at_level(logging.WARNING):
         fastsae.train(Source(), config)
-    assert "of the latents were active on the last 100 tokens of training" in caplog.text
+    assert "of the latents were active within the last 100 tokens" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         fastsae.train(Source(), CONFIG)
