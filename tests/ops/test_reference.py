@@ -51,9 +51,9 @@ class TestSelection:
         self, pre: torch.Tensor, num_selected: int, quota: float
     ) -> None:
         num_selected = min(num_selected, pre.numel())
-        assert selected(
-            ref.batch_topk_mask(pre, num_selected, quota)
-        ) == brute_force_selection(pre, num_selected, quota)
+        assert selected(ref.batch_topk_mask(pre, num_selected, quota)) == brute_force_selection(
+            pre, num_selected, quota
+        )
 
     @given(matrices(), st.integers(1, 45))
     def test_topk_is_brute_force_per_token(self, pre: torch.Tensor, k: int) -> None:
@@ -104,7 +104,9 @@ class TestSelection:
         ],
     )
     def test_known_quotas(self, num_selected: int, quota: float, expected: set) -> None:
-        pre = torch.tensor([[8.0, 6, 1, -1], [9, 7, 1, math.nan]])  # of equal peaks the first token's
+        pre = torch.tensor(
+            [[8.0, 6, 1, -1], [9, 7, 1, math.nan]]
+        )  # of equal peaks the first token's
         assert selected(ref.batch_topk_mask(pre, num_selected, quota)) == expected
 
     @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ class Selection(NamedTuple):
     """What ``batch_topk`` selected."""
 
     csr: CSR
-    threshold: Tensor  # [] float32, the smallest selected value, peaks aside; +inf where there is none
+    threshold: (
+        Tensor  # [] float32, the smallest selected value, peaks aside; +inf where there is none
+    )
     nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
 
 
@@ -97,18 +99,19 @@ def _topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_batch_topk(
-    pre: Tensor, maxima: Tensor, peaks: Tensor, most_peaks: int, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int, quota: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_selection(pre, maxima, num_selected)
 
 
 @register(fake=_fake_batch_topk, setup_context=_setup_context, backward=_backward)
 def _batch_topk(
-    pre: Tensor, maxima: Tensor, peaks: Tensor, most_peaks: int, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int, quota: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if num_selected == 0:
         values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
         return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
+    most_peaks = int(quota * num_selected)
     if most_peaks < len(peaks):
         peaks = largest_peaks(peak_values(pre, peaks), peaks, most_peaks)
     run = torch_impl if implementation(pre) == "torch" else triton_impl
@@ -148,7 +151,7 @@ def group_max(pre: Tensor, with_peaks: bool = False) -> GroupMax:
 
 
 def batch_topk(
-    pre: Tensor, num_selected: int, maxima: GroupMax | None = None, quota: float = 0.0
+    pre: Tensor, num_selected: int, maxima: GroupMax | None = None, quota: float = 0
 ) -> Selection:
     """The ``num_selected`` largest positive entries of ``pre [B, F]``, in a strict total order.
 
@@ -169,9 +172,7 @@ def batch_topk(
     if maxima is None or (quota > 0 and maxima.peaks.shape[0] == 0):
         maxima = group_max(pre, quota > 0)
     peaks = maxima.peaks if quota > 0 else maxima.peaks[:0]
-    *csr, threshold = _batch_topk(
-        pre, maxima.values, peaks, int(quota * num_selected), num_selected
-    )
+    *csr, threshold = _batch_topk(pre, maxima.values, peaks, num_selected, quota)
     return Selection(CSR(*csr), threshold, maxima.nonfinite)
 
 
