@@ -13,7 +13,6 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
 QUOTAS = st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
 
 
