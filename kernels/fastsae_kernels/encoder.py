@@ -96,8 +96,8 @@ def _epilogue(
     inside = (row[:, None] < B) & (group[None, :] < G)
     tl.store(max_ptr + row[:, None].to(tl.int64) * G + group[None, :], maximum, mask=inside)
     if peaks_ptr is not None:
-        best = tl.max(keys, 0)
-        token = tl.min(tl.where(keys == best[None, :], row[:, None], B), 0)
+        best, place = tl.max(keys, 0, return_indices=True)
+        token = tile_b * BLOCK_B + place
         raise_peaks(peaks_ptr, column, best, token)
 
 
