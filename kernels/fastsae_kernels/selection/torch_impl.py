@@ -34,11 +34,22 @@ def find_peaks(pre: Tensor) -> Tensor:
     """The token ``[F]`` (int32) of each latent's largest positive entry, -1 for none; no NaN."""
     # A maximum down a column is fast; with its place it is not. So the place is looked for among the
     # maxima of a few tokens at a time, then among the tokens of the first that has the largest.
-    largest, part = torch.stack([some.amax(0) for some in pre.split(TOKENS_TOGETHER)]).max(0)
-    within = torch.arange(TOKENS_TOGETHER, device=pre.device)[:, None]
-    token = (part * TOKENS_TOGETHER + within).clamp_max(len(pre) - 1)
-    token = part * TOKENS_TOGETHER + pre.gather(0, token).argmax(0)
-    return torch.where(largest > 0, token, -1).int()
+    missing = -len(pre) % TOKENS_TOGETHER
+    padded = torch.nn.functional.pad(pre, (0, 0, 0, missing)) if missing else pre
+    parts = padded.reshape(-1, TOKENS_TOGETHER, pre.shape[1])
+    maxima = parts.amax(1)
+    largest = maxima.amax(0)
+    part = _first_row(maxima >= largest)
+    entries = parts.gather(0, part.long().expand(1, TOKENS_TOGETHER, -1))[0]
+    token = part * TOKENS_TOGETHER + _first_row(entries >= largest)
+    return torch.where(largest > 0, token, -1)
+
+
+def _first_row(mask: Tensor) -> Tensor:
+    """The first row (int32) that is set in each column; in every column one is."""
+    rows = len(mask)
+    to_the_end = torch.arange(rows, 0, -1, dtype=torch.int32, device=mask.device)
+    return rows - (mask * to_the_end[:, None]).amax(0)
 
 
 def peak_values(pre: Tensor, peaks: Tensor) -> Tensor:
