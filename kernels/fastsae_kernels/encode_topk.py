@@ -102,8 +102,9 @@ def _encode_batch_topk(
         csr, threshold, nonfinite = batch_topk(pre, num_selected, maxima, quota)
         return csr.values, csr.indices, csr.offsets, threshold, nonfinite
     most_peaks = int(quota * num_selected)
-    *found, nonfinite = _select_blocks(centred, weight, bias, num_selected, most_peaks)
-    return *batch_csr(*found, (len(centred), len(weight)), num_selected), nonfinite
+    found = _select_blocks(centred, weight, bias, num_selected, most_peaks)
+    values, flat, others, nonfinite = found
+    return *batch_csr(values, flat, others, (len(centred), len(weight)), num_selected), nonfinite
 
 
 def encode_batch_topk(

@@ -235,7 +235,8 @@ def _encode(
     # Upcast rather than multiply in low precision: torch would round the sums to it.
     dtype = accumulator(centred.dtype)
     pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
-    return pre, *group_max(pre, with_peaks)
+    maxima = group_max(pre, with_peaks)
+    return pre, maxima.values, maxima.nonfinite, maxima.peaks
 
 
 def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
