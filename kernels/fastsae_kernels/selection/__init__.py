@@ -10,10 +10,11 @@ unique: the same on every device. Non-positive entries and NaN are never selecte
 first. BatchTopK with ``K = int(k * B)`` is Bussmann et al. 2024 (arXiv:2412.06410), section 3; TopK is
 Gao et al. 2024 (arXiv:2406.04093), section 2.3, and how a BatchTopK autoencoder is used at inference.
 
-With a latent quota, at the batch level, the latents' peaks come before all other entries: all peaks, or
-the ``int(quota * K)`` largest of them. So every latent with a positive entry is selected, if they are no
-more than that, and the number of entries stays what it is. It is a strict total order again, in which a
-group counts as its first entry, and the rest of this page holds for it.
+With a latent quota, at the batch level, the latents' peaks come before all other entries; if there are
+more than ``int(quota * K)``, the largest of them. So every latent that can be used is, in as many entries
+as without. It is another strict total order, in which a group stands where its first entry does, and what
+follows holds for it as well. (On torch the K largest are selected as without, and peaks then take the
+places of the smallest.)
 
 The K largest positive entries lie in the K groups of the largest maxima: were one in a group outside, K
 groups would each hold an entry before it. So after one pass over ``pre``, only ``32 K`` entries are

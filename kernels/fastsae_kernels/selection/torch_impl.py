@@ -69,8 +69,9 @@ def put_peaks_first(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``num_selected`` entries and their ascending indices: the peaks and the largest of the others.
 
-    ``values, flat`` are the ``num_selected`` largest of all, ``largest [F]`` the peaks' values. The
-    third result are the values of the others.
+    ``values, flat`` are the ``num_selected`` largest of all, which hold those others: beside them there
+    are only peaks before an entry. ``largest [F]`` are the peaks' values. The third result are the values
+    of the others.
     """
     latent = (peaks >= 0).nonzero().squeeze(1)
     token = flat // len(peaks)
