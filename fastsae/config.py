@@ -95,6 +95,11 @@ class TrainConfig:
     """Begin with this many active latents per token and go linearly to --k. [no annealing]"""
     k_anneal_tokens: int = 1_000_000
     """Tokens over which --k-initial becomes --k."""
+    latent_quota: float = 0.0
+    """Share of the batch's K that goes first to each latent's largest pre-activation, so that every
+    latent is used."""
+    latent_quota_until: float = 0.9
+    """Share of the run after which selection is plain again."""
     clip_norm: float | None = None
     """Clip the norm of all gradients together, exactly. [no clipping]"""
     moments: Literal["fp32", "8bit"] = "fp32"
@@ -177,6 +182,9 @@ class TrainConfig:
         self._require("aux_coefficient", valid, "a finite number of at least 0")
         valid = lambda value: value == math.inf or (_is_finite(value) and value > 1)
         self._require("outlier_norm", valid, "a number above 1, or inf to keep all tokens")
+        for name in ("latent_quota", "latent_quota_until"):
+            valid = lambda value: _is_finite(value) and 0 <= value <= 1
+            self._require(name, valid, "a share between 0 and 1")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(

@@ -40,14 +40,15 @@ def cases(B: int = 4, F: int = 75) -> dict[str, torch.Tensor]:
     return made
 
 
-def assert_batch_topk(pre: torch.Tensor, num_selected: int) -> None:
+def assert_batch_topk(pre: torch.Tensor, num_selected: int, quota: float = 0.0) -> None:
     """Set, order, offsets, threshold and flag of the selection, and its CSC form, against the oracle."""
-    selection = batch_topk(pre, num_selected)
+    selection = batch_topk(pre, num_selected, quota=quota)
     csc = csr_to_csc(selection.csr, pre.shape[1])
     pre = pre.detach().cpu()
-    mask = reference.batch_topk_mask(pre, min(max(num_selected, 0), pre.numel()))
+    num_selected = min(max(num_selected, 0), pre.numel())
+    mask = reference.batch_topk_mask(pre, num_selected, quota)
     expected, expected_csc = reference.to_csr(pre, mask), reference.to_csc(mask)
-    nnz, capacity = len(expected.values), min(max(num_selected, 0), pre.numel())
+    nnz, capacity = len(expected.values), num_selected
     values, indices, offsets = (t.cpu() for t in selection.csr)
 
     assert indices.dtype == offsets.dtype == torch.int32 and values.dtype == pre.dtype
@@ -56,7 +57,8 @@ def assert_batch_topk(pre: torch.Tensor, num_selected: int) -> None:
     assert torch.equal(indices[:nnz], expected.indices)
     assert torch.equal(values[:nnz], expected.values)
     assert not values[nnz:].any() and not indices[nnz:].any()
-    threshold = expected.values.float().min() if nnz else torch.tensor(torch.inf)
+    others = pre[mask & ~reference.peaks(pre, int(quota * num_selected))].float()
+    threshold = others.min() if len(others) else torch.tensor(torch.inf)
     assert selection.threshold.dtype == torch.float32
     assert torch.equal(selection.threshold.cpu(), threshold)
     assert bool(selection.nonfinite) == (not pre.isfinite().all())

@@ -42,7 +42,7 @@ def test_the_weight_of_aux_k_is_the_flags_or_the_objectives() -> None:
 
 
 def test_not_too_many_flags() -> None:
-    assert len(dataclasses.fields(TrainConfig)) <= 58
+    assert len(dataclasses.fields(TrainConfig)) <= 60
     assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
 
 
@@ -174,6 +174,9 @@ def test_the_stream_has_its_own_seed_if_wanted() -> None:
         ),
         ("outlier_norm", float("nan"), "or inf to keep all tokens, got nan"),
         ("dead_after_tokens", 0, "dead_after_tokens must be"),
+        ("latent_quota", -0.1, "latent_quota must be a share between 0 and 1, got -0.1"),
+        ("latent_quota", 1.5, "got 1.5"),
+        ("latent_quota_until", float("nan"), "latent_quota_until must be a share"),
     ],
 )
 def test_impossible_values(field: str, value: object, message: str) -> None:

@@ -44,11 +44,15 @@ class BatchTopK(nn.Module):
             entries.
         inference: what eval mode does.
         threshold_rate: weight of the newest batch in the average.
+        latent_quota: share (0 to 1) of K that, in training mode, goes first to each latent's peak: its
+            largest positive pre-activation of the batch (of equal ones the first token's); of too many
+            peaks to the largest. The threshold is tracked on the other entries. May be set at any time.
 
     Shapes: pre-activations ``[..., F]`` of any float dtype; the result has the same shape and dtype,
     with exact zeros where nothing was kept. Leading dimensions are tokens.
 
-    Raises ConfigError: k is not a positive finite number, or ``inference`` is unknown.
+    Raises ConfigError: k is not a positive finite number, ``inference`` is unknown, or ``latent_quota`` is
+    no share.
 
     Source: Bussmann et al. 2024, BatchTopK Sparse Autoencoders (arXiv:2412.06410), section 3.
     """
@@ -57,15 +61,22 @@ class BatchTopK(nn.Module):
     threshold_updates: Tensor
 
     def __init__(
-        self, k: float, inference: Inference = "topk", threshold_rate: float = 0.01
+        self,
+        k: float,
+        inference: Inference = "topk",
+        threshold_rate: float = 0.01,
+        latent_quota: float = 0.0,
     ) -> None:
         super().__init__()
         if isinstance(k, bool) or not isinstance(k, (int, float)) or not 0 < k < math.inf:
             raise ConfigError(f"k must be a finite number above 0, got {k!r}")
         check_inference(inference)
+        if not 0 <= latent_quota <= 1:
+            raise ConfigError(f"latent_quota must be a share between 0 and 1, got {latent_quota!r}")
         self.k = k
         self.inference: Inference = inference
         self.threshold_rate = threshold_rate
+        self.latent_quota = latent_quota
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
 
@@ -83,7 +94,9 @@ class BatchTopK(nn.Module):
         elif mode == "threshold":
             kept = torch.where(rows > self.threshold.clamp_min(0), rows, 0)
         else:
-            selection = batch_topk(rows, int(self.k * len(rows)) if budget is None else budget)
+            budget = int(self.k * len(rows)) if budget is None else budget
+            quota = self.latent_quota if mode == "train" else 0.0
+            selection = batch_topk(rows, budget, quota=quota)
             kept = selection.csr.dense(rows.shape[1])
             if mode == "train":
                 self.track(selection.threshold)
@@ -96,7 +109,7 @@ class BatchTopK(nn.Module):
 
     @torch.no_grad()
     def track(self, smallest: Tensor) -> None:
-        """Take a batch's smallest kept value into the threshold; +inf (nothing kept) changes nothing."""
+        """Take a selection's threshold into the average; +inf (nothing but peaks kept) changes nothing."""
         # Written without a branch on the data, so that nothing waits for the device.
         smallest = smallest.to(self.threshold.dtype)
         selected = smallest.isfinite()

@@ -1,4 +1,5 @@
-"""What changes over a run: the learning rate and, if wanted, k. Functions of the tokens seen so far."""
+"""What changes over a run: the learning rate and, if wanted, k and the latent quota. Functions of the
+tokens seen so far."""
 
 from __future__ import annotations
 
@@ -27,3 +28,11 @@ def k_at(config: TrainConfig, tokens_seen: int) -> float:
         return config.k
     share = tokens_seen / config.k_anneal_tokens
     return config.k_initial + (config.k - config.k_initial) * share
+
+
+def quota_at(config: TrainConfig, tokens_seen: int) -> float:
+    """The latent quota of that step: ``latent_quota``, and 0 from ``latent_quota_until`` of the run on.
+
+    So a run that goes on to more ``tokens`` has the quota again until that share of them.
+    """
+    return config.latent_quota if tokens_seen < config.latent_quota_until * config.tokens else 0.0

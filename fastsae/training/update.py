@@ -33,7 +33,7 @@ from fastsae_kernels import (
 from ..config import TrainConfig
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
-from .schedule import k_at, lr_at
+from .schedule import k_at, lr_at, quota_at
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
@@ -76,6 +76,7 @@ class Update(ABC):
     def __call__(self, x: Tensor) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
+        self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
         result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         return result
@@ -251,16 +252,20 @@ class FusedUpdate(Update):
     def _step(self, x: Tensor, budget: int) -> UpdateResult:
         aux = self.config.aux_weight > 0
         capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
-        return (self._graphs or self._on_device)(x, budget, capacity)
+        quota = self.activation.latent_quota
+        return (self._graphs or self._on_device)(x, budget, quota, capacity)
 
-    def _on_device(self, x: Tensor, budget: int, capacity: int) -> UpdateResult:
-        """One step in which up to ``capacity`` dead latents take part; reads nothing back."""
+    def _on_device(self, x: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
+        """One step that selects ``budget`` entries with a latent ``quota``, and in which up to
+        ``capacity`` dead latents take part; reads nothing back."""
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
         scaled, statistics = sae.scale_input(x)
 
-        selection = encode_batch_topk(scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget)
+        selection = encode_batch_topk(
+            scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget, quota
+        )
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)

@@ -136,6 +136,8 @@ def _selection(cases: _Cases) -> None:
         with cases.record(f" {name}", name == "fp32"):
             kernels.batch_topk(pre, TOKENS * ACTIVE)
             kernels.topk(pre, ACTIVE)
+        with cases.record(f" {name}, peaks", name == "fp32"):
+            kernels.batch_topk(pre, TOKENS * ACTIVE, quota=1.0)
     with cases.record("", True):
         kernels.csr_to_csc(_csr(torch.float32), LATENTS)
         aux_k._keep_largest_(torch.zeros(TOKENS, LATENTS), ACTIVE)
@@ -148,8 +150,10 @@ def _encoder(cases: _Cases) -> None:
         x, W = (torch.zeros(rows, width, dtype=dtype) for rows in (TOKENS, LATENTS))
         ragged = "" if width in WIDTHS else ", ragged D"
         serve = mock.patch.object(encoder, "_descriptors_serve", lambda *_, yes=descriptors: yes)
-        with serve, cases.record(f" {name}{ragged}", name == "bf16" and not ragged):
-            encoder._encode_triton(x, W, torch.zeros(LATENTS))
+        for peaks in ("", ", peaks"):
+            chosen = name == "bf16" and not ragged
+            with serve, cases.record(f" {name}{ragged}{peaks}", chosen):
+                encoder._encode_triton(x, W, torch.zeros(LATENTS), bool(peaks))
 
 
 def _decoder(cases: _Cases, width: int) -> None:

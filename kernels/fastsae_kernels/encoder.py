@@ -2,6 +2,7 @@
 
     pre[b, f] = sum_d (x[b, d] - b_dec[d]) * W_enc[d, f] + b_enc[f]
     m[b, g]   = max of the positive entries of pre[b, 32 g : 32 (g + 1)], 0 where there is none
+    p[f]      = the token of the largest positive entry of pre[:, f], -1 where there is none; if asked for
 
 ``W_enc [D, F]`` is feature-major in memory: a transposed view of a contiguous ``[F, D]``. Operands are
 bfloat16, float16 or float32; sums are float32 and so is ``pre``, for the selection must not meet the
@@ -23,7 +24,14 @@ from .dispatch import INTERPRETED, implementation, jit, register, tl, triton
 from .dtypes import accumulator, float_bits, upcast
 from .products import linear
 from .selection import GroupMax, group_max
-from .selection.triton_impl import GROUP, empty_maxima, positive_keys
+from .selection.triton_impl import (
+    GROUP,
+    empty_maxima,
+    packed_peaks,
+    positive_keys,
+    raise_peaks,
+    unpacked_peaks,
+)
 
 
 class Encoded(NamedTuple):
@@ -65,7 +73,7 @@ def _tile(B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, ROWS_TOGETHER: tl.
 @jit
 def _epilogue(
     total, tile_b, tile_f,
-    bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
     B, F, G,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -78,19 +86,24 @@ def _epilogue(
     tl.store(pre_ptr + place, pre, mask=inside)
 
     bits = tl.where(inside, float_bits(pre), 0)
-    groups = tl.reshape(bits, [BLOCK_B, BLOCK_F // GROUP, GROUP])
-    maximum = tl.max(positive_keys(groups), 2).to(tl.float32, bitcast=True)
-    group = tile_f * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
-    inside = (row[:, None] < B) & (group[None, :] < G)
-    tl.store(max_ptr + row[:, None].to(tl.int64) * G + group[None, :], maximum, mask=inside)
     # Every program that stores, stores the same.
     bad = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32), 1)
     tl.store(nonfinite_ptr + row * 0, bad > 0, mask=bad > 0)
+    keys = positive_keys(bits)
+    groups = tl.reshape(keys, [BLOCK_B, BLOCK_F // GROUP, GROUP])
+    maximum = tl.max(groups, 2).to(tl.float32, bitcast=True)
+    group = tile_f * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
+    inside = (row[:, None] < B) & (group[None, :] < G)
+    tl.store(max_ptr + row[:, None].to(tl.int64) * G + group[None, :], maximum, mask=inside)
+    if peaks_ptr is not None:
+        best, place = tl.max(keys, 0, return_indices=True)
+        token = tile_b * BLOCK_B + place
+        raise_peaks(peaks_ptr, column, best, token)
 
 
 @jit
 def encode_pointers_kernel(
-    x_ptr, weight_ptr, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    x_ptr, weight_ptr, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
     B, F, D, G,
     EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,14 +133,14 @@ def encode_pointers_kernel(
         weight_ptrs += BLOCK_D
     _epilogue(
         total, tile_b, tile_f,
-        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
         B, F, G, BLOCK_B, BLOCK_F, GROUP,
     )  # fmt: skip
 
 
 @jit
 def encode_descriptors_kernel(
-    x_descriptor, weight_descriptor, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+    x_descriptor, weight_descriptor, bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
     B, F, D, G,
     UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -144,7 +157,7 @@ def encode_descriptors_kernel(
         total = tl.dot(x, weight.T, total)
     _epilogue(
         total, tile_b, tile_f,
-        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr,
+        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
         B, F, G, BLOCK_B, BLOCK_F, GROUP,
     )  # fmt: skip
 
@@ -159,15 +172,19 @@ def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
     return aligned and centred.shape[1] * centred.element_size() % 16 == 0
 
 
-def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_triton(
+    centred: Tensor, weight: Tensor, bias: Tensor, with_peaks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, D), F = centred.shape, len(weight)
     centred, weight, bias = centred.contiguous(), weight.contiguous(), bias.contiguous()
-    pre, maxima, nonfinite = fake_encode(centred, weight, bias)
+    pre, maxima, nonfinite, _ = fake_encode(centred, weight, bias, False)
     nonfinite.zero_()
+    packed = packed_peaks(pre, with_peaks)
     by_descriptors = _descriptors_serve(centred, weight)
     tile = (DESCRIPTORS if by_descriptors else POINTERS)[centred.element_size()]
     grid = (triton.cdiv(B, tile.BLOCK_B) * triton.cdiv(F, tile.BLOCK_F),)
     shared = {"bias_ptr": bias, "pre_ptr": pre, "max_ptr": maxima, "nonfinite_ptr": nonfinite}
+    shared |= {"peaks_ptr": packed}
     shared |= {"B": B, "F": F, "D": D, "G": maxima.shape[1]} | CONSTANTS | tile._asdict()
     if by_descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -178,16 +195,18 @@ def _encode_triton(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tenso
     else:
         even = D % tile.BLOCK_D == 0
         encode_pointers_kernel[grid](x_ptr=centred, weight_ptr=weight, EVEN_D=even, **shared)
-    return pre, maxima, nonfinite
+    return pre, maxima, nonfinite, unpacked_peaks(packed, pre)
 
 
-def fake_encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_encode(
+    centred: Tensor, weight: Tensor, bias: Tensor, with_peaks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pre = centred.new_empty(centred.shape[0], weight.shape[0], dtype=accumulator(centred.dtype))
-    return pre, *empty_maxima(pre)
+    return pre, *empty_maxima(pre, with_peaks)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    centred, weight, bias = inputs
+    centred, weight, bias, _ = inputs
     ctx.save_for_backward(centred, weight)
     ctx.bias_dtype = bias.dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -196,25 +215,28 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, gradient, *_):
     centred, weight = ctx.saved_tensors
     low = gradient.to(weight.dtype)
-    needs_centred, needs_weight, needs_bias = ctx.needs_input_grad
+    needs_centred, needs_weight, needs_bias, _ = ctx.needs_input_grad
     return (
         low @ weight if needs_centred else None,
         low.T @ centred if needs_weight else None,
         gradient.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+        None,
     )
 
 
 @register(fake=fake_encode, setup_context=_setup_context, backward=_backward)
-def _encode(centred: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(
+    centred: Tensor, weight: Tensor, bias: Tensor, with_peaks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What exact float32 would cost on matrix units that only know TF32 is left to the library.
     fusible = centred.element_size() == 2 or INTERPRETED or torch.backends.cuda.matmul.allow_tf32
     if fusible and 0 not in (*centred.shape, len(weight)) and implementation(centred) == "triton":
-        return _encode_triton(centred, weight, bias)
+        return _encode_triton(centred, weight, bias, with_peaks)
     # Upcast rather than multiply in low precision: torch would round the sums to it.
     dtype = accumulator(centred.dtype)
     pre = linear(centred.to(dtype), weight.to(dtype), bias.to(dtype))
-    maxima = group_max(pre)
-    return pre, maxima.values, maxima.nonfinite
+    maxima = group_max(pre, with_peaks)
+    return pre, maxima.values, maxima.nonfinite, maxima.peaks
 
 
 def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
@@ -234,17 +256,22 @@ def centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
 
 
 def encode_with_group_max(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None = None,
+    with_peaks: bool = False,
 ) -> Encoded:
     """``pre = (x - b_dec) @ W_enc + b_enc`` and the group maxima of ``pre``, for ``batch_topk``.
 
     ``x [B, D]``, ``W_enc [D, F]`` (best as the transposed view of a contiguous ``[F, D]``: any other
     layout is copied), ``b_enc [F]``, ``b_dec [D]`` or None where ``x`` is centred already. The dtype
     of ``W_enc`` is the operands'; the difference ``x - b_dec`` is taken in float32 before it is rounded
-    to it. ``pre`` is differentiable in all four; the maxima are not.
+    to it. ``with_peaks`` the maxima hold the latents' peaks, which a latent quota takes. ``pre`` is
+    differentiable in all four tensors; the maxima are not.
 
     Deterministic. Raises ValueError for shapes that do not fit.
     """
     check_shapes(x, W_enc, b_enc, b_dec)
-    pre, maxima, nonfinite = _encode(centre(x, b_dec).to(W_enc.dtype), W_enc.T, b_enc)
-    return Encoded(pre, GroupMax(maxima, nonfinite))
+    pre, *maxima = _encode(centre(x, b_dec).to(W_enc.dtype), W_enc.T, b_enc, with_peaks)
+    return Encoded(pre, GroupMax(*maxima))

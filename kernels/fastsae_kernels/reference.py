@@ -82,13 +82,28 @@ def num_selected(k: float, tokens: int, latents: int) -> int:
     return max(0, min(int(k * tokens), tokens * latents))
 
 
-def batch_topk_mask(pre: Tensor, num_selected: int) -> Tensor:
+def batch_topk_mask(pre: Tensor, num_selected: int, quota: float = 0.0) -> Tensor:
     """Mask ``[B, F]`` of the ``num_selected`` largest positive entries of the whole batch.
 
     The order is total: value descending, then token-major flat index ascending. Non-positive entries
-    and NaN are never selected, so fewer than ``num_selected`` may be.
+    and NaN are never selected, so fewer than ``num_selected`` may be. Up to ``int(quota * num_selected)``
+    :func:`peaks` come before all others.
     """
-    return _largest_positive(pre.reshape(1, -1), num_selected).reshape(pre.shape)
+    first = peaks(pre, int(quota * num_selected))
+    others = torch.where(first, 0, pre).reshape(1, -1)
+    return first | _largest_positive(others, num_selected - int(first.sum())).reshape(pre.shape)
+
+
+def peaks(pre: Tensor, most: int) -> Tensor:
+    """Mask ``[B, F]`` of the latents' peaks: the largest positive entry of each latent that has one.
+
+    Of equal entries of a latent the smaller token's is its peak. Of more than ``most`` peaks, the largest
+    in the order of :func:`batch_topk_mask`.
+    """
+    if most == 0:
+        return torch.zeros_like(pre, dtype=torch.bool)
+    largest = torch.where(topk_mask(pre.T, 1).T, pre, 0)
+    return _largest_positive(largest.reshape(1, -1), most).reshape(pre.shape)
 
 
 def topk_mask(pre: Tensor, k: int) -> Tensor:
@@ -282,7 +297,7 @@ def update_tokens_since_active(counter: Tensor, mask: Tensor) -> Tensor:
 def update_threshold(
     threshold: Tensor, updates: int, selected: Tensor, rate: float = 0.01
 ) -> tuple[Tensor, int]:
-    """Bias-corrected exponential average of the batch's smallest selected value.
+    """Bias-corrected exponential average of the smallest value that each batch selects beside the peaks.
 
     The corrected average itself is the state: with ``n`` updates the newest value weighs
     ``rate / (1 - (1 - rate)^n)``. A batch that selects nothing changes nothing.
@@ -324,6 +339,7 @@ class Settings:
     threshold_rate: float = 0.01
     objective: Objective = "log"
     max_gradient_norm: float | None = None
+    quota: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -350,8 +366,9 @@ def train_step(
     """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
     W_enc, b_enc, W_dec, b_dec = state.params
     pre = pre_activations(x, W_enc, b_enc, b_dec)
+    K = num_selected(settings.k, *pre.shape)
     if mask is None:
-        mask = batch_topk_mask(pre, num_selected(settings.k, *pre.shape))
+        mask = batch_topk_mask(pre, K, settings.quota)
     x_hat = decode(pre * mask, W_dec, b_dec)
     error = squared_error(x, x_hat)
     dead = state.tokens_since_active >= settings.dead_after_tokens
@@ -376,8 +393,9 @@ def train_step(
     params, moments = Gradients(*(p for p, _ in updated)), tuple(m for _, m in updated)
     params = params._replace(W_dec=normalize_rows(params.W_dec))
     since = update_tokens_since_active(state.tokens_since_active, mask)
+    ordinary = pre[mask & ~peaks(pre, int(settings.quota * K))]
     threshold = update_threshold(
-        state.threshold, state.threshold_updates, pre[mask], settings.threshold_rate
+        state.threshold, state.threshold_updates, ordinary, settings.threshold_rate
     )
     after = State(params, moments, since, *threshold, step=state.step + 1)
     value = objective(error, aux, settings.aux_coefficient, settings.objective)

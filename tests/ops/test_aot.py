@@ -62,13 +62,13 @@ plain = by_label["group max fp32"]
 assert faults(plain) == "", faults(plain)
 assert "no 128-bit load" in faults(replace(plain, divisible=()))
 assert "no mma.sync" in faults(replace(plain, matrix=True))
-assert "does not compile" in faults(replace(plain, constexprs={"GROUP": 31, "BLOCK": 64}))
+assert "does not compile" in faults(replace(plain, constexprs=dict(plain.constexprs) | {"GROUP": 31}))
 gemm = by_label["encode descriptors bf16"]
 blocks = dict(gemm.constexprs) | {"BLOCK_F": 256, "BLOCK_D": 64}
 deep = faults(replace(gemm, num_stages=6), 90)
 assert "shared memory" in deep, deep
 narrow = by_label["batch emit fp32"]
-crowded = faults(replace(narrow, num_warps=1, constexprs={"GROUP": 32, "BLOCK": 128}))
+crowded = faults(replace(narrow, num_warps=1, constexprs=dict(narrow.constexprs) | {"BLOCK": 128}))
 assert "spills" in crowded, crowded
 """
     result = run("-c", code)

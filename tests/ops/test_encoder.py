@@ -34,7 +34,8 @@ def problem(B, D, F, dtype, device, seed=0):
 def test_pre_activations_and_maxima(shape, dtype, device, impl, variant, poison):
     B, D, F = shape
     x, W_enc, b_enc, b_dec = problem(B, D, F, dtype, device)
-    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
+    b_enc[:3] = -1000  # latents without a peak
+    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec, with_peaks=True)
     centred = (x - b_dec).to(dtype).double()
     expected = reference.pre_activations(
         centred, W_enc.double(), b_enc.double(), torch.zeros(D, dtype=torch.float64, device=device)
@@ -42,8 +43,10 @@ def test_pre_activations_and_maxima(shape, dtype, device, impl, variant, poison)
     magnitude = centred.abs() @ W_enc.double().abs() + b_enc.double().abs()
     assert pre.dtype == torch.float32
     assert ((pre - expected).abs() <= summation_bound(D + 1) * magnitude).all()
-    assert torch.equal(maxima.values, group_max(pre).values)
+    assert all(map(torch.equal, maxima, group_max(pre, with_peaks=True)))
+    assert (maxima.peaks[:3] == -1).all()
     assert not maxima.nonfinite
+    assert len(encode_with_group_max(x, W_enc, b_enc, b_dec).maxima.peaks) == 0
 
 
 def test_centred_input_needs_no_b_dec(device, impl, variant):
@@ -57,16 +60,17 @@ def test_centred_input_needs_no_b_dec(device, impl, variant):
 def test_nonfinite_is_flagged(value, device, impl, variant, poison):
     x, W_enc, b_enc, b_dec = problem(3, 32, 40, torch.float32, device)
     b_enc[39] = value
-    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
+    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec, with_peaks=True)
     assert maxima.nonfinite
-    assert torch.equal(maxima.values, group_max(pre).values)
+    assert all(map(torch.equal, maxima, group_max(pre, with_peaks=True)))
 
 
 def test_selection_takes_the_maxima(device, impl, variant, poison):
     x, W_enc, b_enc, b_dec = problem(6, 32, 70, torch.bfloat16, device)
-    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
-    z = batch_topk(pre, 60, maxima).csr.dense(70)
-    assert torch.equal(z.cpu(), pre.cpu() * reference.batch_topk_mask(pre.cpu(), 60))
+    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec, with_peaks=True)
+    for quota in (0, 0.5):
+        z = batch_topk(pre, 60, maxima, quota).csr.dense(70)
+        assert torch.equal(z.cpu(), pre.cpu() * reference.batch_topk_mask(pre.cpu(), 60, quota))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +108,8 @@ def test_empty(shape, device, impl):
     B, D, F = shape
     x, b_dec = torch.zeros(B, D, device=device), torch.zeros(D, device=device)
     W_enc, b_enc = torch.zeros(D, F, device=device), torch.ones(F, device=device)
-    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
+    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec, with_peaks=True)
+    assert maxima.peaks.tolist() == [0 if B else -1] * F
     assert torch.equal(pre, torch.ones(B, F, device=device))
     assert maxima.values.shape == (B, -(-F // 32))
 
@@ -112,7 +117,8 @@ def test_empty(shape, device, impl):
 def test_opcheck(device, impl):
     x, W_enc, b_enc, _ = problem(3, 32, 40, torch.float32, device)
     arguments = (x.requires_grad_(), W_enc.T.detach().requires_grad_(), b_enc.requires_grad_())
-    torch.library.opcheck(_encode, arguments)
+    for with_peaks in (False, True):
+        torch.library.opcheck(_encode, (*arguments, with_peaks))
 
 
 def test_compiles_whole_for_any_number_of_tokens(device, impl):
@@ -150,9 +156,9 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_recipe_size(shape, dtype, variant):
     B, D, F = shape
     x, W_enc, b_enc, b_dec = problem(B, D, F, dtype, torch.device("cuda"))
-    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec)
+    pre, maxima = encode_with_group_max(x, W_enc, b_enc, b_dec, with_peaks=True)
     centred = (x - b_dec).to(dtype).double()
     magnitude = centred.abs() @ W_enc.double().abs() + b_enc.double().abs()
     expected = centred @ W_enc.double() + b_enc.double()
     assert ((pre - expected).abs() <= summation_bound(D + 1) * magnitude).all()
-    assert torch.equal(maxima.values, group_max(pre).values)
+    assert all(map(torch.equal, maxima, group_max(pre, with_peaks=True)))

@@ -13,12 +13,19 @@ from fastsae_kernels import reference as ref
 F64 = torch.float64
 
 
-def brute_force_selection(pre: torch.Tensor, num_selected: int) -> set[tuple[int, int]]:
-    """Sort every positive entry in Python, by value descending and then flat index ascending."""
+def brute_force_selection(
+    pre: torch.Tensor, num_selected: int, quota: float = 0
+) -> set[tuple[int, int]]:
+    """Sort every positive entry in Python, by value descending and then flat index ascending; the first
+    of each latent, as far as the quota goes, then come before the others."""
     B, F = pre.shape
     entries = [(-pre[b, f].item(), b * F + f) for b in range(B) for f in range(F)]
     ranked = sorted(entry for entry in entries if -entry[0] > 0)  # NaN compares false
-    return {divmod(index, F) for _, index in ranked[:num_selected]}
+    first = {index % F: index for _, index in reversed(ranked)}
+    peaks = [index for _, index in ranked if first[index % F] == index]
+    peaks = peaks[: math.floor(quota * num_selected)]
+    others = [index for _, index in ranked if index not in peaks]
+    return {divmod(index, F) for index in (peaks + others)[:num_selected]}
 
 
 def selected(mask: torch.Tensor) -> set[tuple[int, int]]:
@@ -39,11 +46,13 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 
 
 class TestSelection:
-    @given(matrices(), st.integers(0, 250))
-    def test_batch_topk_is_brute_force(self, pre: torch.Tensor, num_selected: int) -> None:
+    @given(matrices(), st.integers(0, 250), st.sampled_from([0, 0.2, 0.5, 1]))
+    def test_batch_topk_is_brute_force(
+        self, pre: torch.Tensor, num_selected: int, quota: float
+    ) -> None:
         num_selected = min(num_selected, pre.numel())
-        assert selected(ref.batch_topk_mask(pre, num_selected)) == brute_force_selection(
-            pre, num_selected
+        assert selected(ref.batch_topk_mask(pre, num_selected, quota)) == brute_force_selection(
+            pre, num_selected, quota
         )
 
     @given(matrices(), st.integers(1, 45))
@@ -82,6 +91,23 @@ class TestSelection:
     )
     def test_known_cases(self, pre: torch.Tensor, num_selected: int, expected: set) -> None:
         assert selected(ref.batch_topk_mask(pre, num_selected)) == expected
+
+    @pytest.mark.parametrize(
+        ("num_selected", "quota", "expected"),
+        [
+            (4, 0, {(1, 0), (0, 0), (1, 1), (0, 1)}),
+            (4, 1, {(1, 0), (1, 1), (0, 2), (0, 0)}),  # 9, 7 and 1 are peaks; 8 is the next
+            (4, 0.5, {(1, 0), (1, 1), (0, 0), (0, 1)}),  # two peaks, 9 and 7; then 8 and 6
+            (3, 1, {(1, 0), (1, 1), (0, 2)}),
+            (2, 1, {(1, 0), (1, 1)}),  # the larger peaks
+            (2, 0.5, {(1, 0), (0, 0)}),
+        ],
+    )
+    def test_known_quotas(self, num_selected: int, quota: float, expected: set) -> None:
+        pre = torch.tensor(
+            [[8.0, 6, 1, -1], [9, 7, 1, math.nan]]
+        )  # of equal peaks the first token's
+        assert selected(ref.batch_topk_mask(pre, num_selected, quota)) == expected
 
     @pytest.mark.parametrize(
         ("k", "tokens", "latents", "num_selected"),

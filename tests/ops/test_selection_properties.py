@@ -13,28 +13,63 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+QUOTAS = st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
+
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), B=st.integers(1, 6), F=st.integers(1, 80), seed=st.integers(0, 2**31))
-def test_exact_on_any_mixture_of_values(data, B, F, seed):
+@given(
+    data=st.data(),
+    B=st.integers(1, 20),
+    F=st.integers(1, 80),
+    seed=st.integers(0, 2**31),
+    quota=QUOTAS,
+)
+def test_exact_on_any_mixture_of_values(data, B, F, seed, quota):
     pool = torch.tensor([-1.0, -0.0, 0.0, 1e-45, 1e-38, 0.5, 0.5, 1.0, 3e38, torch.inf, -torch.inf])
     pool = torch.cat([pool, torch.tensor([torch.nan])])
     allowed = data.draw(st.lists(st.integers(0, len(pool) - 1), min_size=1, max_size=6))
     generator = torch.Generator().manual_seed(seed)
     pre = pool[allowed][torch.randint(len(allowed), (B, F), generator=generator)]
-    assert_batch_topk(pre, data.draw(st.integers(0, B * F + 1)))
+    assert_batch_topk(pre, data.draw(st.integers(0, B * F + 1)), quota)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    B=st.integers(1, 20),
+    F=st.integers(1, 80),
+    seed=st.integers(0, 2**31),
+    quota=QUOTAS,
+)
+def test_a_quota_uses_every_latent_and_no_place_more(data, B, F, seed, quota):
+    generator = torch.Generator().manual_seed(seed)
+    pre = torch.randint(-6, 4, (B, F), generator=generator).float()
+    pre[torch.rand(B, F, generator=generator) < 0.1] = torch.nan
+    num_selected = data.draw(st.integers(0, B * F))
+    plain = batch_topk(pre, num_selected)
+    csr, threshold, _ = batch_topk(pre, num_selected, quota=quota)
+    assert csr.offsets[-1] == plain.csr.offsets[-1]
+    used = (csr.dense(F) > 0).any(0)
+    usable = (pre > 0).any(0)
+    most = int(quota * num_selected)
+    assert int(used.sum()) >= min(int(usable.sum()), most)
+    if usable.sum() <= most:
+        assert torch.equal(used, usable)
+    assert threshold >= plain.threshold  # what peaks displace are the smallest others
+    if quota == 0:
+        assert all(map(torch.equal, csr, plain.csr)) and torch.equal(threshold, plain.threshold)
 
 
 @settings(max_examples=25, deadline=None)
-@given(B=st.integers(2, 8), F=st.integers(2, 70), seed=st.integers(0, 2**31))
-def test_permuting_tokens_permutes_the_selection(B, F, seed):
+@given(B=st.integers(2, 8), F=st.integers(2, 70), seed=st.integers(0, 2**31), quota=QUOTAS)
+def test_permuting_tokens_permutes_the_selection(B, F, seed, quota):
     generator = torch.Generator().manual_seed(seed)
     # Distinct values: with ties the order of the tokens decides, as it should.
     pre = torch.randperm(B * F, generator=generator).float().view(B, F)
     order = torch.randperm(B, generator=generator)
     num_selected = B * F // 3
-    z = batch_topk(pre, num_selected).csr.dense(F)
-    permuted = batch_topk(pre[order], num_selected).csr.dense(F)
+    z = batch_topk(pre, num_selected, quota=quota).csr.dense(F)
+    permuted = batch_topk(pre[order], num_selected, quota=quota).csr.dense(F)
     assert torch.equal(permuted, z[order])
 
 

@@ -32,6 +32,29 @@ class TestBatchTopK:
         assert z.equal(torch.where(mask, pre, 0))
         assert mask.any()
 
+    @pytest.mark.parametrize("quota", [0.3, 1.0])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_quota_of_k_goes_first_to_each_latents_largest(
+        self, dtype: torch.dtype, quota: float
+    ) -> None:
+        pre = random_pre(4, 5, 40, dtype=dtype)
+        module = fastsae.BatchTopK(2.5, latent_quota=quota)
+        z = module(pre)
+        rows = pre.reshape(20, 40)
+        mask = ref.batch_topk_mask(rows, 50, quota)
+        assert z.reshape(20, 40).equal(torch.where(mask, rows, 0))
+        others = rows[mask & ~ref.peaks(rows, int(50 * quota))]
+        assert float(module.threshold) == pytest.approx(float(others.min()), rel=1e-6)
+        if quota == 1:
+            assert (z.reshape(20, 40) > 0).any(0).all()
+        # Inference has no quota, even over a batch, and the threshold stays what it is.
+        threshold = module.threshold.clone()
+        plain = fastsae.BatchTopK(2.5)(pre)
+        assert module(pre, "batch").equal(plain) and module.eval()(pre, "batch").equal(plain)
+        assert module.threshold.equal(threshold)
+        module.train().latent_quota = 0.0
+        assert module(pre).equal(plain)
+
     @given(st.floats(0.01, 60), st.integers(1, 9), st.integers(0, 999))
     @settings(max_examples=50)
     def test_budget_of_any_k(self, k: float, tokens: int, seed: int) -> None:
@@ -76,9 +99,10 @@ class TestBatchTopK:
         expected = torch.where(z > 0, torch.arange(1.0, 101).reshape(5, 20), 0)
         assert pre.grad is not None and pre.grad.equal(expected)
 
-    def test_gradcheck(self) -> None:
+    @pytest.mark.parametrize("quota", [0.0, 0.5])
+    def test_gradcheck(self, quota: float) -> None:
         pre = random_pre(4, 10, dtype=torch.float64).requires_grad_()
-        assert torch.autograd.gradcheck(fastsae.BatchTopK(2), pre)
+        assert torch.autograd.gradcheck(fastsae.BatchTopK(2, latent_quota=quota), pre)
 
     def test_threshold_follows_the_definition(self) -> None:
         module = fastsae.BatchTopK(2)
@@ -127,10 +151,10 @@ class TestBatchTopK:
             assert copied.threshold.equal(module.threshold) and copied.threshold > 0
             assert int(copied.threshold_updates) == 1
 
-    @pytest.mark.parametrize("mode", ["train", "topk", "threshold", "batch"])
+    @pytest.mark.parametrize("mode", ["train", "quota", "topk", "threshold", "batch"])
     def test_compiles_without_a_graph_break(self, mode: str) -> None:
-        module = fastsae.BatchTopK(3)
-        if mode != "train":
+        module = fastsae.BatchTopK(3, latent_quota=0.5 if mode == "quota" else 0.0)
+        if mode not in ("train", "quota"):
             module.inference = mode
             module.eval()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -143,6 +167,11 @@ class TestBatchTopK:
     def test_impossible_k(self, k: object) -> None:
         with pytest.raises(fastsae.ConfigError, match="k must be a finite number above 0"):
             fastsae.BatchTopK(k)
+
+    @pytest.mark.parametrize("quota", [-0.1, 1.5, float("nan")])
+    def test_impossible_quota(self, quota: float) -> None:
+        with pytest.raises(fastsae.ConfigError, match="latent_quota must be a share between 0 and"):
+            fastsae.BatchTopK(4, latent_quota=quota)
 
     def test_unknown_inference_mode(self) -> None:
         with pytest.raises(fastsae.ConfigError, match="'jump' is not one of"):

@@ -1,11 +1,11 @@
-"""Learning rate and k over a run."""
+"""Learning rate, k and latent quota over a run."""
 
 import dataclasses
 
 import pytest
 
 import fastsae
-from fastsae.training.schedule import k_at, lr_at
+from fastsae.training.schedule import k_at, lr_at, quota_at
 
 CONFIG = fastsae.TrainConfig(
     d_sae=64, k=4, lr=0.5, lr_warmup_tokens=0, lr_decay_tokens=0, tokens=1000, batch_size=10
@@ -15,6 +15,7 @@ CONFIG = fastsae.TrainConfig(
 def test_without_options_nothing_changes() -> None:
     assert {lr_at(CONFIG, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
     assert {k_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {4}
+    assert {quota_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {0}
 
 
 def test_the_schedule_follows_the_length_of_the_run() -> None:
@@ -51,3 +52,12 @@ def test_k_goes_linearly_from_its_initial_value() -> None:
     config = dataclasses.replace(CONFIG, k_initial=12, k_anneal_tokens=80)
     ks = [k_at(config, seen) for seen in range(0, 120, 10)]
     assert ks == pytest.approx([12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4])
+
+
+def test_the_quota_ends_with_its_share_of_the_run() -> None:
+    config = dataclasses.replace(CONFIG, latent_quota=0.5)
+    assert [quota_at(config, seen) for seen in (0, 890, 900, 990, 2000)] == [0.5, 0.5, 0, 0, 0]
+    longer = dataclasses.replace(config, tokens=2000)
+    assert [quota_at(longer, seen) for seen in (900, 1790, 1800)] == [0.5, 0.5, 0]
+    always = dataclasses.replace(config, latent_quota_until=1)
+    assert quota_at(always, 990) == 0.5

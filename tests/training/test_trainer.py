@@ -200,12 +200,16 @@ class TestWithOut:
             "tokens_per_second",
         } <= set(summary)
 
-    @pytest.mark.parametrize("stop", [1, 20, 23])
-    def test_a_run_that_stopped_goes_on_bit_for_bit(self, tmp_path: Path, stop: int) -> None:
+    # The last checkpoint before a stop is at step 20 or 40; the quota ends at step 25.
+    @pytest.mark.parametrize(("stop", "quota"), [(1, 0), (20, 0), (23, 0), (23, 0.5), (45, 0.5)])
+    def test_a_run_that_stopped_goes_on_bit_for_bit(
+        self, tmp_path: Path, stop: int, quota: float
+    ) -> None:
+        config = dataclasses.replace(CONFIG, latent_quota=quota, latent_quota_until=0.5)
         whole = fastsae.train(
-            Source(), dataclasses.replace(CONFIG, out=str(tmp_path), name="whole")
+            Source(), dataclasses.replace(config, out=str(tmp_path), name="whole")
         )
-        config = dataclasses.replace(CONFIG, out=str(tmp_path), name="stopped")
+        config = dataclasses.replace(config, out=str(tmp_path), name="stopped")
 
         def breaking() -> Iterator[torch.Tensor]:
             yield from itertools.islice(Source(), stop)

@@ -8,7 +8,7 @@ import torch
 from tolerances import FREE_STEPS
 
 import fastsae
-from fastsae.training.schedule import k_at, lr_at
+from fastsae.training.schedule import k_at, lr_at, quota_at
 from fastsae.training.update import PARAMETERS, UPDATES, Graphs, Update
 from fastsae_kernels import reference as ref
 
@@ -38,21 +38,26 @@ def batches(n: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "normalization"),
+    ("objective", "normalization", "quota"),
     [
-        ("log", "residual_variance"),
-        ("log", "total_variance"),
-        ("log", "none"),
-        ("plain", "residual_variance"),
+        ("log", "residual_variance", 0),
+        ("log", "total_variance", 0),
+        ("log", "none", 0),
+        ("plain", "residual_variance", 0),
+        ("log", "residual_variance", 0.6),  # of 40 entries, for 40 latents
     ],
 )
-def test_many_steps_are_the_definition(way: str, objective: str, normalization: str) -> None:
-    config = dataclasses.replace(CONFIG, objective=objective, aux_normalization=normalization)
+def test_many_steps_are_the_definition(
+    way: str, objective: str, normalization: str, quota: float
+) -> None:
+    config = dataclasses.replace(
+        CONFIG, objective=objective, aux_normalization=normalization, latent_quota=quota
+    )
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
     settings = ref.Settings(
         k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization,
-        aux_coefficient=config.aux_weight, objective=objective,
+        aux_coefficient=config.aux_weight, objective=objective, quota=quota,
     )  # fmt: skip
     aux_seen = 0
     for x in batches(1000):
@@ -126,13 +131,17 @@ def test_latents_never_active_are_not_alive(way: str) -> None:
     assert metrics["alive_fraction"] == (step.tokens_since_active < 48).double().mean().item()
 
 
-def test_restored_state_continues_bit_for_bit(way: str) -> None:
+@pytest.mark.parametrize("quota", [0, 0.5])
+def test_restored_state_continues_bit_for_bit(way: str, quota: float) -> None:
+    config = dataclasses.replace(
+        CONFIG, latent_quota=quota, latent_quota_until=0.8, tokens=30 * 16
+    )  # it ends after the restart
     data = batches(30, torch.float32)
-    whole = new_step(way, dtype=torch.float32)
+    whole = new_step(way, config, torch.float32)
     for x in data[:20]:
         whole(x)
     saved = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-    resumed = new_step(way, dtype=torch.float32)
+    resumed = new_step(way, config, torch.float32)
     resumed.load_state_dict(saved)
     for x in data[20:]:
         a, b = whole(x), resumed(x)
@@ -152,15 +161,18 @@ def test_state_of_another_size_is_refused(way: str) -> None:
 def test_schedules_and_clipping_are_the_definition(way: str) -> None:
     config = dataclasses.replace(
         CONFIG, tokens=200 * 16, lr_warmup_tokens=30 * 16, lr_decay_tokens=50 * 16,
-        k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=0.8,
+        k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=0.8, latent_quota=0.3,
+        latent_quota_until=0.75,
     )  # fmt: skip
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
-    unclipped = 0
+    unclipped, quotas = 0, []
     for x in batches(200):
+        quotas.append(quota_at(config, step.tokens_seen))
         settings = ref.Settings(
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
             dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
+            quota=quotas[-1],
         )  # fmt: skip
         selected = step(x).counts.sum()
         expected = ref.train_step(state, x, settings)
@@ -172,9 +184,23 @@ def test_schedules_and_clipping_are_the_definition(way: str) -> None:
             torch.testing.assert_close(
                 getattr(step.sae, name).detach(), value, rtol=1e-9, atol=1e-9, msg=name
             )
+        torch.testing.assert_close(
+            step.sae.activation.threshold.double(), state.threshold, rtol=1e-5, atol=0
+        )
     assert 0 < unclipped < 200, "both sides of the clip were meant to be seen"
+    assert quotas == [0.3] * 150 + [0] * 50
     assert step.metrics(x, step(x))["lr"] == 0  # the run is over
     assert step.activation.k == 2.5
+
+
+def test_a_quota_uses_every_latent_until_its_share_of_the_run(way: str) -> None:
+    config = dataclasses.replace(CONFIG, tokens=10 * 16, latent_quota=1.0, latent_quota_until=0.55)
+    step = new_step(way, config)
+    sae, all_used = step.sae, []
+    for x in batches(10):
+        pre = ref.pre_activations(x, sae.W_enc, sae.b_enc, sae.b_dec)
+        all_used.append((step(x).counts > 0).equal((pre > 0).any(0)))
+    assert all_used == [True] * 6 + [False] * 4
 
 
 def test_eight_bit_moments_take_the_first_step_exactly_and_the_others_closely() -> None:
@@ -293,13 +319,15 @@ def cuda_batches(n: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_a_step_never_waits_for_the_device(clip_norm: float | None) -> None:
-    step = cuda_step(dataclasses.replace(CUDA_CONFIG, clip_norm=clip_norm))
+@pytest.mark.parametrize(("clip_norm", "quota"), [(None, 0), (1.0, 0), (None, 0.5)])
+def test_a_step_never_waits_for_the_device(clip_norm: float | None, quota: float) -> None:
+    # The quota of half of 128 entries is less than the 256 latents.
+    config = dataclasses.replace(CUDA_CONFIG, clip_norm=clip_norm, latent_quota=quota)
+    step = cuda_step(config)
     data = cuda_batches(60)
     for x in data[:30]:  # until kernels are compiled, for several numbers of dead latents
         step(x)
-    assert step.dead.any()
+    assert step.dead.any() or quota
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x in data[30:]:
@@ -309,15 +337,33 @@ def test_a_step_never_waits_for_the_device(clip_norm: float | None) -> None:
 
 
 @pytest.mark.gpu
-def test_graphs_replay_the_same_bits() -> None:
-    eager = cuda_step(CUDA_CONFIG)
-    graphed = cuda_step(dataclasses.replace(CUDA_CONFIG, cuda_graph=True))
+@pytest.mark.parametrize("quota", [0, 0.5])
+def test_graphs_replay_the_same_bits(quota: float) -> None:
+    config = dataclasses.replace(
+        CUDA_CONFIG, latent_quota=quota, latent_quota_until=0.6, tokens=80 * 32
+    )
+    eager = cuda_step(config)
+    graphed = cuda_step(dataclasses.replace(config, cuda_graph=True))
     for x in cuda_batches(80):
         a, b = eager(x), graphed(x)
         assert a.objective.equal(b.objective) and a.counts.equal(b.counts)
-    assert eager.dead.any()
+    assert eager.dead.any() or quota
     for name, tensor in eager.state_dict().items():
         assert tensor.equal(graphed.state_dict()[name]), name
+
+
+def test_the_end_of_the_quota_is_another_graph(monkeypatch) -> None:
+    recorder = Recorder(monkeypatch)
+    config = dataclasses.replace(
+        CONFIG, latent_quota=0.5, latent_quota_until=0.5, tokens=20 * 16, aux_coefficient=0
+    )
+    step = new_step("fused", config)
+    step._graphs = Graphs(step._on_device)
+    captures = []
+    for x in batches(20):
+        step(x)
+        captures.append(recorder.captures)
+    assert captures == [0] * 3 + [1] * 7 + [1] * 3 + [2] * 7
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -3,11 +3,18 @@
     batch level:   z = pre where pre is among the K largest positive entries of the batch, else 0
     per token:     z[b] = pre[b] where among the k largest positive entries of token b, else 0
     group maxima:  m[b, g] = max of the positive entries of pre[b, 32 g : 32 (g + 1)], 0 if there is none
+    peaks:         p[f] = the token of the largest positive entry of pre[:, f], -1 if there is none
 
 The order is total, (value descending, then token-major flat index ascending), so a selection is
 unique: the same on every device. Non-positive entries and NaN are never selected; infinity comes
 first. BatchTopK with ``K = int(k * B)`` is Bussmann et al. 2024 (arXiv:2412.06410), section 3; TopK is
 Gao et al. 2024 (arXiv:2406.04093), section 2.3, and how a BatchTopK autoencoder is used at inference.
+
+With a latent quota, at the batch level, the latents' peaks come before all other entries; if there are
+more than ``int(quota * K)``, the largest of them. So every latent that can be used is, in as many entries
+as without. It is another strict total order, in which a group stands where its first entry does, and what
+follows holds for it as well. (On torch the K largest are selected as without, and peaks then take the
+places of the smallest.)
 
 The K largest positive entries lie in the K groups of the largest maxima: were one in a group outside, K
 groups would each hold an entry before it. So after one pass over ``pre``, only ``32 K`` entries are
@@ -16,11 +23,12 @@ first) from integer histograms; keys are the bits of the positive float32, which
 
 On a GPU the batch level takes one launch a digit and three more for each of: the groups (of which
 exactly K are listed, in token-major order) and the entries inside them. Per token one program selects
-in one row, any ``k <= F``, and a second launch writes the CSR arrays.
+in one row, any ``k <= F``, and a second launch writes the CSR arrays. The peaks are 64-bit integer
+maxima of value and token together, taken in the same pass as the group maxima.
 
 Bytes: the maxima read ``pre`` once and write 1/32 of it. The batch level then moves 4 x 4 B a group
 (from L2), 6 x 128 B a listed group and 8 B an entry written; per token 5 x 128 B a listed group.
-Deterministic, bit for bit: only integers are added, and no place depends on arrival order.
+Deterministic, bit for bit: only integers are added or compared, and no place depends on arrival order.
 """
 
 from typing import NamedTuple
@@ -32,32 +40,37 @@ from ..dispatch import implementation, register
 from ..dtypes import FLOATS
 from ..sparse import CSR, scatter_values
 from . import torch_impl, triton_impl
+from .torch_impl import largest_peaks, peak_values
 from .triton_impl import empty_maxima, empty_selection
 
 MAX_SLOTS = 2**31 - 1  # places are int32
 
 
 class GroupMax(NamedTuple):
-    """The largest positive entry of every 32 adjacent latents, and whether ``pre`` was finite."""
+    """The largest positive entry of every 32 adjacent latents, whether ``pre`` was finite, the peaks."""
 
     values: Tensor  # [B, ceil(F / 32)] float32 (float64 for a float64 pre); 0: nothing positive
     nonfinite: Tensor  # [] bool: pre holds a NaN or an infinity
+    peaks: Tensor  # [F] int32: token of each latent's largest positive entry, -1: none; [0]: not asked for
 
 
 class Selection(NamedTuple):
     """What ``batch_topk`` selected."""
 
     csr: CSR
-    threshold: Tensor  # [] float32, the smallest selected value; +inf where nothing was
+    threshold: (
+        Tensor  # [] float32, the smallest selected value, peaks aside; +inf where there is none
+    )
     nonfinite: Tensor  # [] bool, pre held a NaN or an infinity
 
 
 @register(fake=empty_maxima)
-def _group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
+def _group_max(pre: Tensor, with_peaks: bool) -> tuple[Tensor, Tensor, Tensor]:
     if pre.numel() == 0:
-        maxima, nonfinite = empty_maxima(pre)
-        return maxima.zero_(), nonfinite.zero_()
-    return (torch_impl if implementation(pre) == "torch" else triton_impl).group_max(pre)
+        maxima, nonfinite, peaks = empty_maxima(pre, with_peaks)
+        return maxima.zero_(), nonfinite.zero_(), peaks.fill_(-1)
+    run = torch_impl if implementation(pre) == "torch" else triton_impl
+    return run.group_max(pre, with_peaks)
 
 
 def _fake_topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,13 +80,15 @@ def _fake_topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
 def _setup_context(ctx, inputs, output) -> None:
     _, indices, offsets, *threshold = output
     ctx.latents = inputs[0].shape[1]
+    ctx.others = len(inputs) - 1
     ctx.save_for_backward(indices, offsets)
     ctx.mark_non_differentiable(*threshold)
 
 
 def _backward(ctx, values_gradient, *_):
     indices, offsets = ctx.saved_tensors
-    return scatter_values(values_gradient, indices, offsets, ctx.latents), None, None
+    gradient = scatter_values(values_gradient, indices, offsets, ctx.latents)
+    return gradient, *[None] * ctx.others
 
 
 @register(fake=_fake_topk, setup_context=_setup_context, backward=_backward)
@@ -84,15 +99,24 @@ def _topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (torch_impl if implementation(pre) == "torch" else triton_impl).topk(pre, maxima, k)
 
 
-@register(fake=empty_selection, setup_context=_setup_context, backward=_backward)
+def _fake_batch_topk(
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int, quota: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_selection(pre, maxima, num_selected)
+
+
+@register(fake=_fake_batch_topk, setup_context=_setup_context, backward=_backward)
 def _batch_topk(
-    pre: Tensor, maxima: Tensor, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int, quota: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if num_selected == 0:
         values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
         return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
+    most_peaks = int(quota * num_selected)
+    if most_peaks < len(peaks):
+        peaks = largest_peaks(peak_values(pre, peaks), peaks, most_peaks)
     run = torch_impl if implementation(pre) == "torch" else triton_impl
-    return run.batch_topk(pre, maxima, num_selected)
+    return run.batch_topk(pre, maxima, peaks, num_selected)
 
 
 def _check_pre(pre: Tensor, where: str) -> None:
@@ -111,31 +135,45 @@ def check_slots(slots: int, where: str) -> None:
         )
 
 
-def group_max(pre: Tensor) -> GroupMax:
-    """The largest positive entry of each 32 adjacent latents of ``pre [B, F]``; not differentiable.
+def check_quota(quota: float, where: str) -> None:
+    """Raise ValueError unless ``quota`` is a share."""
+    if not 0 <= quota <= 1:
+        raise ValueError(f"{where}: quota is a share of num_selected, 0 to 1, got {quota}")
+
+
+def group_max(pre: Tensor, with_peaks: bool = False) -> GroupMax:
+    """The largest positive entry of each 32 adjacent latents of ``pre [B, F]``, and ``with_peaks`` the
+    token of each latent's largest; not differentiable.
 
     Deterministic. Reads ``pre`` once. Raises ValueError unless ``pre`` is a floating-point matrix.
     """
     _check_pre(pre, "group_max")
-    return GroupMax(*_group_max(pre.detach()))
+    return GroupMax(*_group_max(pre.detach(), with_peaks))
 
 
-def batch_topk(pre: Tensor, num_selected: int, maxima: GroupMax | None = None) -> Selection:
+def batch_topk(
+    pre: Tensor, num_selected: int, maxima: GroupMax | None = None, quota: float = 0
+) -> Selection:
     """The ``num_selected`` largest positive entries of ``pre [B, F]``, in a strict total order.
 
     ``pre`` is float32, bfloat16, float16 (float64 on torch); ``num_selected`` is clamped to
     ``[0, B * F]`` and is the number of slots ``K`` of the CSR arrays, ``nnz = offsets[-1] <= K`` of which
     are entries. ``maxima`` are the group maxima of this very ``pre``, where the encoder already took
-    them. ``csr.values`` is differentiable in ``pre``: the gradient is dense, zero where nothing was
-    selected.
+    them. Up to ``int(quota * K)`` peaks, each a latent's largest positive entry, come before all other
+    entries; that takes ``maxima`` with peaks, or takes them anew. ``csr.values`` is differentiable in
+    ``pre``: the gradient is dense, zero where nothing was selected.
 
-    Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype.
+    Deterministic; never waits for the device. Raises ValueError for a wrong shape or dtype, and for a
+    quota that is no share.
     """
     _check_pre(pre, "batch_topk")
+    check_quota(quota, "batch_topk")
     num_selected = min(max(num_selected, 0), pre.shape[0] * pre.shape[1])
     check_slots(num_selected, "batch_topk")
-    maxima = group_max(pre) if maxima is None else maxima
-    *csr, threshold = _batch_topk(pre, maxima.values, num_selected)
+    if maxima is None or (quota > 0 and maxima.peaks.shape[0] == 0):
+        maxima = group_max(pre, quota > 0)
+    peaks = maxima.peaks if quota > 0 else maxima.peaks[:0]
+    *csr, threshold = _batch_topk(pre, maxima.values, peaks, num_selected, quota)
     return Selection(CSR(*csr), threshold, maxima.nonfinite)
 
 

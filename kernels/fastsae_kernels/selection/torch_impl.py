@@ -8,6 +8,8 @@ from torch import Tensor
 from ..dtypes import upcast
 from .triton_impl import GROUP
 
+TOKENS_TOGETHER = 16  # whose maxima are taken first, before those of a whole column
+
 
 def as_groups(pre: Tensor) -> Tensor:
     """``pre`` as its groups ``[B * G, 32]``, zeros after the last latent."""
@@ -17,13 +19,66 @@ def as_groups(pre: Tensor) -> Tensor:
     return padded.reshape(-1, GROUP)
 
 
-def group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, and whether one is not finite."""
+def group_max(pre: Tensor, with_peaks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, whether one is not finite, the peaks."""
     smallest, largest = torch.aminmax(pre)
     nonfinite = ~(smallest.isfinite() & largest.isfinite())
     # Only now is a NaN's group worth a second pass: amax lets the NaN win.
     clean = torch.where(pre.isnan(), 0, pre) if nonfinite else pre
-    return upcast(as_groups(clean).amax(-1).view(len(pre), -1).clamp_min(0)), nonfinite
+    maxima = upcast(as_groups(clean).amax(-1).view(len(pre), -1).clamp_min(0))
+    peaks = find_peaks(clean) if with_peaks else pre.new_empty(0, dtype=torch.int32)
+    return maxima, nonfinite, peaks
+
+
+def find_peaks(pre: Tensor) -> Tensor:
+    """The token ``[F]`` (int32) of each latent's largest positive entry, -1 for none; no NaN."""
+    # A maximum down a column is fast; with its place it is not. So the place is looked for among the
+    # maxima of a few tokens at a time, then among the tokens of the first that has the largest.
+    missing = -len(pre) % TOKENS_TOGETHER
+    padded = torch.nn.functional.pad(pre, (0, 0, 0, missing)) if missing else pre
+    parts = padded.reshape(-1, TOKENS_TOGETHER, pre.shape[1])
+    maxima = parts.amax(1)
+    largest = maxima.amax(0)
+    part = _first_row(maxima >= largest)
+    entries = parts.gather(0, part.long().expand(1, TOKENS_TOGETHER, -1))[0]
+    token = part * TOKENS_TOGETHER + _first_row(entries >= largest)
+    return torch.where(largest > 0, token, -1)
+
+
+def _first_row(mask: Tensor) -> Tensor:
+    """The first row (int32) that is set in each column; in every column one is."""
+    rows = len(mask)
+    to_the_end = torch.arange(rows, 0, -1, dtype=torch.int32, device=mask.device)
+    return rows - (mask * to_the_end[:, None]).amax(0)
+
+
+def peak_values(pre: Tensor, peaks: Tensor) -> Tensor:
+    """The entries ``[F]`` of ``pre [B, F]`` at the tokens ``peaks``; 0 where there is none."""
+    return torch.where(peaks < 0, 0, pre.gather(0, peaks.clamp_min(0).long()[None])[0])
+
+
+def largest_peaks(values: Tensor, peaks: Tensor, most: int) -> Tensor:
+    """``peaks`` without all but the ``most`` largest, in the order of the selection; never waits."""
+    by_place = peaks.argsort(stable=True)
+    order = by_place[values[by_place].argsort(descending=True, stable=True)]
+    return peaks.index_fill(0, order[most:], -1)
+
+
+def put_peaks_first(
+    values: Tensor, flat: Tensor, peaks: Tensor, largest: Tensor, num_selected: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``num_selected`` entries and their ascending indices: the peaks and the largest of the others.
+
+    ``values, flat`` are the ``num_selected`` largest of all, which hold those others: beside them there
+    are only peaks before an entry. ``largest [F]`` are the peaks' values. The third result are the values
+    of the others.
+    """
+    latent = (peaks >= 0).nonzero().squeeze(1)
+    token = flat // len(peaks)
+    other = (peaks[flat - token * len(peaks)] != token).nonzero().squeeze(1)
+    other = other[keep_largest(values[other], num_selected - len(latent))]
+    flat, order = torch.cat([peaks[latent].long() * len(peaks) + latent, flat[other]]).sort()
+    return torch.cat([largest[latent], values[other]])[order], flat, values[other]
 
 
 def keep_largest(rows: Tensor, k: int, *, positive: bool = False) -> Tensor:
@@ -76,20 +131,24 @@ def padded_csr(
 
 
 def batch_csr(
-    values: Tensor, flat: Tensor, shape: Sequence[int], slots: int
+    values: Tensor, flat: Tensor, others: Tensor, shape: Sequence[int], slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`padded_csr`, and the smallest value (infinity where there is none), float32."""
+    """:func:`padded_csr`, and the smallest of ``others`` (infinity where there is none), float32."""
     infinity = torch.full((1,), torch.inf, device=values.device)
-    threshold = torch.cat([values.float(), infinity]).min()
+    threshold = torch.cat([others.float(), infinity]).min()
     return *padded_csr(values, flat, shape, slots), threshold
 
 
 def batch_topk(
-    pre: Tensor, maxima: Tensor, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``values, indices, offsets, threshold`` of the selection from ``pre [B, F]``."""
     flat = largest_positive(pre, maxima, num_selected, per_token=False)
-    return batch_csr(pre.reshape(-1)[flat], flat, pre.shape, num_selected)
+    values = others = pre.reshape(-1)[flat]
+    if len(peaks):
+        largest = peak_values(pre, peaks)
+        values, flat, others = put_peaks_first(values, flat, peaks, largest, num_selected)
+    return batch_csr(values, flat, others, pre.shape, num_selected)
 
 
 def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,13 +14,17 @@ BLOCK_KEYS = 1024  # group maxima a program reads at a time
 BLOCK_GROUPS = 64  # groups, of 32 entries, a program reads at a time
 BLOCK_EMIT = 32  # the same, where two running counts take registers too
 ROW_WARPS = 8  # of the kernels that write a row's entries
+ROWS_TOGETHER = 32  # tokens a program takes the group maxima of, where it looks for peaks
+# The key of a peak in the selection, and of a group that holds one: above that of infinity.
+PEAK_KEY = tl.constexpr(0x7FFFFFFF)
 
 
-def empty_maxima(pre: Tensor) -> tuple[Tensor, Tensor]:
+def empty_maxima(pre: Tensor, with_peaks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What ``group_max`` returns."""
     groups = (pre.shape[1] + GROUP - 1) // GROUP
     maxima = pre.new_empty(pre.shape[0], groups, dtype=accumulator(pre.dtype))
-    return maxima, pre.new_empty((), dtype=torch.bool)
+    peaks = pre.new_empty(pre.shape[1] if with_peaks else 0, dtype=torch.int32)
+    return maxima, pre.new_empty((), dtype=torch.bool), peaks
 
 
 def empty_selection(
@@ -61,21 +65,25 @@ def descend(counts, prefix, rank, shift):
 
 
 @jit
-def _load_keys(max_ptr, row, group, G):
-    maximum = tl.load(max_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0.0)
-    return maximum.to(tl.int32, bitcast=True)
+def _load_keys(key_ptr, row, group, G):
+    return tl.load(key_ptr + row.to(tl.int64) * G + group, mask=group < G, other=0)
 
 
 @jit
-def load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP: tl.constexpr):
-    """The listed groups' entries: raw, as bits, with their columns, all ``[slots, 32]``."""
+def load_groups(pre_ptr, list_ptr, peaks_ptr, slots, stop, F, G, GROUP: tl.constexpr):
+    """The listed groups' entries: raw, as keys, with their columns, all ``[slots, 32]``."""
     listed = slots < stop
     group = tl.load(list_ptr + slots, mask=listed, other=0)
     row = group // G
     column = (group - row * G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     offset = row.to(tl.int64)[:, None] * F + column
-    entries = tl.load(pre_ptr + offset, mask=listed[:, None] & (column < F), other=0.0)
-    return entries, float_bits(entries), column
+    inside = listed[:, None] & (column < F)
+    entries = tl.load(pre_ptr + offset, mask=inside, other=0.0)
+    keys = positive_keys(float_bits(entries))
+    if peaks_ptr is not None:
+        peak = tl.load(peaks_ptr + column, mask=inside, other=-1)
+        keys = tl.where(peak == row[:, None], PEAK_KEY, keys)
+    return entries, keys, column
 
 
 @jit
@@ -88,7 +96,7 @@ def before_in_tile(chosen):
 
 @jit
 def emit_row(
-    pre_ptr, list_ptr,
+    pre_ptr, list_ptr, peaks_ptr,
     first, stop, threshold_key, quota, greater, equal,
     values_ptr, indices_ptr,
     F, G,
@@ -100,8 +108,7 @@ def emit_row(
     """
     for start in range(first, stop, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        entries, bits, column = load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP)
-        keys = positive_keys(bits)
+        entries, keys, column = load_groups(pre_ptr, list_ptr, peaks_ptr, slots, stop, F, G, GROUP)
         is_greater = keys > threshold_key
         is_equal = keys == threshold_key
         tie = equal + before_in_tile(is_equal)
@@ -124,38 +131,79 @@ def clear_tail(values_ptr, indices_ptr, nnz, capacity, BLOCK: tl.constexpr):
 
 
 @jit
+def raise_peaks(peaks_ptr, latent, key, token):
+    """Join a program's best entry of some latents to the others': the largest key, the first token."""
+    packed = (key.to(tl.int64) << 32) + (0xFFFFFFFF - token.to(tl.int64))
+    tl.atomic_max(peaks_ptr + latent, packed, mask=key > 0, sem="relaxed")
+
+
+def packed_peaks(pre: Tensor, with_peaks: bool) -> Tensor | None:
+    """What :func:`raise_peaks` writes to, for all latents."""
+    return pre.new_zeros(pre.shape[1], dtype=torch.int64) if with_peaks else None
+
+
+def unpacked_peaks(packed: Tensor | None, pre: Tensor) -> Tensor:
+    """The tokens ``[F]``, -1 where nothing was written; ``[0]`` of None."""
+    if packed is None:
+        return pre.new_empty(0, dtype=torch.int32)
+    # The low half holds the token's complement, or 0.
+    return packed.to(torch.int32).bitwise_not_()
+
+
+@jit
 def group_max_kernel(
-    pre_ptr, max_ptr, nonfinite_ptr,
-    F, G,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
+    B, F, G,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    # [BLOCK, 32]
-    bits = float_bits(tl.load(pre_ptr + row * F + column, mask=column < F, other=0.0))
-    maximum = tl.max(positive_keys(bits), 1)
-    tl.store(max_ptr + row * G + group, maximum.to(tl.float32, bitcast=True), mask=group < G)
-    # Every program that stores, stores the same.
-    bad = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32), 1)
-    tl.store(nonfinite_ptr + group * 0, bad > 0, mask=bad > 0)
+    best = tl.zeros([BLOCK, GROUP], tl.int32)
+    token = tl.zeros([BLOCK, GROUP], tl.int32)
+    first = tl.program_id(0) * ROWS
+    for i in range(0, tl.minimum(ROWS, B - first)):
+        row = (first + i).to(tl.int64)
+        # [BLOCK, 32]
+        bits = float_bits(tl.load(pre_ptr + row * F + column, mask=column < F, other=0.0))
+        keys = positive_keys(bits)
+        maximum = tl.max(keys, 1).to(tl.float32, bitcast=True)
+        tl.store(max_ptr + row * G + group, maximum, mask=group < G)
+        # Every program that stores, stores the same.
+        bad = tl.max(((bits & 0x7F800000) == 0x7F800000).to(tl.int32), 1)
+        tl.store(nonfinite_ptr + group * 0, bad > 0, mask=bad > 0)
+        if peaks_ptr is not None:
+            token = tl.where(keys > best, first + i, token)
+            best = tl.maximum(best, keys)
+    if peaks_ptr is not None:
+        raise_peaks(peaks_ptr, column, best, token)
 
 
-def group_max(pre: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, and whether one is not finite."""
+def group_max(pre: Tensor, with_peaks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The maxima ``[B, G]`` of a ``pre [B, F]`` with entries, whether one is not finite, the peaks."""
     (B, F), pre = pre.shape, pre.contiguous()
-    values, nonfinite = empty_maxima(pre)
+    values, nonfinite, _ = empty_maxima(pre, False)
     nonfinite.zero_()
+    packed = packed_peaks(pre, with_peaks)
     G = values.shape[1]
-    group_max_kernel[(B, triton.cdiv(G, BLOCK_GROUPS))](
-        pre_ptr=pre, max_ptr=values, nonfinite_ptr=nonfinite,
-        F=F, G=G,
-        GROUP=GROUP, BLOCK=BLOCK_GROUPS,
+    rows = ROWS_TOGETHER if with_peaks else 1
+    group_max_kernel[(triton.cdiv(B, rows), triton.cdiv(G, BLOCK_GROUPS))](
+        pre_ptr=pre, max_ptr=values, nonfinite_ptr=nonfinite, peaks_ptr=packed,
+        B=B, F=F, G=G,
+        GROUP=GROUP, BLOCK=BLOCK_GROUPS, ROWS=rows,
     )  # fmt: skip
-    return values, nonfinite
+    return values, nonfinite, unpacked_peaks(packed, pre)
 
 
 # --- batch level --------------------------------------------------------------------------------
+
+
+@jit
+def mark_groups_kernel(key_ptr, peaks_ptr, F, G, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Give the groups that hold a peak its key."""
+    latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(peaks_ptr + latent, mask=latent < F, other=-1)
+    place = token.to(tl.int64) * G + latent // GROUP
+    tl.store(key_ptr + place, tl.full([BLOCK], PEAK_KEY, tl.int32), mask=token >= 0)
 
 
 @jit
@@ -183,7 +231,7 @@ def _narrow(histograms_ptr, state_ptr, rank, PASS: tl.constexpr):
 
 @jit
 def count_group_digits_kernel(
-    max_ptr, histograms_ptr, state_ptr,
+    key_ptr, histograms_ptr, state_ptr,
     groups, rank,
     PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +240,7 @@ def count_group_digits_kernel(
     total = tl.zeros([256], tl.int32)
     for start in range(tl.program_id(0) * BLOCK, groups, tl.num_programs(0) * BLOCK):
         group = start + tl.arange(0, BLOCK)
-        key = tl.load(max_ptr + group, mask=group < groups, other=0.0).to(tl.int32, bitcast=True)
+        key = tl.load(key_ptr + group, mask=group < groups, other=0)
         total += count_digits(key, prefix, 31 - 8 * PASS, shift)
     digit = tl.arange(0, 256)
     tl.atomic_add(histograms_ptr + 256 * PASS + digit, total, mask=total > 0, sem="relaxed")
@@ -200,7 +248,7 @@ def count_group_digits_kernel(
 
 @jit
 def count_entry_digits_kernel(
-    pre_ptr, list_ptr, list_offsets_ptr, histograms_ptr, state_ptr,
+    pre_ptr, list_ptr, list_offsets_ptr, peaks_ptr, histograms_ptr, state_ptr,
     B, F, G, rank,
     PASS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -210,15 +258,15 @@ def count_entry_digits_kernel(
     total = tl.zeros([256], tl.int32)
     for start in range(tl.program_id(0) * BLOCK, listed, tl.num_programs(0) * BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        _, bits, _ = load_group_bits(pre_ptr, list_ptr, slots, listed, F, G, GROUP)
-        total += count_digits(positive_keys(bits), prefix, 31 - 8 * PASS, shift)
+        _, keys, _ = load_groups(pre_ptr, list_ptr, peaks_ptr, slots, listed, F, G, GROUP)
+        total += count_digits(keys, prefix, 31 - 8 * PASS, shift)
     digit = tl.arange(0, 256)
     tl.atomic_add(histograms_ptr + 256 * PASS + digit, total, mask=total > 0, sem="relaxed")
 
 
 @jit
 def count_groups_kernel(
-    max_ptr, histograms_ptr, state_ptr, counts_ptr,
+    key_ptr, histograms_ptr, state_ptr, counts_ptr,
     B, G,
     PASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +277,7 @@ def count_groups_kernel(
     equal = tl.zeros([BLOCK], tl.int32)
     for start in range(0, G, BLOCK):
         group = start + tl.arange(0, BLOCK)
-        key = _load_keys(max_ptr, row, group, G)
+        key = _load_keys(key_ptr, row, group, G)
         greater += (key > threshold_key).to(tl.int32)
         equal += (key == threshold_key).to(tl.int32)
     tl.store(counts_ptr + row + 1, tl.sum(greater, 0))
@@ -238,7 +286,7 @@ def count_groups_kernel(
 
 @jit
 def list_groups_kernel(
-    max_ptr, state_ptr, starts_ptr, list_ptr, list_offsets_ptr,
+    key_ptr, state_ptr, starts_ptr, list_ptr, list_offsets_ptr,
     B, G,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +299,7 @@ def list_groups_kernel(
     tl.store(list_offsets_ptr + row, greater + tl.minimum(equal, quota))
     for start in range(0, G, BLOCK):
         group = start + tl.arange(0, BLOCK)
-        key = _load_keys(max_ptr, row, group, G)
+        key = _load_keys(key_ptr, row, group, G)
         is_greater = (key > threshold_key).to(tl.int32)
         is_equal = (key == threshold_key).to(tl.int32)
         tie = equal + tl.cumsum(is_equal, 0) - is_equal
@@ -266,7 +314,7 @@ def list_groups_kernel(
 
 @jit
 def count_entries_kernel(
-    pre_ptr, list_ptr, list_offsets_ptr, histograms_ptr, state_ptr, counts_ptr,
+    pre_ptr, list_ptr, list_offsets_ptr, peaks_ptr, histograms_ptr, state_ptr, counts_ptr,
     B, F, G,
     PASSES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -278,8 +326,7 @@ def count_entries_kernel(
     equal = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.load(list_offsets_ptr + row), stop, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        _, bits, _ = load_group_bits(pre_ptr, list_ptr, slots, stop, F, G, GROUP)
-        keys = positive_keys(bits)
+        _, keys, _ = load_groups(pre_ptr, list_ptr, peaks_ptr, slots, stop, F, G, GROUP)
         greater += tl.sum((keys > threshold_key).to(tl.int32), 1)
         equal += tl.sum((keys == threshold_key).to(tl.int32), 1)
     tl.store(counts_ptr + row + 1, tl.sum(greater, 0))
@@ -288,7 +335,7 @@ def count_entries_kernel(
 
 @jit
 def batch_emit_kernel(
-    pre_ptr, list_ptr, list_offsets_ptr, state_ptr, starts_ptr,
+    pre_ptr, list_ptr, list_offsets_ptr, peaks_ptr, state_ptr, starts_ptr,
     values_ptr, indices_ptr, offsets_ptr, threshold_ptr,
     B, F, G, capacity,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -302,7 +349,7 @@ def batch_emit_kernel(
     first = tl.load(list_offsets_ptr + row)
     stop = tl.load(list_offsets_ptr + row + 1)
     emit_row(
-        pre_ptr, list_ptr,
+        pre_ptr, list_ptr, peaks_ptr,
         first, stop, threshold_key, quota, greater, equal,
         values_ptr, indices_ptr,
         F, G,
@@ -312,17 +359,20 @@ def batch_emit_kernel(
     clear_tail(values_ptr, indices_ptr, nnz, capacity, BLOCK)
     if row == B - 1:
         tl.store(offsets_ptr + B, nnz)
-        # Without any entry the quota is 0 and the key means nothing.
-        key = tl.where(quota > 0, threshold_key, 0x7F800000)
+        # Without any entry the quota is 0 and the key means nothing; without any but peaks it is theirs.
+        key = tl.where((quota > 0) & (threshold_key < PEAK_KEY), threshold_key, 0x7F800000)
         tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
 
 
 def batch_topk(
-    pre: Tensor, maxima: Tensor, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``values, indices, offsets, threshold`` of ``num_selected > 0`` entries of ``pre [B, F]``."""
+    """``values, indices, offsets, threshold`` of ``num_selected > 0`` entries of ``pre [B, F]``.
+
+    The ``peaks [F]``, at most ``num_selected``, come first; ``[0]`` for a selection without.
+    """
     (B, F), G = pre.shape, maxima.shape[1]
-    pre, maxima = pre.contiguous(), maxima.contiguous()
+    pre, keys = pre.contiguous(), maxima.contiguous().view(torch.int32)
     integers = {"dtype": torch.int32, "device": pre.device}
     # For the groups and for the entries: 4 histograms, and (key, rank) before and after each digit.
     histograms = torch.zeros(2, DIGIT_PASSES, 256, **integers)
@@ -333,26 +383,35 @@ def batch_topk(
     list_offsets = torch.empty(B + 1, **integers)
     values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
 
+    if len(peaks):
+        keys = keys.clone()
+        mark_groups_kernel[(triton.cdiv(F, BLOCK_KEYS),)](
+            key_ptr=keys, peaks_ptr=peaks,
+            F=F, G=G,
+            GROUP=GROUP, BLOCK=BLOCK_KEYS,
+        )  # fmt: skip
+
     grid = (min(triton.cdiv(B * G, BLOCK_KEYS), MAX_COUNTING_PROGRAMS),)
     for digit in range(DIGIT_PASSES):
         count_group_digits_kernel[grid](
-            max_ptr=maxima, histograms_ptr=histograms[0], state_ptr=state[0],
+            key_ptr=keys, histograms_ptr=histograms[0], state_ptr=state[0],
             groups=B * G, rank=len(group_list),
             PASS=digit, BLOCK=BLOCK_KEYS,
         )  # fmt: skip
     count_groups_kernel[(B,)](
-        max_ptr=maxima, histograms_ptr=histograms[0], state_ptr=state[0], counts_ptr=counts[0],
+        key_ptr=keys, histograms_ptr=histograms[0], state_ptr=state[0], counts_ptr=counts[0],
         B=B, G=G,
         PASSES=DIGIT_PASSES, BLOCK=BLOCK_KEYS,
     )  # fmt: skip
     list_groups_kernel[(B,)](
-        max_ptr=maxima, state_ptr=final[0], starts_ptr=counts[0].cumsum(1, dtype=torch.int32),
+        key_ptr=keys, state_ptr=final[0], starts_ptr=counts[0].cumsum(1, dtype=torch.int32),
         list_ptr=group_list, list_offsets_ptr=list_offsets,
         B=B, G=G,
         BLOCK=BLOCK_KEYS,
     )  # fmt: skip
 
     listed = {"pre_ptr": pre, "list_ptr": group_list, "list_offsets_ptr": list_offsets}
+    listed |= {"peaks_ptr": peaks if len(peaks) else None}
     listed |= {"B": B, "F": F, "G": G, "GROUP": GROUP}
     progress = {"histograms_ptr": histograms[1], "state_ptr": state[1], "BLOCK": BLOCK_GROUPS}
     grid = (min(triton.cdiv(len(group_list), BLOCK_GROUPS), MAX_COUNTING_PROGRAMS),)
@@ -373,7 +432,7 @@ def batch_topk(
 
 @jit
 def row_select_kernel(
-    pre_ptr, max_ptr, list_ptr, listed_ptr, state_ptr, counts_ptr,
+    pre_ptr, key_ptr, list_ptr, listed_ptr, state_ptr, counts_ptr,
     F, G, k, list_capacity,
     PASSES: tl.constexpr, GROUP: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +447,7 @@ def row_select_kernel(
         counts = tl.zeros([256], tl.int32)
         for start in range(0, G, BLOCK_KEYS):
             group = start + tl.arange(0, BLOCK_KEYS)
-            counts += count_digits(_load_keys(max_ptr, row, group, G), key, top, shift)
+            counts += count_digits(_load_keys(key_ptr, row, group, G), key, top, shift)
         # Only in the first pass can there be fewer than are asked for.
         rank = tl.minimum(rank, tl.sum(counts, 0))
         key, rank = descend(counts, key, rank, shift)
@@ -398,7 +457,7 @@ def row_select_kernel(
     ties = 0
     for start in range(0, G, BLOCK_KEYS):
         group = start + tl.arange(0, BLOCK_KEYS)
-        keys = _load_keys(max_ptr, row, group, G)
+        keys = _load_keys(key_ptr, row, group, G)
         is_equal = (keys == key).to(tl.int32)
         tie = ties + tl.cumsum(is_equal, 0) - is_equal
         chosen = (keys > key) | ((is_equal > 0) & (tie < rank))
@@ -420,8 +479,8 @@ def row_select_kernel(
         counts = tl.zeros([256], tl.int32)
         for start in range(0, listed, BLOCK):
             slots = start + tl.arange(0, BLOCK)
-            _, bits, _ = load_group_bits(pre_ptr, list_row, slots, listed, F, G, GROUP)
-            counts += count_digits(positive_keys(bits), key, top, shift)
+            _, keys, _ = load_groups(pre_ptr, list_row, None, slots, listed, F, G, GROUP)
+            counts += count_digits(keys, key, top, shift)
         rank = tl.minimum(rank, tl.sum(counts, 0))
         selected = tl.maximum(selected, rank)
         key, rank = descend(counts, key, rank, shift)
@@ -439,7 +498,7 @@ def row_emit_kernel(
     row = tl.program_id(0)
     ties_before = tl.zeros([], tl.int32)
     emit_row(
-        pre_ptr, list_ptr + row.to(tl.int64) * list_capacity,
+        pre_ptr, list_ptr + row.to(tl.int64) * list_capacity, None,
         0, tl.load(listed_ptr + row),  # first, stop
         tl.load(state_ptr + 2 * row), tl.load(state_ptr + 2 * row + 1),  # threshold_key, quota
         tl.load(offsets_ptr + row), ties_before,  # greater, equal
@@ -453,7 +512,7 @@ def row_emit_kernel(
 def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """``values, indices, offsets`` of the ``k > 0`` largest entries of each row of ``pre [B, F]``."""
     (B, F), G = pre.shape, maxima.shape[1]
-    pre, maxima = pre.contiguous(), maxima.contiguous()
+    pre, keys = pre.contiguous(), maxima.contiguous().view(torch.int32)
     integers = {"dtype": torch.int32, "device": pre.device}
     list_capacity = min(k, G)
     group_list = torch.empty(B, list_capacity, **integers)
@@ -465,7 +524,7 @@ def topk(pre: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     shared |= {"F": F, "G": G, "list_capacity": list_capacity}
     shared |= {"GROUP": GROUP, "num_warps": ROW_WARPS}
     row_select_kernel[(B,)](
-        **shared, max_ptr=maxima, counts_ptr=counts,
+        **shared, key_ptr=keys, counts_ptr=counts,
         k=k,
         PASSES=DIGIT_PASSES, BLOCK_KEYS=BLOCK_KEYS, BLOCK=BLOCK_GROUPS,
     )  # fmt: skip
