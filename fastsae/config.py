@@ -95,7 +95,7 @@ class TrainConfig:
     """Begin with this many active latents per token and go linearly to --k. [no annealing]"""
     k_anneal_tokens: int = 1_000_000
     """Tokens over which --k-initial becomes --k."""
-    latent_quota: float = 0.0
+    latent_quota: float = 0.4
     """Share of the batch's K that goes first to each latent's largest pre-activation, so that every
     latent is used."""
     latent_quota_until: float = 0.9

@@ -269,7 +269,7 @@ def test_the_card_is_one_flag_away() -> None:
     for flag in (["--preset", "card"], ["--preset=card"]):
         (card,) = cli.parse([*flag, "--k", "32"]).runs
         assert (card.objective, card.aux_weight, card.peak_lr) == ("plain", 0.0625, 3e-4)
-        assert (card.warmup_tokens, card.decay_tokens, card.dead_after) == (0, 0, 10_000_000)
+        assert (card.warmup_tokens, card.decay_tokens, card.latent_quota) == (0, 0, 0)
         assert (card.stream_outlier_norm, card.normalize) == (None, "none")
         (recipe,) = cli.parse(["--k", "32"]).runs
         shape = ("model", "layer", "k", "batch_size", "tokens", "seed", "dataset", "d_sae")

@@ -14,8 +14,8 @@ from fastsae.training.update import UPDATES
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
 
-CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0}
-"""The learning rate of a problem is that of every step."""
+CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0}
+"""The learning rate of a problem is that of every step, and selection is that of the other trainers."""
 
 
 class Fastsae(Trainer):

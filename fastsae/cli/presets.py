@@ -30,6 +30,7 @@ _SETTINGS: dict[str, Any] = {
 _CARD: dict[str, Any] = {
     "objective": "plain",
     "aux_coefficient": 0.0625,
+    "latent_quota": 0.0,
     "lr": 3e-4,
     "lr_warmup_tokens": 0,
     "lr_decay_tokens": 0,

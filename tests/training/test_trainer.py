@@ -19,6 +19,7 @@ from fastsae_kernels import reference as ref
 CONFIG = fastsae.TrainConfig(
     d_sae=64, k=4, lr=3e-3, batch_size=64, tokens=64 * 50, dead_after_tokens=600, device="cpu", seed=1,
     log_every_tokens=640, checkpoint_every_tokens=1280, lr_warmup_tokens=0, lr_decay_tokens=0,
+    latent_quota=0.0,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from fastsae_kernels import reference as ref
 F64 = torch.float64
 CONFIG = fastsae.TrainConfig(
     d_sae=40, k=2.5, lr=0.01, k_aux=3, dead_after_tokens=50, normalize="none", device="cpu",
-    lr_warmup_tokens=0, lr_decay_tokens=0,
+    lr_warmup_tokens=0, lr_decay_tokens=0, latent_quota=0.0,
 )  # fmt: skip
 
 
