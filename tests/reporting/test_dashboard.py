@@ -14,8 +14,12 @@ from fastsae import HeldOutText, SplicedModel
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.reporting.dashboard.collect import AFTER, BEFORE
 from fastsae.reporting.dashboard.geometry import PART, TokenNames, logit_effects, neighbours
-from fastsae.reporting.dashboard.page import encode, write_page
-from fastsae.reporting.dashboard.write import Collector, write_report_page
+from fastsae.reporting.dashboard.write import (
+    Collector,
+    encode,
+    write_page,
+    write_report_page,
+)
 
 NASTY = "</script><!-- \" ' \\ \u2028 \u202e \x00 <script>alert(1)</script>"
 

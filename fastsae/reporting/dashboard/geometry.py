@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -30,15 +31,13 @@ def neighbours(sae: SAE, count: int = 8) -> Ranked:
     rows = normalize(sae.W_dec.float(), dim=1)
     count = min(count, sae.d_sae - 1)
     step = max(1, _PRODUCTS // sae.d_sae)
-    indices, values = [], []
+    found = []
     for start in range(0, sae.d_sae, step):
         cosines = rows[start : start + step] @ rows.T
         own = torch.arange(len(cosines), device=cosines.device)
         cosines[own, start + own] = -2
-        best = cosines.topk(count, dim=1)
-        indices.append(best.indices.cpu())
-        values.append(best.values.cpu())
-    return Ranked(torch.cat(indices), torch.cat(values))
+        found.append(cosines.topk(count, dim=1))
+    return _joined(found)
 
 
 @torch.no_grad()
@@ -66,9 +65,7 @@ def logit_effects(sae: SAE, model: SplicedModel, count: int = 10) -> tuple[Ranke
     """
     found_path = model.unembedding()
     if found_path is None:
-        log.info(
-            "%s has no direct path to its logits; no tokens are promoted in the report", model.name
-        )
+        log.info("%s has no direct path to its logits; promoted tokens are left out", model.name)
         return None
     unembedding, gain, centred = found_path
     unembedding = unembedding[: 1 + max(model.tokenizer.get_vocab().values())]
@@ -79,18 +76,19 @@ def logit_effects(sae: SAE, model: SplicedModel, count: int = 10) -> tuple[Ranke
     vocabulary = len(unembedding)
     count = min(count, vocabulary)
     step = max(1, _PRODUCTS // vocabulary)
-    found: tuple[list[Ranked], list[Ranked]] = ([], [])
+    promoted, suppressed = [], []
     for part in rows.split(step):
         effects = (part @ unembedding.T).float()
         effects -= effects.mean(1, keepdim=True)
-        for kept, largest in zip(found, (True, False), strict=True):
-            best = effects.topk(count, dim=1, largest=largest)
-            kept.append(Ranked(best.indices.cpu(), best.values.cpu()))
-    promoted, suppressed = (
-        Ranked(torch.cat([r.indices for r in kept]), torch.cat([r.values for r in kept]))
-        for kept in found
-    )
-    return promoted, suppressed
+        promoted.append(effects.topk(count, dim=1))
+        suppressed.append(effects.topk(count, dim=1, largest=False))
+    return _joined(promoted), _joined(suppressed)
+
+
+def _joined(best: Iterable[Iterable[Tensor]]) -> Ranked:
+    """What ``topk`` gave for one block of latents after the other."""
+    values, indices = (torch.cat(parts).cpu() for parts in zip(*best, strict=True))
+    return Ranked(indices, values)
 
 
 class TokenNames:
