@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,8 +227,8 @@ def test_pushes_that_fail_are_counted(
     with hub.Publisher(run, "me/mine", False) as publisher:
         for i in range(3):
             publisher.publish(run, "---\nlicense: apache-2.0\n---\n", f"push {i}")
-            for thread in publisher._threads:
-                thread.join()
+            while publisher._failed == i:
+                time.sleep(0.01)
     assert caplog.text.count("could not push to me/mine") == 1 and "403" in caplog.text
     assert "the last 3 pushes to me/mine failed" in caplog.text
     assert len(set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))) == 1
