@@ -322,7 +322,16 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     progress = section(card, "Training progress")
     for value in ("2,560", "100.0%", "40", state["history"][-1]["time"][11:19]):
         assert f" {value} |" in progress or value in progress
-    assert numbers(section(card, "Evaluation").partition("\n\n")[2].partition("\n\n")[2]) - {"k"} <= {
+    modes = json.loads((run / "evaluation.json").read_text())["modes"]
+    intervals = {
+        f"{modes[mode][score][side]:{form}}"
+        for mode in (summary["inference"], "threshold")
+        for score, form in (("explained_variance", ".4g"), ("l0", ".2f"))
+        for side in ("low", "high")
+    }
+    told_of_evaluation = section(card, "Evaluation").partition("\n\n")[2]
+    assert intervals <= numbers(told_of_evaluation)
+    assert numbers(told_of_evaluation) - {"k"} <= intervals | {
         f"{summary['explained_variance']:.4g}", f"{summary['threshold_explained_variance']:.4g}",
         f"{summary['pca_explained_variance']:.4g}", f"{summary['l0']:.2f}",
         f"{summary['threshold_l0']:.2f}", f"{summary['alive_fraction']:.1%}",
