@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             module = importlib.import_module(f".{name}", __package__)
             module.main(rest, prog or f"fastsae {name}")
         else:
-            raise ConfigError(
-                f"{name!r} is not a command of fastsae; the commands are {', '.join(COMMANDS)}"
-            )
+            raise ConfigError(f"{name!r} is not a command; the commands are {', '.join(COMMANDS)}")
         return 0
     except FastsaeError as error:
         said, code = f"error: {error}", 2
