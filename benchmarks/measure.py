@@ -72,9 +72,7 @@ def scale_for(device: str) -> str:
     return ["tiny", *(name for name, seconds in about.items() if seconds <= 540)][-1]
 
 
-def product_flops(
-    device: str, *sizes: tuple[int, int, int], dtype: torch.dtype = torch.float32
-) -> float:
+def product_flops(device: str, *sizes: tuple[int, int, int], dtype=torch.float32) -> float:
     """FLOP/s of the fastest product ``[m, n] @ [n, p]`` of ``sizes``, each the best of five."""
     best = 0.0
     for m, n, p in sizes or ((1024, 1024, 1024),):
@@ -116,31 +114,29 @@ def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
     return (of_long - of_short) / (long - short)
 
 
-def call_seconds(
-    call: Callable[[int], object], variants: int, device: str
-) -> tuple[list[float], bool]:
-    """Thirty times the seconds of ``call(i)`` on a GPU, ``i`` going round the sets of inputs.
+def call_seconds(call: Callable[[int], object], sets: int, device: str) -> tuple[list[float], bool]:
+    """Thirty times the seconds of ``call(i)`` on a GPU, ``i`` going round the ``sets`` of inputs.
 
     CUDA events around a replayed graph, which leaves the host's launches out (around the plain call where
     it cannot be captured: then False is returned too), with the L2 cache flushed before each.
     """
-    for i in range(variants):
+    for i in range(sets):
         call(i)
     torch.cuda.synchronize()
     try:
-        graphs = [torch.cuda.CUDAGraph() for _ in range(variants)]
+        graphs = [torch.cuda.CUDAGraph() for _ in range(sets)]
         for i, graph in enumerate(graphs):
             with torch.cuda.graph(graph):
                 call(i)
         replays, captured = [graph.replay for graph in graphs], True
     except RuntimeError:
-        replays, captured = [lambda i=i: call(i) for i in range(variants)], False
+        replays, captured = [lambda i=i: call(i) for i in range(sets)], False
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(33)]
     for sample, (begin, end) in enumerate(events):
         flush.zero_()
         begin.record()
-        replays[sample % variants]()
+        replays[sample % sets]()
         end.record()
     torch.cuda.synchronize()
     return [1e-3 * begin.elapsed_time(end) for begin, end in events[3:]], captured

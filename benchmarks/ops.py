@@ -201,10 +201,7 @@ def transpose(inputs: Inputs) -> Op:
     csr, F = inputs.csr, inputs.shape.F
     in_order = lambda i: csr[i].indices.sort(stable=True).indices
     return Op(
-        {
-            "fastsae": lambda i: kernels.csr_to_csc(csr[i], F).positions,
-            "torch, sort": in_order,
-        },
+        {"fastsae": lambda i: kernels.csr_to_csc(csr[i], F).positions, "torch, sort": in_order},
         lambda found: require_equal("order", found.long(), in_order(0)),
         bytes_moved=inputs.shape.K * 4 * 10,
     )

@@ -14,10 +14,10 @@ or less than one standard error below 0.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -219,9 +219,7 @@ def history_rows(rows: list[Row]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="print the table, train nothing")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

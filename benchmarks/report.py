@@ -10,9 +10,9 @@ A row measured again replaces the older one. What a gate refused has no time, he
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, mode
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from measure import git
 from results import HISTORY, ROOT, Row, Run, machine, rows_of
 
-from fastsae.cli.plan import Rates, step_seconds
+from fastsae.cli.plan import Rates, stage_seconds
 
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -262,7 +262,8 @@ def plot_scaling(rows: list[Row], rates: Rates | None, path: Path) -> None:
         at = [r[axis] for r in mine]
         axes.plot(at, [r["B"] / _median(r) for r in mine], "o-", label="fastsae")
         if rates:
-            speeds = [r["B"] / step_seconds(*(r[n] for n in "BDFk"), rates, low=low) for r in mine]
+            stages = [stage_seconds(*(r[n] for n in "BDFk"), rates, low=low) for r in mine]
+            speeds = [r["B"] / sum(s.values()) for r, s in zip(mine, stages, strict=True)]
             axes.plot(at, speeds, "--", color="gray", label="fastsae plan")
         axes.set(xscale="log", yscale="log", xlabel=axis)
         axes.set_xticks(at, [f"{v:g}" for v in at], fontsize=7)
@@ -307,9 +308,7 @@ def compare(before: str, after: str, threshold: float, path: Path = HISTORY) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("json", nargs="*", type=Path, help="results to publish")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two commits of the history")
     parser.add_argument("--threshold", type=float, default=0.05, help="what counts as moved [0.05]")

@@ -21,10 +21,6 @@ from fastsae import TrainConfig
 from fastsae_kernels import reference
 
 
-class WorkerError(RuntimeError):
-    """What the trainer raised, as text."""
-
-
 class Worker:
     """A process that answers one request at a time; waits idle in between."""
 
@@ -32,11 +28,11 @@ class Worker:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin)
 
     def ask(self, what: str, *arguments: Any, **options: Any) -> Any:
-        """Call the method ``what`` of :class:`Server`. Raises WorkerError if it fails, or the process ends."""
+        """Call the method ``what`` of :class:`Server`. Raises RuntimeError if it fails, or the process ends."""
         try:
             return self._pool.submit(_answer, what, arguments, options).result()
         except BrokenProcessPool as ended:
-            raise WorkerError("the trainer's process has ended") from ended
+            raise RuntimeError("the trainer's process has ended") from ended
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -90,7 +86,7 @@ def _answer(what: str, arguments: tuple, options: dict) -> Any:
     try:
         return getattr(_server, what)(*arguments, **options)
     except Exception as error:  # which may not come through as it is
-        raise WorkerError(f"{type(error).__name__}: {str(error)[:500]}") from None
+        raise RuntimeError(f"{type(error).__name__}: {str(error)[:500]}") from None
 
 
 def _begin() -> None:

@@ -42,28 +42,18 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
-    "BatchTopK": "sae.activation",
-    "TopK": "sae.activation",
-    "JumpReLU": "sae.activation",
-    "Sweep": "config",
-    "TrainConfig": "config",
-    "FastsaeError": "errors",
-    "ConfigError": "errors",
-    "StreamError": "errors",
-    "CheckpointError": "errors",
-    "FormatError": "errors",
-    "evaluate": "evaluation.evaluate",
-    "Evaluation": "evaluation.evaluate",
-    "HeldOutText": "lm.held_out",
-    "SplicedModel": "lm.hooked",
-    "load": "sae.io",
-    "save": "sae.io",
-    "SAE": "sae.module",
-    "Loss": "sae.module",
-    "Trainer": "training.trainer",
-    "train": "training.trainer",
+_MODULES = {
+    "config": ("Sweep", "TrainConfig"),
+    "errors": ("CheckpointError", "ConfigError", "FastsaeError", "FormatError", "StreamError"),
+    "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "lm.held_out": ("HeldOutText",),
+    "lm.hooked": ("SplicedModel",),
+    "sae.activation": ("BatchTopK", "JumpReLU", "TopK"),
+    "sae.io": ("load", "save"),
+    "sae.module": ("SAE", "Loss"),
+    "training.trainer": ("Trainer", "train"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

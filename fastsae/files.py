@@ -190,8 +190,6 @@ def is_held(directory: Path) -> bool:
         if lock.exists():
             with FileLock(lock).acquire(blocking=False):
                 pass
-    except Timeout:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, Timeout)
     return False

@@ -13,8 +13,6 @@ from fastsae.data.opening import open_text
 from fastsae.data.stream import open_stream
 from fastsae.lm.loading import load_pretrained
 
-__all__ = ["Timed", "documents", "held_out", "language_model", "open_stream"]
-
 
 class Timed:
     """A call that adds up the ``seconds`` it takes."""
@@ -31,7 +29,7 @@ class Timed:
 
 def documents(config: TrainConfig) -> list[str]:
     """The whole text, in the order in which fastsae reads it."""
-    return list(open_text(config.text_files, config.dataset, seed=config.resolved_stream_seed))
+    return list(open_text(config))
 
 
 def language_model(config: TrainConfig) -> tuple[Any, Any, int]:

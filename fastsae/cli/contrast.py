@@ -60,27 +60,20 @@ def main(arguments: Sequence[str], prog: str) -> None:
     from ..data.text_files import open_files
     from ..evaluation.contrast import check, contrast, describe, pool, summary
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.provenance import tokenize_for
     from ..files import write_json
-    from ..lm.held_out import HeldOutText
     from ..reporting.dashboard.write import Collector, write_report_page
 
     folder = output_folder(options.out, options.sae.source)
-    texts: list[list[Document]] = []
-    for files in (options.positive, options.negative):
-        source = open_files(
-            files,
-            text_column=options.text_column,
-            seed=options.seed,
-            skip_bad_lines=options.skip_bad_lines,
-        )
-        texts.append(list(islice(source, options.documents)))
+    read = {name: getattr(options, name) for name in ("text_column", "seed", "skip_bad_lines")}
+    texts: list[list[Document]] = [
+        list(islice(open_files(files, **read), options.documents))
+        for files in (options.positive, options.negative)
+    ]
     check(options.fdr, options.probe_latents, len(texts[0]), len(texts[1]))
     sae = options.sae.load()
-    context, outliers, rows = (
-        options.sae.context(sae),
-        options.sae.outliers(sae),
-        options.sae.batch_rows,
-    )
+    context, outliers = options.sae.context(sae), options.sae.outliers(sae)
+    rows = options.sae.batch_rows
     model = options.sae.load_model(sae)
     positive, negative = (
         pool(sae, model, side, context, rows, outliers, options.skip_bad_lines) for side in texts
@@ -92,27 +85,15 @@ def main(arguments: Sequence[str], prog: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "contrast.json"
     write_json(path, result)
-    text = HeldOutText.tokenize(
-        chain(*texts),
-        model.tokenizer,
-        context,
-        name="both sets of texts",
-        prepend_bos=sae.metadata.get("prepend_bos") is not False,
-        skip_bad_lines=options.skip_bad_lines,
-    )
-    collector = Collector(sae.d_sae, sae.W_dec.device)
+    skip, name = options.skip_bad_lines, "both sets of texts"
+    text = tokenize_for(sae, model, chain(*texts), context, name=name, skip_bad_lines=skip)
+    passages = Collector(sae.d_sae, sae.W_dec.device)
     evaluation = evaluate(
-        sae,
-        text,
-        model=model,
-        losses=False,
-        rows=rows,
-        outlier_norm=outliers,
-        observers=[collector],
+        sae, text, model=model, losses=False, rows=rows, outlier_norm=outliers, observers=[passages]
     )
     shown = {"contrast": {"latents": result["latents"], "summary": summary(result)}}
     page = write_report_page(
-        folder, sae, evaluation, collector, model, text,
+        folder, sae, evaluation, passages, model, text,
         title="Contrast of two sets of texts", page="contrast.html", extra=shown,
     )  # fmt: skip
     print(f"wrote {path}, {page}")  # noqa: T201

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """Evaluate, print the table, and write what there is to write. Raises FastsaeError."""
     options = parse(EvaluateOptions, arguments, prog, __doc__)
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.provenance import tokenize_for
     from ..evaluation.table import describe
     from ..files import write_json
     from ..lm.held_out import HeldOutText
@@ -76,16 +77,11 @@ def main(arguments: Sequence[str], prog: str) -> None:
     else:
         texts = options.text.open(preset)
         model = options.sae.load_model(sae)
-        tokens = options.tokens or preset.eval_tokens
-        text = HeldOutText.tokenize(
-            texts,
-            model.tokenizer,
-            context,
-            tokens,
-            texts.name,
-            prepend_bos=sae.metadata.get("prepend_bos") is not False,
+        text = tokenize_for(
+            sae, model, texts, context,
+            tokens=options.tokens or preset.eval_tokens, name=texts.name,
             skip_bad_lines=options.text.skip_bad_lines,
-        )
+        )  # fmt: skip
     observers = [Collector(sae.d_sae, sae.W_dec.device)] if options.report and folder else []
     result = evaluate(
         sae, text, options.modes or None, model=model, losses=options.losses, rows=options.sae.batch_rows,

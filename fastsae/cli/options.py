@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -69,12 +69,11 @@ class SaeFlags:
         """The language model, on the SAE's device. Raises ConfigError or StreamError."""
         from ..lm.hooked import SplicedModel, layer_of
 
-        name = self.model_name(sae)
         layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
         own = self.model in (None, sae.metadata.get("model_name"))
         return SplicedModel.load(
-            name,
+            self.model_name(sae),
             layer,
             quantization=quantization,
             device=sae.W_dec.device,
@@ -120,19 +119,10 @@ class TextFlags:
         """The text, by default that of ``preset``. Raises ConfigError or StreamError."""
         from ..data.opening import open_text
 
-        dataset, config = self.dataset or preset.dataset, self.dataset_config
+        text = vars(self) | {"dataset": self.dataset or preset.dataset}
         if self.dataset is None:
-            config = config or preset.dataset_config
-        return open_text(
-            self.text_files,
-            dataset,
-            config,
-            self.dataset_split,
-            dataset_revision=self.dataset_revision,
-            text_column=self.text_column,
-            skip_bad_lines=self.skip_bad_lines,
-            seed=self.seed,
-        )
+            text["dataset_config"] = self.dataset_config or preset.dataset_config
+        return open_text(replace(preset, **text))
 
 
 def output_folder(out: str | None, source: str) -> Path | None:
@@ -151,11 +141,7 @@ def output_folder(out: str | None, source: str) -> Path | None:
 
 
 def parse(
-    options: type[Options],
-    arguments: Sequence[str],
-    prog: str,
-    description: str | None,
-    **default: Any,
+    options: type[Options], arguments: Sequence[str], prog: str, about: str | None, **default: Any
 ) -> Options:
     """The ``options`` that ``arguments`` ask for, on top of a ``default=``, if there is one.
 
@@ -168,7 +154,7 @@ def parse(
     try:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(
-                options, prog=prog, description=description, args=arguments, config=flat, **default
+                options, prog=prog, description=about, args=arguments, config=flat, **default
             )
     except SystemExit as end:
         if not end.code:
@@ -180,9 +166,8 @@ def _in_a_line(box: str) -> str:
     """What tyro shows in a box of several parts: the first part, and the flags that were perhaps meant."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # colours
     lines = [line.strip("│ ") for line in plain.splitlines() if line[:1] not in "╭╰"]
-    parts = [
-        list(part) for rule, part in groupby(lines, lambda line: set(line) == {"─"}) if not rule
-    ]
+    is_rule = lambda line: set(line) == {"─"}
+    parts = [list(part) for rule, part in groupby(lines, is_rule) if not rule]
     said = " ".join(parts[0]).removeprefix("Error parsing ")
     if len(parts) > 1 and parts[1][0].startswith("Perhaps"):
         flags = [line.split()[0].rstrip(",") for line in parts[1] if line.startswith("--")]

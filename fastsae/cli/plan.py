@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..config import TrainConfig
 from ..errors import ConfigError
@@ -72,15 +72,10 @@ class PlanOptions:
             raise ConfigError(f"model_gib must be at least 0, got {self.model_gib:g}")
         if not 0 <= self.dead_share <= 1:
             raise ConfigError(f"dead_share is a share of the latents, got {self.dead_share:g}")
-        missing = None
         if (self.tflops is None) != (self.bandwidth is None):
-            missing = "a step is predicted from two rates; give both --tflops and --bandwidth"
-        elif self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
-            missing = (
-                "a run's time and price follow from a step's; give --tflops and --bandwidth too"
-            )
-        if missing:
-            raise ConfigError(missing)
+            raise ConfigError("a step is predicted from two rates: both --tflops and --bandwidth")
+        if self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
+            raise ConfigError("time and price follow from a step's; give --tflops and --bandwidth")
 
 
 def state_bytes(D: int, F: int, *, copy: bool = True, quantized: bool = False) -> int:
@@ -129,14 +124,11 @@ def largest_F(gib: float, B: int, D: int, k: float, **options) -> int:
     return bisect_right(range(1, 2**30), gib * GIB, key=need) * 1024
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What a device does per second."""
 
-    flops: float
-    """Operations of dense matrix products in the training precision."""
-    bandwidth: float
-    """Bytes of a copy, reads and writes together."""
+    flops: float  # operations of dense matrix products in the training precision
+    bandwidth: float  # bytes of a copy, reads and writes together
 
 
 def stage_bytes(
@@ -161,11 +153,6 @@ def stage_seconds(B: int, D: int, F: int, k: float, rates: Rates, **options) -> 
     moved = stage_bytes(B, D, F, k, **options)
     seconds = {stage: count / rates.bandwidth for stage, count in moved.items()}
     return seconds | {"encode": max(2 * B * D * F / rates.flops, seconds["encode"])}
-
-
-def step_seconds(B: int, D: int, F: int, k: float, rates: Rates, **options) -> float:
-    """The stages' least seconds, one after the other."""
-    return sum(stage_seconds(B, D, F, k, rates, **options).values())
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

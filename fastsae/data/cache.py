@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device)
     wanted = config.steps * config.batch_size + config.pool_tokens
     manifest = _read_manifest(folder)
     if manifest is not None:
-        _refuse_foreign(folder, manifest, config, layers)
+        _refuse_foreign(manifest, config, layers)
     if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
         manifest = _write(folder, manifest, config, layers, device, wanted)
     return CachedChunks(folder, manifest, config, layers, device)
@@ -92,11 +93,11 @@ class CachedChunks(ChunkSource):
         self.d_model: int = manifest["d_model"]
         self.num_streams = len(layers)
         self.device = device
-        self._chunks = [
-            (shard["file"], start, chunk)
-            for shard in manifest["shards"]
-            for start, chunk in _starts(shard["chunks"])
-        ]
+        self._chunks: list[tuple[str, int, dict[str, Any]]] = []
+        for shard in manifest["shards"]:
+            starts = accumulate((chunk["rows"] for chunk in shard["chunks"]), initial=0)
+            chunks = zip(starts, shard["chunks"], strict=False)  # the last start is the end
+            self._chunks += [(shard["file"], start, chunk) for start, chunk in chunks]
         self.chunk_tokens: int = manifest["identity"]["harvest_batch"] * config.context_length
         seed = config.resolved_stream_seed
         self._seed = None if seed == manifest["stream_seed"] else seed
@@ -130,18 +131,14 @@ class CachedChunks(ChunkSource):
         """Read a chunk. Raises StreamError if it is not what was written."""
         name, start, written = self._chunks[chunk]
         path = self._folder / name
-        layers = []
+        end, layers = start + written["rows"], []
         try:
             if name not in self._files:
                 self._files[name] = safetensors.safe_open(path, "pt")
             for layer in self._layers:
-                rows = self._files[name].get_slice(f"layer.{layer}")[
-                    start : start + written["rows"]
-                ]
+                rows = self._files[name].get_slice(f"layer.{layer}")[start:end]
                 if checksum(rows) != written["checksums"][layer]:
-                    raise ValueError(
-                        f"rows {start} and on do not have the content that was written"
-                    )
+                    raise ValueError(f"rows {start} to {end} are not what was written")
                 layers.append(to_device(rows, self.device))
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise _damaged(path, error) from error
@@ -153,7 +150,13 @@ class CachedChunks(ChunkSource):
 
     def held_out(self) -> tuple[Tensor, ...]:
         path = self._folder / _HELD_OUT
-        tensors = _load(path, self._manifest["held_out"])
+        try:
+            tensors = load_file(path)
+            found = {name: checksum(tensor) for name, tensor in tensors.items()}
+            if found != self._manifest["held_out"]["checksums"]:
+                raise ValueError("the content is not what was written")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise _damaged(path, error) from error
         rows = [tensors[f"layer.{layer}"][: self._held_out_tokens] for layer in self._layers]
         return tuple(layer.to(self.device).float() for layer in rows)
 
@@ -182,26 +185,17 @@ class CachedChunks(ChunkSource):
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that the cached activations depend on, but for the seed and the layers."""
-    text = {
-        "text_files": [_content(Path(path)) for path in config.text_files],
-        "text_column": config.text_column,
-    }
+    names = ["revision", "quantization", "context_length", "harvest_batch", "separate_documents"]
+    names += ["activation_dtype", "eval_tokens", "text_column"]
     if not config.text_files:
-        names = ("dataset", "dataset_config", "dataset_split", "dataset_revision")
-        text |= {name: getattr(config, name) for name in names}
+        names += ["dataset", "dataset_config", "dataset_split", "dataset_revision"]
     model = Path(config.model)
     return {
         "model": model.name if model.is_dir() else config.model,
         "model_files": weights_of(config.model) if model.is_dir() else {},
-        "revision": config.revision,
-        "quantization": config.quantization,
-        "context_length": config.context_length,
-        "harvest_batch": config.harvest_batch,
-        "separate_documents": config.separate_documents,
+        "text_files": [_content(Path(path)) for path in config.text_files],
+        **{name: getattr(config, name) for name in names},
         "outlier_norm": config.stream_outlier_norm,
-        "activation_dtype": config.activation_dtype,
-        "eval_tokens": config.eval_tokens,
-        **text,
     }
 
 
@@ -237,11 +231,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_foreign(
-    folder: Path, manifest: dict[str, Any], config: TrainConfig, layers: Sequence[int]
-) -> None:
+def _refuse_foreign(manifest: dict[str, Any], config: TrainConfig, layers: Sequence[int]) -> None:
     now, then = plain(_identity(config)), manifest["identity"]
-    differences = [
+    found = [
         f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
         for name in sorted({*now, *then})
         if then.get(name) != now.get(name)
@@ -249,11 +241,11 @@ def _refuse_foreign(
     missing = [layer for layer in layers if str(layer) not in manifest["metadata"]]
     if missing:
         held = ", ".join(manifest["metadata"])
-        differences.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
-    if differences:
+        found.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
+    if found:
         raise StreamError(
-            f"the cache in {folder} holds other activations:\n  "
-            + "\n  ".join(differences)
+            f"the cache in {config.cache_dir} holds other activations:\n  "
+            + "\n  ".join(found)
             + "\nGive another --cache-dir, or the settings it was written with"
         )
 
@@ -374,25 +366,8 @@ def _save(content: dict[str, Any], path: Path) -> int:
     return path.stat().st_size
 
 
-def _load(path: Path, written: dict[str, Any]) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-        if {name: checksum(tensor) for name, tensor in tensors.items()} != written["checksums"]:
-            raise ValueError("the content is not what was written")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise _damaged(path, error) from error
-    return tensors
-
-
 def _rows(manifest: dict[str, Any]) -> int:
     return sum(chunk["rows"] for shard in manifest["shards"] for chunk in shard["chunks"])
-
-
-def _starts(chunks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    start = 0
-    for chunk in chunks:
-        yield start, chunk
-        start += chunk["rows"]
 
 
 def _require_space(folder: Path, needed: int) -> None:

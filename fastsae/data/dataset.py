@@ -23,15 +23,16 @@ def open_dataset(
     *,
     revision: str | None = None,
     text_column: str = "text",
-    seed: int = 0,
-    skip_bad_lines: bool = False,
+    **options: Any,
 ) -> TextSource:
     """Documents of a data set: an id on the hub (streamed), or a local directory that ``datasets``
     reads, also one that ``save_to_disk`` wrote.
 
     A branch of the hub is read at the commit that it has now, and a run that is resumed must find the
-    same commit. Raises StreamError: unknown, gated, unreachable, no such configuration, split or
-    column. Raises ConfigError: a revision of a local directory.
+    same commit. ``options``: ``seed`` and ``skip_bad_lines`` of :class:`TextSource`.
+
+    Raises StreamError: unknown, gated, unreachable, no such configuration, split or column. Raises
+    ConfigError: a revision of a local directory.
     """
     local = Path(name).is_dir()
     saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
@@ -75,14 +76,8 @@ def open_dataset(
                 f"{where} cannot be read behind record {number} of shard {shard}: {error}"
             ) from error
 
-    return TextSource(
-        range(shards),
-        read,
-        name=name,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        content=_files(Path(name)) if local else {"revision": commit} if commit else {},
-    )
+    content = _files(Path(name)) if local else {"revision": commit} if commit else {}
+    return TextSource(range(shards), read, name=name, content=content, **options)
 
 
 def _files(folder: Path) -> dict[str, str]:

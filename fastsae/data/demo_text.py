@@ -28,13 +28,11 @@ _NOT_PROSE = re.compile(r"[^A-Za-z0-9 ,.;:!?'()“”—-]|https?:|\w\(|\w\.\w|_
 def open_text(seed: int) -> TextSource:
     """The documents as a text source, in an order drawn from ``seed``."""
     found = documents()
-    order = np.random.default_rng(seed).permutation(len(found))
+    shard = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
     everything = "\n\n".join(found).encode()
     content = describe_content(len(everything), hashlib.sha256(everything).hexdigest())
     name = "installed documentation"
-    return TextSource(
-        [[found[i] for i in order]], iter, name=name, seed=seed, content={name: content}
-    )
+    return TextSource([shard], iter, name=name, seed=seed, content={name: content})
 
 
 def documents(packages: Sequence[str] = _PACKAGES) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,16 +27,7 @@ def open_text_chunks(
 ) -> TextChunks:
     """The language model, hooked after ``layers``, and the text of ``config``, without a buffer."""
     load_config(config.model, layers, config.context_length, config.revision)
-    text = open_text(
-        config.text_files,
-        config.dataset,
-        config.dataset_config,
-        config.dataset_split,
-        dataset_revision=config.dataset_revision,
-        text_column=config.text_column,
-        skip_bad_lines=config.skip_bad_lines,
-        seed=config.resolved_stream_seed,
-    )
+    text = open_text(config)
     model = CutModel.load(
         config.model,
         layers,
@@ -45,14 +37,12 @@ def open_text_chunks(
         compile=config.compile_model,
         revision=config.revision,
     )
+    precision = str(model.dtype).removeprefix("torch.")
     log.info(
         "%s, first %d of %d layers, %s: %.2f GB",
-        model.name,
-        max(model.layers) + 1,
-        model.num_layers,
-        model.quantization if model.quantization != "none" else str(model.dtype).split(".")[-1],
-        model.memory_bytes / 1e9,
-    )
+        model.name, max(model.layers) + 1, model.num_layers,
+        precision if model.quantization == "none" else model.quantization, model.memory_bytes / 1e9,
+    )  # fmt: skip
     return TextChunks(
         TokenPacker(text, model.tokenizer, config.context_length, embeddings=model.embeddings),
         model,
@@ -62,34 +52,21 @@ def open_text_chunks(
     )
 
 
-def open_text(
-    text_files: Sequence[str],
-    dataset: str,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    *,
-    dataset_revision: str | None = None,
-    text_column: str = "text",
-    skip_bad_lines: bool = False,
-    seed: int = 0,
-) -> TextSource:
+def open_text(config: TrainConfig) -> TextSource:
     """Documents of ``text_files`` if there are any, else of ``dataset``: the demo's text by its name, a
-    data set of the hub, or a local folder. The order is drawn from ``seed``.
+    data set of the hub, or a local folder. The order is drawn from the seed of the stream.
 
     Raises StreamError and ConfigError, each with what to do.
     """
-    if text_files:
-        return open_files(
-            text_files, text_column=text_column, seed=seed, skip_bad_lines=skip_bad_lines
-        )
-    if dataset == demo_text.TEXT and not Path(dataset).is_dir():
-        return demo_text.open_text(seed)
-    return open_dataset(
-        dataset,
-        dataset_config,
-        dataset_split,
-        revision=dataset_revision,
-        text_column=text_column,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-    )
+    shared: dict[str, Any] = {
+        "text_column": config.text_column,
+        "seed": config.resolved_stream_seed,
+        "skip_bad_lines": config.skip_bad_lines,
+    }
+    name = config.dataset
+    if config.text_files:
+        return open_files(config.text_files, **shared)
+    if name == demo_text.TEXT and not Path(name).is_dir():
+        return demo_text.open_text(config.resolved_stream_seed)
+    subset, split = config.dataset_config, config.dataset_split
+    return open_dataset(name, subset, split, revision=config.dataset_revision, **shared)

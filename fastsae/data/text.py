@@ -49,7 +49,7 @@ class TextSource:
         read: Callable[[Any], Iterable[Document | StreamError]],
         *,
         name: str,
-        seed: int,
+        seed: int = 0,
         skip_bad_lines: bool = False,
         content: Mapping[str, str] | None = None,
     ) -> None:
@@ -94,9 +94,7 @@ class TextSource:
                 return record
         skipped = self.counts["skipped_records"]
         if skipped and not self.counts["documents"]:
-            raise StreamError(
-                f"{self.name}: every one of {skipped} records was left out as a bad one"
-            )
+            raise StreamError(f"{self.name}: every one of {skipped} records was left out as bad")
         raise StopIteration
 
     def _next_of_shard(self) -> Document | StreamError | None:
@@ -163,10 +161,8 @@ def as_document(value: Any, where: str, text_column: str) -> Document | StreamEr
         case str():
             return value
         case {"role": [*_], "content": [*_]}:  # messages by column, as some tables keep them
-            value = [
-                {"role": role, "content": content}
-                for role, content in zip(value["role"], value["content"], strict=False)
-            ]
+            pairs = zip(value["role"], value["content"], strict=False)
+            value = [{"role": role, "content": content} for role, content in pairs]
     if isinstance(value, list):
         if all(isinstance(i, int) and not isinstance(i, bool) for i in value):
             return value

@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..errors import ConfigError, StreamError
 from ..files import describe_content, fingerprint
@@ -30,36 +30,24 @@ _NULS = 0.02
 """Share of NUL bytes from which on a file is no text of one byte a character and more."""
 
 
-def open_files(
-    paths: Sequence[str],
-    *,
-    text_column: str = "text",
-    seed: int = 0,
-    skip_bad_lines: bool = False,
-) -> TextSource:
+def open_files(paths: Sequence[str], *, text_column: str = "text", **options: Any) -> TextSource:
     """Documents of local files, and of the files anywhere under local directories.
 
     ``.txt`` (UTF-8): a document is a run of whole paragraphs of about ``DOCUMENT_CHARACTERS``
     characters; joined again, the documents are the file. ``.jsonl`` and ``.parquet``: a document is
     the ``text_column`` of one record: text, a chat, or token ids. ``.txt.gz`` and ``.jsonl.gz`` are
-    read without unpacking. ``skip_bad_lines`` leaves out the records that hold no document, and counts
-    them.
+    read without unpacking. ``options``: ``seed`` and ``skip_bad_lines`` of :class:`TextSource`.
 
     Every file is checked at once, so that a bad one is found now and not after hours of training.
     Raises StreamError: no such file, not UTF-8 (with the byte), not JSON (with the line), no such
     column. Raises ConfigError: an ending other than those.
     """
     files = [file for path in paths for file in _expand(Path(path))]
-    content = {str(file): _check(file, text_column, skip_bad_lines) for file in files}
+    skip = options.get("skip_bad_lines", False)
+    content = {str(file): _check(file, text_column, skip) for file in files}
     name = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-    return TextSource(
-        files,
-        lambda file: _read_file(file, text_column),
-        name=name,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        content=content,
-    )
+    read = lambda file: _read_file(file, text_column)
+    return TextSource(files, read, name=name, content=content, **options)
 
 
 def _kind(path: Path) -> str | None:
@@ -75,9 +63,7 @@ def _expand(path: Path) -> list[Path]:
             )
         return files
     if not path.exists():
-        raise StreamError(
-            f"the text file {str(path)!r} does not exist; check the path given to --text-files"
-        )
+        raise StreamError(f"the text file {str(path)!r} does not exist; check the path")
     if not _kind(path):
         raise ConfigError(
             f"the text file {str(path)!r} is of an unknown kind; expected an ending among "
@@ -143,12 +129,10 @@ def _check_encoding(path: Path) -> str:
     return describe_content(read, found.hexdigest())
 
 
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # which begins as that of UTF-16
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _CONTAINERS = (
     (b"\x1f\x8b", "gzip", "name it .gz, as in .txt.gz"),
     (b"BZh", "bzip2", "unpack it"),
@@ -167,7 +151,7 @@ def _advice(path: Path) -> str:
     for mark, kind, remedy in _CONTAINERS:
         if start.startswith(mark):
             return f"it is a file of another kind ({kind}): {remedy}"
-    encoding = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
+    encoding = next((name for name, marks in _MARKS.items() if start.startswith(marks)), None)
     if encoding is None and start.count(0) > _NULS * len(start):
         # Most characters of most texts have a high byte of 0: where it stands tells the encoding.
         empty = "".join("x0"[start[i::4].count(0) * 4 > len(start) // 4] for i in range(4))

@@ -6,7 +6,10 @@ speaks of what was taken out of it, never of what was read ahead.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..lm.encoding import Encoder
-from .read_ahead import ReadAhead
 from .text import TextSource
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class TokenPacker:
         self.context_length = context_length
         self.seconds = 0.0
         self._tokenizer = tokenizer
-        self._documents_per_batch = documents_per_batch
+        self._at_once = documents_per_batch
         self._embeddings = embeddings
         self._bos = tokenizer.bos_token_id
         has_only_eos = self._bos is None and tokenizer.eos_token_id is not None
@@ -69,7 +71,7 @@ class TokenPacker:
         self._taken = 0
         self._text_state = text.state_dict()  # after what is in _ids
         self._counts: Counter[str] = Counter()  # the encoder's, likewise
-        self._ahead: ReadAhead[_Tokenised] | None = None
+        self._ahead: _ReadAhead | None = None
 
     def __iter__(self) -> TokenPacker:
         return self
@@ -96,17 +98,13 @@ class TokenPacker:
     def _tokenise(self) -> bool:
         """Append the next documents' tokens; False at the end of the text."""
         if self._ahead is None:
+            text = self.text
             encoder = Encoder(
-                self._tokenizer,
-                self.text.name,
-                skip=self.text.skip_bad_lines,
-                embeddings=self._embeddings,
+                self._tokenizer, text.name, skip=text.skip_bad_lines, embeddings=self._embeddings
             )
             encoder.counts.update(self._counts)
-            batches = _tokenised(
-                self.text, encoder, self._prefix, self._suffix, self._documents_per_batch
-            )
-            self._ahead = ReadAhead(batches, BATCHES_AHEAD)
+            batches = _tokenised(text, encoder, self._prefix, self._suffix, self._at_once)
+            self._ahead = _ReadAhead(batches)
         start = time.perf_counter()
         new = next(self._ahead, None)
         self.seconds += time.perf_counter() - start
@@ -140,14 +138,56 @@ class TokenPacker:
 
 
 def _tokenised(
-    text: TextSource,
-    encoder: Encoder,
-    prefix: list[Any],
-    suffix: list[Any],
-    documents_per_batch: int,
+    text: TextSource, encoder: Encoder, prefix: list[Any], suffix: list[Any], n: int
 ) -> Iterator[_Tokenised]:
-    """The tokens of the text, some documents at a time, and where each batch of them ends."""
-    while documents := list(islice(text, documents_per_batch)):
+    """The tokens of the text, ``n`` documents at a time, and where each batch of them ends."""
+    while documents := list(islice(text, n)):
         ids = [np.asarray(prefix + ids + suffix, np.int32) for ids in encoder(documents) if ids]
         tokens = np.concatenate([np.empty(0, np.int32), *ids])
         yield _Tokenised(tokens, text.state_dict(), encoder.counts.copy())
+
+
+class _ReadAhead:
+    """The items of ``items``, made in a background thread, at most ``BATCHES_AHEAD`` in advance.
+
+    What ``items`` raises is raised here in its turn. Nothing else may use ``items``, or what it reads,
+    until ``close()`` has returned.
+    """
+
+    def __init__(self, items: Iterator[_Tokenised]) -> None:
+        self._queue = queue.Queue[tuple[_Tokenised | None, BaseException | None]](BATCHES_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_fill, args=(items, self._queue, self._stop), name="fastsae-text", daemon=True
+        )
+        self._thread.start()
+        weakref.finalize(self, self._stop.set)
+
+    def __next__(self) -> _Tokenised:
+        item, error = self._queue.get()
+        if error is not None:
+            self._queue.put((None, error))  # as any iterator: once ended, it stays so
+            raise error
+        assert item is not None
+        return item
+
+    def close(self) -> None:
+        """Give up what was read ahead, and wait for the thread to let go of ``items``."""
+        self._stop.set()
+        self._thread.join()
+
+
+def _fill(items: Iterator[_Tokenised], results: queue.Queue, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            result = (next(items), None)
+        except BaseException as error:  # handed over to whoever waits for the item
+            result = (None, error)
+        while not stop.is_set():
+            try:
+                results.put(result, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if result[1] is not None:
+            return

@@ -7,9 +7,9 @@ a set are one observation, and near copies stay together where something is held
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..lm.held_out import HeldOutText
 from ..lm.hooked import SplicedModel
 from ..sae.module import SAE
 from .evaluate import text_activations
-from .provenance import require_same_activations
+from .provenance import require_same_activations, tokenize_for
 from .statistics import benjamini_hochberg, fit_logistic, midranks, rank_sum_test
 
 FOLDS = 5
@@ -41,35 +41,16 @@ class Pooled:
     """Documents as rows: ``mean [N, F]`` activation of each latent over a document's tokens, ``active
     [N, F]`` whether it is active at all, ``dense [N, D]`` the mean residual; all on the CPU.
 
-    ``keys``, N of them, are the same for equal documents, by default for equal rows; ``signatures
-    [N, SIGNATURE]`` are :func:`minhash` of their tokens; ``repeated`` documents were left out as equal to
-    one that is there."""
+    ``keys``, N of them, are all different: those of one set name the same documents as those of another;
+    ``signatures [N, SIGNATURE]`` are :func:`minhash` of their tokens; ``repeated`` documents were left
+    out as equal to one that is there."""
 
     mean: Tensor
     active: Tensor
     dense: Tensor
-    keys: list[bytes] | None = None
-    signatures: Tensor | None = None
+    keys: list[bytes]
+    signatures: Tensor
     repeated: int = 0
-
-    def distinct(self) -> Pooled:
-        """Of equal documents the first alone, with ``keys``."""
-        keys = self.keys
-        if keys is None:
-            rows = torch.cat([self.mean, self.dense], 1).numpy()
-            keys = [hashlib.sha256(row.tobytes()).digest() for row in rows]
-        numbers: dict[bytes, int] = {}
-        for i, key in enumerate(keys):
-            numbers.setdefault(key, i)
-        first = list(numbers.values())
-        return Pooled(
-            self.mean[first],
-            self.active[first],
-            self.dense[first],
-            list(numbers),
-            None if self.signatures is None else self.signatures[first],
-            self.repeated + len(keys) - len(first),
-        )
 
 
 @torch.no_grad()
@@ -84,14 +65,7 @@ def pool(
 ) -> Pooled:
     """Run documents through the model and the SAE; one row for each different document with a measured
     token. Raises ConfigError if the SAE reads other activations than the model gives."""
-    bos = sae.metadata.get("prepend_bos") is not False
-    text = HeldOutText.tokenize(
-        texts,
-        model.tokenizer,
-        context_length,
-        prepend_bos=bos,
-        skip_bad_lines=skip_bad_lines,
-    )
+    text = tokenize_for(sae, model, texts, context_length, skip_bad_lines=skip_bad_lines)
     require_same_activations(sae, text, model)
     text, ids, repeated = _distinct(text)
     count = len(ids)
@@ -106,16 +80,10 @@ def pool(
         mean.index_add_(0, documents, z)
         dense.index_add_(0, documents, x.cpu())
     there = tokens[:, 0] > 0
-    kept = [document for document, is_there in zip(ids, there.tolist(), strict=True) if is_there]
+    kept = list(compress(ids, there.tolist()))
+    keys = [document.tobytes() for document in kept]
     mean, dense, tokens = mean[there], dense[there], tokens[there]
-    return Pooled(
-        mean / tokens,
-        mean > 0,
-        dense / tokens,
-        [document.tobytes() for document in kept],
-        minhash(kept),
-        repeated,
-    )
+    return Pooled(mean / tokens, mean > 0, dense / tokens, keys, minhash(kept), repeated)
 
 
 def _distinct(text: HeldOutText) -> tuple[HeldOutText, list[np.ndarray], int]:
@@ -180,11 +148,7 @@ def near_copies(signatures: Tensor) -> Tensor:
 
 
 def contrast(
-    positive: Pooled,
-    negative: Pooled,
-    fdr: float = 0.05,
-    probe_latents: int = 8,
-    seed: int = 0,
+    positive: Pooled, negative: Pooled, fdr: float = 0.05, probe_latents: int = 8, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two sets of documents; returns what ``contrast.json`` holds.
 
@@ -199,7 +163,6 @@ def contrast(
 
     Raises ConfigError: too few documents, or settings that make no sense.
     """
-    positive, negative = positive.distinct(), negative.distinct()
     repeats = positive.repeated, negative.repeated
     check(fdr, probe_latents, len(positive.mean), len(negative.mean), repeats)
     x = torch.cat([positive.mean, negative.mean])
@@ -207,7 +170,7 @@ def contrast(
     dense = torch.cat([positive.dense, negative.dense])
     n = len(positive.mean)
     y = torch.arange(len(x)) < n
-    group = _groups(positive, negative)
+    group = near_copies(torch.cat([positive.signatures, negative.signatures]))
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.stack([
         y[torch.randperm(len(y), generator=generator)] for _ in range(PERMUTATIONS)
@@ -231,29 +194,26 @@ def contrast(
         for i in order.tolist()
         if q[i] <= fdr
     ]
+    fold = _folds(y, group, generator)
     return {
         "documents": {"positive": n, "negative": len(x) - n},
         "repeated": {
             "positive": positive.repeated,
             "negative": negative.repeated,
-            "in_both_sets": len({*(positive.keys or ())} & {*(negative.keys or ())}),
+            "in_both_sets": len({*positive.keys} & {*negative.keys}),
             "near_copies": len(group) - len(group.unique()),
         },
         "fdr": fdr,
         "latents_tested": len(tested),
         "latents_found": len(latents),
         "shuffled": {"permutations": PERMUTATIONS, "latents_found": discoveries[1:]},
-        "probes": _probes(x, dense, y, group, shuffled[0], probe_latents, generator),
+        "probes": _probes(x, dense, y, fold, shuffled[0], probe_latents),
         "latents": latents,
     }
 
 
 def check(
-    fdr: float,
-    probe_latents: int,
-    positive: int,
-    negative: int,
-    repeated: tuple[int, int] = (0, 0),
+    fdr: float, probe_latents: int, positive: int, negative: int, repeated: tuple[int, int] = (0, 0)
 ) -> None:
     """Raise ConfigError unless so many documents can be compared with these settings; ``repeated`` more of
     each set are equal to one that counts."""
@@ -278,15 +238,6 @@ def _test(x: Tensor, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(auroc), torch.cat(p)
 
 
-def _groups(positive: Pooled, negative: Pooled) -> Tensor:
-    """``[N]``: a number for each document of both sets, the same for near copies."""
-    if positive.signatures is not None and negative.signatures is not None:
-        return near_copies(torch.cat([positive.signatures, negative.signatures]))
-    number: dict[bytes, int] = {}
-    keys = [*(positive.keys or ()), *(negative.keys or ())]
-    return torch.tensor([number.setdefault(key, i) for i, key in enumerate(keys)])
-
-
 def _folds(y: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
     """``[N]``: the fold of each document: the same share of both sets in every fold, as far as documents of
     the same group allow it, which are in one."""
@@ -301,15 +252,8 @@ def _folds(y: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _probes(
-    x: Tensor,
-    dense: Tensor,
-    y: Tensor,
-    group: Tensor,
-    shuffled: Tensor,
-    latents: int,
-    generator: torch.Generator,
+    x: Tensor, dense: Tensor, y: Tensor, fold: Tensor, shuffled: Tensor, latents: int
 ) -> dict[str, Any]:
-    fold = _folds(y, group, generator)
     every = torch.arange(x.shape[1])
 
     def sparse(train: Tensor, labels: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 from ..errors import ConfigError
+from ..lm.encoding import Document
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import SplicedModel
 from ..sae.module import SAE
 
 log = logging.getLogger(__name__)
 
-_ADVICE = (
-    "use the program that it was trained with, or transform its weights to read the plain stream"
-)
+_ADVICE = "use the program it was trained with, or transform its weights to read the plain stream"
 
 
 def require_same_activations(sae: SAE, text: HeldOutText, model: SplicedModel) -> None:
@@ -46,3 +47,14 @@ def require_same_activations(sae: SAE, text: HeldOutText, model: SplicedModel) -
             "the SAE was trained at positions %s of each row alone (seqpos_slice), and is measured at every "
             "position", ":".join("" if p is None else str(p) for p in positions),
         )  # fmt: skip
+
+
+def tokenize_for(
+    sae: SAE, model: SplicedModel, texts: Iterable[Document], context_length: int, **options: Any
+) -> HeldOutText:
+    """``texts`` in rows with BOS in front, or without where ``sae`` was trained so.
+
+    ``options``: those of :meth:`HeldOutText.tokenize`.
+    """
+    bos = sae.metadata.get("prepend_bos") is not False
+    return HeldOutText.tokenize(texts, model.tokenizer, context_length, prepend_bos=bos, **options)

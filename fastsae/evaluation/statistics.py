@@ -54,36 +54,24 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     return q
 
 
-def fit_logistic(x: Tensor, y: Tensor, penalty: float = 1.0, steps: int = 50) -> Tensor:
+def fit_logistic(x: Tensor, y: Tensor, penalty: float = 1.0) -> Tensor:
     """Weights ``[D + 1]``, the intercept last, of a logistic regression of ``y [N]`` (bool) on ``x [N, D]``.
 
-    Minimises ``Σ log-loss + penalty / 2 ‖w‖²`` (the intercept is free) by Newton's method. With more
-    columns than rows it works in the space of the rows, where the solution lies.
+    Minimises ``Σ log-loss + penalty / 2 ‖w‖²`` (the intercept is free), in float64.
     """
     x, y = x.double(), y.double()
-    basis = None
-    if x.shape[1] > len(x):
-        # w = Qᵀ v: rotating the columns changes neither predictions nor the norm.
-        basis, r = torch.linalg.qr(x.T)
-        x = r.T
-    a = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    ridge = torch.full((a.shape[1],), penalty, dtype=torch.float64, device=x.device)
-    ridge[-1] = 1e-9
-    w = a.new_zeros(a.shape[1])
-    objective = lambda w: (
-        (torch.nn.functional.softplus(a @ w) - y * (a @ w)).sum() + (ridge * w.square()).sum() / 2
+    w = x.new_zeros(x.shape[1] + 1, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [w], max_iter=1000, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
     )
-    for _ in range(steps):
-        probability = torch.sigmoid(a @ w)
-        gradient = a.T @ (probability - y) + ridge * w
-        if float(gradient.abs().max()) < 1e-9:
-            break
-        curvature = (a * (probability * (1 - probability))[:, None]).T @ a + ridge.diag()
-        step = torch.linalg.solve(curvature, gradient)
-        size, now = 1.0, objective(w)
-        while objective(w - size * step) > now and size > 1e-6:
-            size /= 2
-        w = w - size * step
-    if basis is not None:
-        w = torch.cat([basis @ w[:-1], w[-1:]])
-    return w
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        logits = x @ w[:-1] + w[-1]
+        loss = (torch.nn.functional.softplus(logits) - y * logits).sum()
+        loss = loss + penalty / 2 * w[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return w.detach()

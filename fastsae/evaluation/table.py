@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .estimates import Estimate
 from .evaluate import Evaluation
@@ -11,15 +12,13 @@ from .evaluate import Evaluation
 def describe(evaluation: Evaluation) -> str:
     """A table, one inference mode a column; intervals are 95 %, by bootstrap over documents."""
     e, modes = evaluation, list(evaluation.scores.values())
+    spreads = [f"{s.l0_quantile(0.05)} to {s.l0_quantile(0.95)}" for s in modes]
     rows: list[tuple[str, list[str]]] = [
         ("explained variance", [interval(s.explained_variance) for s in modes]),
         ("normalised MSE", [interval(s.normalized_mse) for s in modes]),
         ("cosine", [interval(s.cosine) for s in modes]),
         ("L0", [interval(s.l0) for s in modes]),
-        (
-            "L0, 5 % to 95 % of tokens",
-            [f"{s.l0_quantile(0.05)} to {s.l0_quantile(0.95)}" for s in modes],
-        ),
+        ("L0, 5 % to 95 % of tokens", spreads),
         ("alive latents", [f"{s.alive:,} of {len(s.fired):,}" for s in modes]),
         ("dense latents (over 10 %)", [f"{s.dense:,}" for s in modes]),
     ]
@@ -33,7 +32,7 @@ def describe(evaluation: Evaluation) -> str:
     lines = [
         f"{e.tokens:,} tokens of {e.documents:,} {e.documents_are} ({e.text}); "
         f"95 % intervals over {e.documents_are}",
-        *_columns([("", list(e.scores)), *rows]),
+        *columns([[f"  {name}", *cells] for name, cells in [("", [*e.scores]), *rows]], left=9),
     ]
     if e.nonfinite:
         lines.append(f"{e.nonfinite:,} tokens left out: their activation is not finite")
@@ -46,9 +45,7 @@ def describe(evaluation: Evaluation) -> str:
         )
     if e.losses:
         clean, zero, mean = (interval(e.losses[name]) for name in ("clean", "zero", "mean"))
-        lines.append(
-            f"cross-entropy of the model: clean {clean}, zero ablation {zero}, mean {mean}"
-        )
+        lines.append(f"the model's cross-entropy: clean {clean}, zero ablation {zero}, mean {mean}")
     return "\n".join(lines)
 
 
@@ -62,11 +59,8 @@ def interval(value: Estimate | None, digits: int = 4) -> str:
     return f"{value:.{places}f} [{value.low:.{places}f}, {value.high:.{places}f}]"
 
 
-def _columns(rows: list[tuple[str, list[str]]]) -> list[str]:
-    first = max(len(name) for name, _ in rows)
-    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(rows[0][1]))]
-    return [
-        f"  {name:<{first}}  "
-        + "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for name, cells in rows
-    ]
+def columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of ``rows``: the first ``left`` columns begin below each other, the others end there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{'<' if i < left else '>'}{width}" for i, width in enumerate(widths)]
+    return ["  ".join(map(format, row, forms)).rstrip() for row in rows]

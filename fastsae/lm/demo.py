@@ -31,9 +31,7 @@ def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
     with np.load(_package_file("en.npz")) as data:
         shape = json.loads(str(data["__config__"]))
-        weights = {
-            name: torch.from_numpy(data[name]).float() for name in data if name != "__config__"
-        }
+        weights = {n: torch.from_numpy(data[n]).float() for n in data if n != "__config__"}
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=shape["vocab_size"],

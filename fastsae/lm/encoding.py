@@ -68,12 +68,8 @@ class Encoder:
                     raise StreamError(f"{error}; or {SKIP}") from error.__cause__
                 self._count("skipped_records", 1, f"a record was left out ({error})")
         if texts:
-            encoded = self._tokenizer(
-                list(texts.values()),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            plain = dict.fromkeys(("add_special_tokens", "return_attention_mask", "verbose"), False)
+            encoded = self._tokenizer(list(texts.values()), **plain)["input_ids"]
             for i, ids in zip(texts, encoded, strict=True):
                 found[i] = ids
                 if self._embeddings is not None and ids and max(ids) >= self._embeddings:
@@ -92,11 +88,8 @@ class Encoder:
             end -= 1
         for token, there in (("bos", start), ("eos", len(ids) - end)):
             if there:
-                self._count(
-                    f"own_{token}",
-                    1,
-                    f"a document has its own {token.upper()}; it gets no second one",
-                )
+                said = f"a document has its own {token.upper()}; it gets no second one"
+                self._count(f"own_{token}", 1, said)
         return ids[start:end]
 
     def _clean(self, text: str) -> str:
@@ -108,12 +101,11 @@ class Encoder:
             whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             replaced = whole.count("\ufffd") - text.count("\ufffd")
             if replaced:
-                self._count(
-                    "replaced_characters",
-                    replaced,
+                said = (
                     f"{replaced} of {len(text)} characters of a document are half of a surrogate pair, "
-                    f"as in an emoji cut in two; they are read as U+FFFD",
+                    f"as in an emoji cut in two; they are read as U+FFFD"
                 )
+                self._count("replaced_characters", replaced, said)
             return whole
 
     def _render(self, chat: list[Any]) -> str:

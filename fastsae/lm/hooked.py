@@ -13,18 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, StreamError
+from . import loading
 from .held_out import special_ids
-from .loading import (
-    dequantize,
-    load_config,
-    load_pretrained,
-    require_layers,
-    require_positions,
-    weights_of,
-)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class HookedModel:
@@ -40,11 +34,7 @@ class HookedModel:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layers: Sequence[int],
-        name: str,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, layers: Sequence[int], name: str
     ) -> None:
         self.weights: dict[str, str] = {}
         # Some models call a part of their head so.
@@ -53,7 +43,7 @@ class HookedModel:
         self._config = config = self._decoder.config.get_text_config(decoder=True)
         path, self._modules = find_layers(model, self._decoder, config.num_hidden_layers, name)
         self.num_layers = len(self._modules)
-        require_layers(layers, self.num_layers, name)
+        loading.require_layers(layers, self.num_layers, name)
         self.name, self.tokenizer = name, tokenizer
         self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
         self.d_model: int = config.hidden_size
@@ -67,7 +57,7 @@ class HookedModel:
     def require_fitting(self, tokens: Tensor) -> None:
         """Raise ConfigError if rows ``[n, t]`` of token ids are too long for the model, StreamError if it
         has no embedding for one of them."""
-        require_positions(tokens.shape[1], self._config, self.name)
+        loading.require_positions(tokens.shape[1], self._config, self.name)
         largest = int(tokens.max()) if tokens.numel() else 0
         if largest >= self.embeddings:
             raise StreamError(
@@ -94,7 +84,7 @@ class CutModel(HookedModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         layers: Sequence[int],
         *,
         name: str,
@@ -114,7 +104,7 @@ class CutModel(HookedModel):
             modules[layer].register_forward_hook(self._keep(layer))
         decoder.eval().requires_grad_(False)
         if quantization == "nf4-dequantized":
-            dequantize(decoder)
+            loading.dequantize(decoder)
         self._run = torch.compile(decoder, dynamic=False) if compile else decoder
 
     @classmethod
@@ -125,27 +115,21 @@ class CutModel(HookedModel):
         *,
         quantization: str = "none",
         device: torch.device | str = "cpu",
-        separate_documents: bool = False,
-        compile: bool = False,
         revision: str | None = None,
+        **options: bool,
     ) -> CutModel:
-        """Load with ``load_pretrained``, cut, and try out. Raises StreamError or ConfigError."""
+        """Load with ``load_pretrained``, cut, and try out; ``options`` are the constructor's other ones.
+
+        Raises StreamError or ConfigError.
+        """
         # What is dequantized is what is left after the cut.
         stored = "nf4" if quantization == "nf4-dequantized" else quantization
-        model, tokenizer = load_pretrained(
+        model, tokenizer = loading.load_pretrained(
             name, quantization=stored, device=device, head=False, revision=revision
         )
-        cut = cls(
-            model,
-            tokenizer,
-            layers,
-            name=name,
-            quantization=quantization,
-            separate_documents=separate_documents,
-            compile=compile,
-        )
+        cut = cls(model, tokenizer, layers, name=name, quantization=quantization, **options)
         del model
-        cut.weights = weights_of(name, revision)
+        cut.weights = loading.weights_of(name, revision)
         cut._try_out()
         if cut.device.type == "cuda":
             torch.cuda.empty_cache()  # what was cut away
@@ -223,9 +207,8 @@ class CutModel(HookedModel):
             )
         special = set(self.special_ids.tolist())
         words = [i for i in range(len(special) + 6) if i not in special]
-        one, two = (
-            [bos, *part] if bos is not None else [*part, eos] for part in (words[:3], words[3:6])
-        )
+        document = lambda text: [*text, eos] if bos is None else [bos, *text]
+        one, two = document(words[:3]), document(words[3:6])
         for residual in self.residuals(torch.tensor([one + two, two + one])):
             in_front, behind = residual[1, :4].float(), residual[0, 4:].float()
             if (in_front - behind).norm() > 0.05 * in_front.norm():
@@ -242,11 +225,7 @@ class SplicedModel(HookedModel):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layer: int,
-        name: str = "the model",
+        self, model: PreTrainedModel, tokenizer: Tokenizer, layer: int, name: str = "the model"
     ) -> None:
         super().__init__(model, tokenizer, (layer,), name)
         self.layer = layer
@@ -270,22 +249,18 @@ class SplicedModel(HookedModel):
         are too long for the model.
         """
         name = os.fspath(name)
-        load_config(name, (layer,), context_length, revision)
-        model, tokenizer = load_pretrained(
+        loading.load_config(name, (layer,), context_length, revision)
+        model, tokenizer = loading.load_pretrained(
             name, quantization=quantization, device=device, revision=revision
         )
         spliced = cls(model, tokenizer, layer, name)
-        spliced.weights = weights_of(name, revision)
+        spliced.weights = loading.weights_of(name, revision)
         return spliced
 
     @torch.no_grad()
     def residual(self, tokens: Tensor) -> Tensor:
         """The residual stream after the layer: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""
-        try:
-            self._run(self._decoder, tokens, None, stop=True)
-        except _Stop as stop:
-            return stop.residual
-        raise AssertionError("the hooked layer did not run")
+        return self._run(self._decoder, tokens, None, stop=True)[0]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -356,17 +331,19 @@ class SplicedModel(HookedModel):
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             residual = _residual(output)
-            if stop:
-                raise _Stop(residual)
             kept.append(residual)
+            if stop:
+                raise _Stop
             if replacement is None:
                 return None
             new = replacement.to(residual.dtype)
             return new if isinstance(output, Tensor) else (new, *output[1:])
 
-        handle = self._hooked.register_forward_hook(hook)
+        handle, output = self._hooked.register_forward_hook(hook), None
         try:
             output = module(input_ids=tokens.to(self.device), use_cache=False)
+        except _Stop:
+            pass
         finally:
             handle.remove()
         return kept[0], output
@@ -389,7 +366,7 @@ class SplicedModel(HookedModel):
             if narrowing is None:
                 return None
             weight = weight @ narrowing.to(weight.dtype)
-        norms = [m for _, m in self._decoder.named_children() if _is_norm(m)]
+        norms = [m for m in self._decoder.children() if "norm" in type(m).__name__.lower()]
         # The gain as the norm applies it, however it is parametrised (w, or 1 + w): a vector of signs
         # has mean 0 and mean square 1, and a bias cancels in the difference.
         signs = torch.ones(self.d_model, device=self.device, dtype=weight.dtype)
@@ -413,12 +390,7 @@ class SplicedModel(HookedModel):
 
 
 class _Stop(Exception):
-    def __init__(self, residual: Tensor) -> None:
-        self.residual = residual
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    """The layers behind the hooked one need not run."""
 
 
 def _residual(output: Any) -> Tensor:
@@ -475,9 +447,7 @@ def layer_of(hook_name: str | None) -> int:
         if layer >= 0:
             return layer
     # An element of a list that is in no other one: layers, h, blocks, whatever the model calls it.
-    elif (found := re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(\d+)", hook_name)) or (
-        found := re.fullmatch(r"resid_post_layer_(\d+)", hook_name)
-    ):
+    elif found := re.fullmatch(r"(?:(?:[A-Za-z_]\w*\.)+|resid_post_layer_)(\d+)", hook_name):
         return int(found[1])
     raise ConfigError(
         f"the SAE reads {hook_name!r}, which is not the output of a decoder layer by any name known "

@@ -122,11 +122,9 @@ def is_refused(error: Exception) -> bool:
     return status is not None and 400 <= status < 500 and status not in _PASSING
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that ``error`` carries, if any."""
-    status = getattr(
-        getattr(error, "response", None), "status_code", getattr(error, "status", None)
-    )
+def _status(e: BaseException) -> int | None:
+    """The HTTP status that an error carries, if any."""
+    status = getattr(getattr(e, "response", None), "status_code", getattr(e, "status", None))
     return status if isinstance(status, int) else None
 
 

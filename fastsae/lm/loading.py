@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = {demo.MODEL: demo.load_model}
-"""Models that come with a package, by name."""
-
 # Gemma 4's per-layer-embedding projection stays unquantized: its rows are cut to the layers that run.
 _NEVER_QUANTIZED = ["lm_head", "per_layer_model_projection"]
 
@@ -44,12 +41,12 @@ def load_config(
 
     Cheap: reads one small file. Raises StreamError (unknown, gated, unreachable) or ConfigError.
     """
-    if revision is not None and (_embedded(name) or Path(name).is_dir()):
+    if revision is not None and (_is_demo(name) or Path(name).is_dir()):
         raise ConfigError(
             f"revision = {revision!r}, but {name} does not come from the hub, and has no revisions"
         )
-    if load := _embedded(name):
-        config = load()[0].config
+    if _is_demo(name):
+        config = demo.load_model()[0].config
     else:
         from transformers import AutoConfig
 
@@ -66,15 +63,10 @@ def load_config(
     return config
 
 
-def most_positions(config: PreTrainedConfig) -> int | None:
-    """The longest row that a language model with this configuration handles; None if it has no limit."""
-    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
-    return next((n for n in (getattr(config, name, None) for name in names) if n), None)
-
-
 def require_positions(context_length: int, config: PreTrainedConfig, name: str) -> None:
     """Raise ConfigError if rows of so many tokens are too long for the model."""
-    longest = most_positions(config)
+    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    longest = next((n for n in (getattr(config, name, None) for name in names) if n), None)
     if longest is not None and context_length > longest:
         raise ConfigError(
             f"context_length = {context_length}, but {name} handles at most {longest} positions; "
@@ -85,7 +77,7 @@ def require_positions(context_length: int, config: PreTrainedConfig, name: str) 
 def weights_of(name: str, revision: str | None = None) -> dict[str, str]:
     """What tells a model that was loaded, and its tokenizer, apart from others of the same shape: the commit
     on the hub, the version of the package, or a fingerprint of every file of a directory."""
-    if _embedded(name):
+    if _is_demo(name):
         return {name: importlib.metadata.version(name)}
     folder = Path(name)
     if not folder.is_dir():
@@ -104,9 +96,9 @@ _OF_A_MODEL = (
 )  # fmt: skip
 
 
-def _embedded(name: str) -> Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None:
-    """What loads ``name``, if it is a model that comes with a package."""
-    return None if Path(name).is_dir() else EMBEDDED.get(name)
+def _is_demo(name: str) -> bool:
+    """Whether ``name`` is the demo's model, which comes with a package."""
+    return name == demo.MODEL and not Path(name).is_dir()
 
 
 def require_layers(layers: Sequence[int], num_layers: int, name: str) -> None:
@@ -138,13 +130,13 @@ def load_pretrained(
     """
     device = resolve_device(device)
     log.info("loading %s", name)
-    if load := _embedded(name):
+    if _is_demo(name):
         if quantization != "none":
             raise ConfigError(
                 f"quantization = {quantization!r}, but the demo's language model is too small to "
                 f"quantize; use --quantization none"
             )
-        model, tokenizer = load()
+        model, tokenizer = demo.load_model()
         return model.to(device), tokenizer
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -161,16 +153,12 @@ def load_pretrained(
     # By the commit of the configuration: nothing that is pushed in between is mixed in.
     commit = None if Path(name).is_dir() else cached_commit(name, revision)
     origin = {"revision": commit or revision or "main", "local_files_only": _local_only(name)}
+    options |= origin | {"config": config, "device_map": {"": device}}
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **origin)
             model, report = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                device_map={"": device},
-                output_loading_info=True,
-                **origin,
-                **options,
+                name, output_loading_info=True, **options
             )
     except Exception as error:  # transformers, bitsandbytes and the hub raise many kinds
         raise access_error("model", name, error) from error
@@ -190,8 +178,7 @@ def _refuse_quantized_twice(name: str, config: PreTrainedConfig, quantization: s
     stored = getattr(config, "quantization_config", None)
     if stored is None or quantization == "none":
         return
-    get = stored.get if isinstance(stored, dict) else lambda name: getattr(stored, name, None)
-    method = getattr(get("quant_method"), "value", get("quant_method")) or "some way"
+    method = stored.get("quant_method", "some way")
     raise ConfigError(
         f"quantization = {quantization!r}, but the checkpoint of {name} is quantized already ({method}), "
         f"and cannot be quantized again; use --quantization none to run it as it is stored"
@@ -294,9 +281,7 @@ def _nf4_config(compute: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=compute,
             llm_int8_skip_modules=_NEVER_QUANTIZED,
         )
-    except (
-        Exception
-    ) as error:  # a broken native library raises OSError, RuntimeError or ImportError
+    except Exception as error:  # of a broken native library: OSError, RuntimeError, ImportError
         raise StreamError(
             f"quantization = 'nf4' cannot be used, bitsandbytes does not work here: {error}; use "
             f"--quantization none"

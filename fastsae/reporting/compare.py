@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..evaluation.table import columns
 from ..files import is_held, read_json
 from ..metrics import DENSITY_EDGES
 from .tracking import METRICS_FILE, read_metrics
@@ -44,11 +45,8 @@ class RunSummary:
     def row(self) -> dict[str, Any]:
         """The newest numbers, by the names of ``metrics.jsonl``."""
         held_out = self.summary.get("explained_variance") if "inference" in self.summary else None
-        return {
-            "state": self.state,
-            **(self.metrics[-1] if self.metrics else {}),
-            "held_out": held_out,
-        }
+        newest = self.metrics[-1] if self.metrics else {}
+        return {"state": self.state, **newest, "held_out": held_out}
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
@@ -98,17 +96,8 @@ def table(runs: Sequence[RunSummary]) -> str:
     lines = [["run", *(head for head, _ in _COLUMNS.values())]]
     for run in runs:
         cells = ((run.row.get(name), form) for name, (_, form) in _COLUMNS.items())
-        lines.append(
-            [run.name, *("-" if value is None else format(value, form) for value, form in cells)]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+        lines.append([run.name, *("-" if v is None else format(v, form) for v, form in cells)])
+    return "\n".join(columns(lines, left=2))
 
 
 def plot(path: Path, runs: Sequence[RunSummary]) -> None:
@@ -126,9 +115,8 @@ def plot(path: Path, runs: Sequence[RunSummary]) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(2, 3).flat)
-    window = max(
-        (run.metrics[-1].get("density_tokens", 0) for run in runs if run.metrics), default=0
-    )
+    newest = [run.metrics[-1] for run in runs if run.metrics]
+    window = max((metrics.get("density_tokens", 0) for metrics in newest), default=0)
     recent = f"the last {window:,} training tokens"
     curves = {
         "explained_variance": "Explained variance (training batches)",
@@ -136,7 +124,8 @@ def plot(path: Path, runs: Sequence[RunSummary]) -> None:
         "active": f"Latents active in {recent}",
         "tokens_per_second": "Tokens per second, everything",
     }
-    if len(runs) == 1:
+    alone = len(runs) == 1
+    if alone:
         curves["threshold"] = "Threshold (raw units)"
     else:
         _plot_scores(axes.pop(0), runs)
@@ -158,14 +147,12 @@ def plot(path: Path, runs: Sequence[RunSummary]) -> None:
     for i, run in enumerate(runs):
         if run.metrics and "density_histogram" in run.metrics[-1]:
             counts = run.metrics[-1]["density_histogram"]
-            density.stairs(
-                counts, DENSITY_EDGES, color=f"C{i % 10}", linewidth=1.4, fill=len(runs) == 1
-            )
+            density.stairs(counts, DENSITY_EDGES, color=f"C{i % 10}", linewidth=1.4, fill=alone)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.tick_params(labelsize=8)
-    if len(runs) == 1:
+    if alone:
         _annotate(figure, *runs)
     else:
         figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
+from ..evaluation.estimates import Estimate
 from ..sae.module import SAE
 from ..version import __version__
 
@@ -142,5 +143,7 @@ def _family(model: str) -> str:
 
 
 def _show(value: Any, form: str = ".4g") -> str:
-    """A number, or a dash where the template finds none."""
+    """A number, with its interval if it knows one; or a dash where the template finds none."""
+    if isinstance(value, Estimate) and value.low is not None and value.high is not None:
+        return f"{value:{form}} [{value.low:{form}}, {value.high:{form}}]"
     return format(value, form) if isinstance(value, (int, float)) else "–"

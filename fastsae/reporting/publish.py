@@ -8,9 +8,9 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -45,9 +45,9 @@ class Publisher:
 
     All of that is put into ``directory/hub`` first. A push is one commit of that folder, so whatever
     goes wrong, the repository holds one whole state, and the next push, or the command that is logged,
-    brings it up to date. A push that comes while an older one waits takes its place. Threads are daemons,
-    which those of ``HfApi.run_as_future`` are not: a connection that hangs must not keep a finished
-    program from ending.
+    brings it up to date. A push that comes while an older one waits takes its place. The thread is a
+    daemon, which those of ``HfApi.run_as_future`` are not: a connection that hangs must not keep a
+    finished program from ending.
 
     Args:
         directory: the run's folder.
@@ -60,23 +60,26 @@ class Publisher:
         self._failed = 0  # pushes since the last one that arrived
         self._newest = 0
         self._superseded = threading.Event()
-        self._turn = threading.Lock()  # one call at a time
-        self._threads: list[threading.Thread] = []
+        self._pushes: SimpleQueue[tuple[int, Path, str] | None] = SimpleQueue()
+        self._handed_in = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="fastsae hub", daemon=True)
         for leftover in directory.glob(".hub-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        self._in_background(self._try_access)
+        self._thread.start()
 
     def __enter__(self) -> Publisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pushes.put(None)
         deadline = self._handed_in + (PATIENCE_SECONDS if kind is None else HURRIED_SECONDS)
         try:
-            if self._is_pushing(min(deadline, time.monotonic() + QUIET_SECONDS)):
+            self._thread.join(max(0.0, min(deadline - time.monotonic(), QUIET_SECONDS)))
+            if self._thread.is_alive():
                 log.info("waiting for the push to %s", self.repository)
-                self._is_pushing(deadline)
+                self._thread.join(max(0.0, deadline - time.monotonic()))
         finally:
-            if self._is_pushing(0):
+            if self._thread.is_alive():
                 log.warning(
                     "the push to %s is not finished: give the same command again, or complete it with\n  %s",
                     self.repository, self.command,
@@ -86,11 +89,6 @@ class Publisher:
                     "the last %d pushes to %s failed; complete them with\n  %s",
                     self._failed, self.repository, self.command,
                 )  # fmt: skip
-
-    def _is_pushing(self, deadline: float) -> bool:
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return any(thread.is_alive() for thread in self._threads)
 
     def publish(self, source: Path, card: str, message: str) -> None:
         """Push the SAE in ``source`` with its model card, soon; returns when it is safe to delete.
@@ -106,8 +104,7 @@ class Publisher:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            for name in ("cfg.json", "sae_weights.safetensors"):
-                _link(source / name, aside / name)
+            _link_sae(source, aside)
             shutil.copyfile(self.directory / "metrics.jsonl", aside / "metrics.jsonl")
             if source == self.directory:
                 for file in (source / "summary.json", *source.glob("*.png")):
@@ -118,7 +115,8 @@ class Publisher:
             return
         self._newest = number
         self._superseded.set()
-        self._in_background(self._push, number, aside, message)
+        self._handed_in = time.monotonic()
+        self._pushes.put((number, aside, message))
 
     @property
     def command(self) -> str:
@@ -128,24 +126,19 @@ class Publisher:
 
     # --- in the background ---
 
-    def _in_background(self, call: Callable[..., None], *arguments: Any) -> None:
-        def make() -> None:
-            with self._turn:
-                try:
-                    call(*arguments)
-                except Exception as error:  # whatever the network, the service or the disk does
-                    self._failed += 1
-                    if self._failed == 1:
-                        log.warning(
-                            "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is "
-                            "pushed with all this one holds, or push it yourself with\n  %s",
-                            self.repository, type(error).__name__, first_line(error), self.command,
-                        )  # fmt: skip
-
-        self._handed_in = time.monotonic()
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(threading.Thread(target=make, name="fastsae hub", daemon=True))
-        self._threads[-1].start()
+    def _work(self) -> None:
+        self._try_access()
+        for push in iter(self._pushes.get, None):
+            try:
+                self._push(*push)
+            except Exception as error:  # whatever the network, the service or the disk does
+                self._failed += 1
+                if self._failed == 1:
+                    log.warning(
+                        "could not push to %s (%s: %s). Nothing is lost: the next checkpoint is pushed "
+                        "with all this one holds, or push it yourself with\n  %s",
+                        self.repository, type(error).__name__, first_line(error), self.command,
+                    )  # fmt: skip
 
     def _push(self, number: int, aside: Path, message: str) -> None:
         if number != self._newest:
@@ -175,8 +168,7 @@ class Publisher:
         torch.save(load_file(weights), aside / "sae_weights.pt")
         folder = aside / self.directory.name
         folder.mkdir()
-        for name in ("cfg.json", "sae_weights.safetensors"):
-            _link(aside / name, folder / name)
+        _link_sae(aside, folder)
         staged = self.directory / STAGED
         shutil.rmtree(staged, ignore_errors=True)
         return aside.rename(staged)
@@ -202,9 +194,10 @@ class Publisher:
         return api
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name: it stays when the first name is deleted, and costs nothing."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
+def _link_sae(source: Path, target: Path) -> None:
+    """The files of an SAE in another folder too: they stay when the first is deleted, and cost nothing."""
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        try:
+            os.link(source / name, target / name)
+        except OSError:  # a file system without links
+            shutil.copyfile(source / name, target / name)

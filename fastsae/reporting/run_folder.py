@@ -212,12 +212,8 @@ class RunFolder:
 
 
 def _describe(directory: Path, config: TrainConfig, s: dict[str, Any]) -> str:
-    stages = [n.removeprefix("seconds_") for n in s if n.startswith("seconds_")]
-    speeds = [
-        f"{stage} {s['tokens_seen'] / s[f'seconds_{stage}']:,.0f}"
-        for stage in stages
-        if s[f"seconds_{stage}"] > 0
-    ]
+    seconds = {n.removeprefix("seconds_"): v for n, v in s.items() if n.startswith("seconds_")}
+    speeds = [f"{stage} {s['tokens_seen'] / v:,.0f}" for stage, v in seconds.items() if v > 0]
     peak = s["peak_memory_bytes"]
     lines = [
         f"finished {config.run_name}: {s['tokens_seen']:,} tokens in {s['step']:,} steps",

@@ -9,11 +9,12 @@ import os
 import secrets
 import shlex
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,10 @@ PATIENCE_SECONDS = 60.0
 class WandbRun:
     """One run on Weights & Biases.
 
-    Nothing here waits for the network but :meth:`close`, for a bounded time: connecting happens in a
-    thread, and what is logged meanwhile waits for it. When the service does not answer at the start,
-    the run is written under ``directory`` for ``wandb sync``. Calls that fail are counted; the first
-    error is told at once, the number at the end.
+    Nothing here waits for the network but :meth:`close`, for a bounded time: a thread makes all calls,
+    one after the other. When the service does not answer at the start, the run is written under
+    ``directory`` for ``wandb sync``. Calls that fail are counted; the first error is told at once, the
+    number at the end.
 
     Args:
         directory: where wandb keeps its files.
@@ -61,24 +62,26 @@ class WandbRun:
         self._folder = directory / "wandb"
         self._run: Any = None
         self._failed = 0
-        self._kept, self._waiting = kept, list[dict[str, Any]]()
-        self._connecting = self._in_background(self._connect, directory, config, mode)
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls.put(partial(self._connect, directory, config, mode))
+        for metrics in kept:
+            self._calls.put(partial(self._log, metrics, kept=True))
+        # A daemon: a connection that hangs must not keep a finished program from ending.
+        self._thread = threading.Thread(target=self._work, name="fastsae wandb", daemon=True)
+        self._thread.start()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Send one line of metrics, soon."""
-        self._waiting.append(metrics)
-        self._send()
+        self._calls.put(partial(self._log, metrics))
 
     def close(self, summary: dict[str, Any], *, failed: bool) -> None:
         """End the run on the service, after what was logged and with its final numbers."""
         hurried = failed or WandbRun._hung
         patience = min(PATIENCE_SECONDS, HURRIED_SECONDS) if hurried else PATIENCE_SECONDS
-        deadline = time.monotonic() + patience
-        self._connecting.join(patience)
-        self._send()
-        ending = self._in_background(self._end, summary, int(failed))
-        ending.join(max(0.0, deadline - time.monotonic()))
-        WandbRun._hung = self._connecting.is_alive() or ending.is_alive()
+        self._calls.put(partial(self._end, summary, int(failed)))
+        self._calls.put(None)
+        self._thread.join(patience)
+        WandbRun._hung = self._thread.is_alive()
         if WandbRun._hung or self._failed:
             log.warning(
                 "Weights & Biases: %s%d calls failed. Everything is in metrics.jsonl; what was not sent "
@@ -90,16 +93,20 @@ class WandbRun:
     def _command(self, parts: str) -> str:
         return f"wandb sync {shlex.quote(str(self._folder))}/{parts}-*-{self.id}"
 
-    def _send(self) -> None:
-        if self._run is None:  # not yet, or never
-            return
-        if not self._run.resumed:
-            self._waiting, self._kept = [*self._kept, *self._waiting], ()
-        for metrics in self._waiting:
-            self._try(self._log, metrics)
-        self._waiting.clear()
+    # --- in the background ---
 
-    def _log(self, metrics: dict[str, Any]) -> None:
+    def _work(self) -> None:
+        for call in iter(self._calls.get, None):
+            try:
+                call()
+            except Exception as error:  # whatever the client does, the run goes on
+                self._failed += 1
+                if self._failed == 1:
+                    log.warning("Weights & Biases: %s: %s", type(error).__name__, error)
+
+    def _log(self, metrics: dict[str, Any], kept: bool = False) -> None:
+        if self._run is None or (kept and self._run.resumed):
+            return
         import wandb
 
         sent = dict(metrics)
@@ -108,24 +115,6 @@ class WandbRun:
             histogram = (np.array(density), np.array(DENSITY_EDGES))
             sent["log10_density"] = wandb.Histogram(np_histogram=histogram)
         self._run.log(sent)
-
-    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
-        try:
-            call(*arguments)
-        except Exception as error:  # whatever the client does, the run goes on
-            self._failed += 1
-            if self._failed == 1:
-                log.warning("Weights & Biases: %s: %s", type(error).__name__, error)
-
-    # --- in the background ---
-
-    def _in_background(self, call: Callable[..., None], *arguments: Any) -> threading.Thread:
-        # A daemon: a connection that hangs must not keep a finished program from ending.
-        thread = threading.Thread(
-            target=self._try, args=(call, *arguments), name="fastsae wandb", daemon=True
-        )
-        thread.start()
-        return thread
 
     def _connect(self, directory: Path, config: TrainConfig, mode: str) -> None:
         import wandb

@@ -89,11 +89,9 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> SAE:
         sae = module.from_files(read_json(directory / module.CONFIG), read_tensors(weights))
     except (FormatError, ConfigError) as error:
         raise FormatError(f"the {name} SAE in {directory} cannot be read: {error}") from error
-    if name == "sparsify" and re.fullmatch(
-        r"(\w+\.)*(layers|h|blocks)\.\d+(\.\w+)*", directory.name
-    ):
-        # sparsify says which module an SAE reads by the name of its folder alone.
-        sae.metadata.setdefault("hook_name", directory.name)
+    hook = directory.name  # by which alone sparsify says which module an SAE reads
+    if name == "sparsify" and re.fullmatch(r"(\w+\.)*(layers|h|blocks)\.\d+(\.\w+)*", hook):
+        sae.metadata.setdefault("hook_name", hook)
     return sae.to(device).eval()
 
 
@@ -152,9 +150,8 @@ def _download(repository: str, folder: str) -> Path:
     names = {file for m in FORMATS.values() for file in (m.CONFIG, m.WEIGHTS[0])}
     prefix = f"{folder}/" if folder else ""
     try:
-        snapshot = snapshot_download(
-            repository, allow_patterns=sorted(escape(prefix + name) for name in names)
-        )
+        patterns = sorted(escape(prefix + name) for name in names)
+        snapshot = snapshot_download(repository, allow_patterns=patterns)
     except Exception as error:  # what the hub's client raises has no common base
         raise FormatError(
             f"there is no such folder here, and {repository} cannot be had from the Hugging Face hub "

@@ -76,9 +76,7 @@ class SAE(nn.Module):
             raise ConfigError(f"normalize = {normalize!r} is not 'scalar', 'none' or 'layer_norm'")
         if activation is None:
             if k is None:
-                raise ConfigError(
-                    "SAE needs k (mean active latents per token) or an activation module"
-                )
+                raise ConfigError("SAE needs k (mean active latents per token) or an activation")
             activation = BatchTopK(k, inference)
         if k is not None and k > d_sae:
             raise ConfigError(f"k = {k:g} is more than d_sae = {d_sae}")
@@ -138,7 +136,7 @@ class SAE(nn.Module):
         """
         scaled, _ = self.scale_input(x)
         pre = self._pre_activations(scaled)
-        return self.to_raw_units(self._select(pre, inference))
+        return self.to_raw_units(self._select(pre, inference, None))
 
     def encode_sparse(self, x: Tensor, inference: Inference | None = None) -> CSR:
         """The active latents of ``x [..., D]``: ``values``, ``indices`` (int32, ascending within a token)
@@ -157,9 +155,7 @@ class SAE(nn.Module):
         dimension of z is not F.
         """
         if z.shape[-1] != self.d_sae:
-            raise ValueError(
-                f"decode expects latents [..., {self.d_sae}], got shape {tuple(z.shape)}"
-            )
+            raise ValueError(f"decode expects latents [..., {self.d_sae}], got {tuple(z.shape)}")
         if self.normalize == "layer_norm" and statistics is None:
             raise ValueError(
                 "this SAE normalizes each token (layer_norm): decode needs "
@@ -251,9 +247,7 @@ class SAE(nn.Module):
     def scale_input(self, x: Tensor) -> tuple[Tensor, TokenStatistics | None]:
         """``x`` as the encoder sees it, and the token statistics if layer_norm needs them back."""
         if x.shape[-1] != self.d_in:
-            raise ValueError(
-                f"this SAE reads activations [..., {self.d_in}], got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"this SAE reads activations [..., {self.d_in}], got {tuple(x.shape)}")
         x = x.to(self.W_dec.dtype)
         statistics = self.token_statistics(x)
         if statistics is not None:
@@ -271,9 +265,7 @@ class SAE(nn.Module):
         centred = scaled - (self.b_dec if b_dec is None else b_dec)
         return self._operand(centred) @ self._operand(self.W_enc) + self.b_enc
 
-    def _select(
-        self, pre: Tensor, inference: Inference | None, budget: int | None = None
-    ) -> Tensor:
+    def _select(self, pre: Tensor, inference: Inference | None, budget: int | None) -> Tensor:
         if isinstance(self.activation, BatchTopK):
             return self.activation(pre, inference, budget)
         if inference is not None:

@@ -25,7 +25,7 @@ from ..sae.module import SAE
 _NAME = re.compile(r"step_(\d+)")
 _TENSOR_FILES = ("sae_weights.safetensors", "state.safetensors")
 # The SAE's own file already holds these, and scaling leaves them untouched.
-_IN_SAE_FILE = {"sae.W_enc": "W_enc", "sae.W_dec": "W_dec"}
+_IN_SAE = {"sae.W_enc": "W_enc", "sae.W_dec": "W_dec"}
 
 
 class Checkpoint(NamedTuple):
@@ -56,9 +56,7 @@ def save(
         _remove_leftovers(directory)
         aside.mkdir()
         io.save(sae, aside, files=("cfg.json", "sae_weights.safetensors"))
-        state = {
-            n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE_FILE
-        }
+        state = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE}
         save_tensors(state, aside / "state.safetensors")
         checksums = {name: checksum(aside / name) for name in _TENSOR_FILES}
         write_json(aside / "state.json", {**meta, "checksums": checksums})
@@ -124,7 +122,7 @@ def load(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} does not have the content that was written")
         weights = load_file(path / "sae_weights.safetensors")
         tensors = load_file(path / "state.safetensors")
-        tensors |= {name: weights[key] for name, key in _IN_SAE_FILE.items()}
+        tensors |= {name: weights[key] for name, key in _IN_SAE.items()}
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     return Checkpoint(tensors, meta)

@@ -172,22 +172,16 @@ def _update(cases: _Cases, width: int) -> None:
     """Over the forms of the state, with and without options; 8-bit moments with them."""
     csr, one = _csr(torch.float32), torch.ones(())
     csc = kernels.CSC(csr.indices, csr.indices, torch.zeros(LATENTS + 1, dtype=torch.int32))
-    rows = torch.zeros(ACTIVE, width)
-    aux = kernels.AuxGradients(
-        rows, rows[:, 0].clone(), rows, torch.zeros(LATENTS, dtype=torch.int32)
-    )
+    W, rows = torch.zeros(LATENTS, width), torch.zeros(ACTIVE, width)
+    aux = kernels.AuxGradients(rows, rows[:, 0].clone(), rows, torch.zeros(LATENTS).int())
     biases = [kernels.BiasState.start(torch.zeros(n)) for n in (LATENTS, width)]
     for form, (dtype, options) in FORMS.items():
         x = torch.zeros(TOKENS, width, dtype=dtype)
-        W_enc, W_dec = (
-            kernels.MatrixState.start(torch.zeros(LATENTS, width), **options) for _ in "ed"
-        )
+        W_enc, W_dec = (kernels.MatrixState.start(W.clone(), **options) for _ in "ed")
         parameters = (W_enc, biases[0], W_dec, biases[1])
         chosen = width == WIDTHS[0] and "split" in form
-        for label, more in (
-            ("", {}),
-            (", aux-k and clipping", {"aux_gradients": aux, "clip": one}),
-        ):
+        with_options = {"": {}, ", aux-k and clipping": {"aux_gradients": aux, "clip": one}}
+        for label, more in with_options.items():
             if more or "8-bit" not in form:
                 with cases.record(f"{label}, D={width} {form}", chosen):
                     kernels.fused_update_(*parameters, csr, csc, x, x, one, one.long(), **more)

@@ -54,18 +54,6 @@ class AuxK(NamedTuple):
     gradients: AuxGradients  # of coefficient · loss
 
 
-class _Inputs(NamedTuple):
-    x: Tensor
-    residual: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    k_aux: int
-    normalization: str
-    coefficient: float
-
-
 @jit
 def keep_largest_kernel(
     z_ptr,
@@ -174,12 +162,10 @@ def _compact(dead: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return latents[:rows], slots, dead.sum()
 
 
-def _fake_gradients(
-    x, residual, W_enc, b_enc, W_dec, b_dec, tokens_since_active, dead_after, max_dead, *_
-):
+def _fake_gradients(x, residual, W_enc, b_enc, W_dec, b_dec, since, dead_after, max_dead, *_):
     new = lambda *shape: x.new_empty(shape, dtype=accumulator(x.dtype))
     width = W_dec.shape[1]
-    slots = torch.empty_like(tokens_since_active, dtype=torch.int32)
+    slots = torch.empty_like(since, dtype=torch.int32)
     return new(), new(max_dead, width), new(max_dead), new(max_dead, width), slots
 
 
@@ -194,8 +180,9 @@ def _aux_k_gradients(
     n = max_dead if implementation(x) == "triton" else int(dead.sum())
     gather = not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < n
     run = _gathered_gradients if gather else _dense_gradients
-    inputs = _Inputs(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient)
-    loss, slots, *gradients = run(inputs, dead, n)
+    loss, slots, *gradients = run(
+        dead, n, x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient
+    )
     if n < max_dead:
         spare = (0, max_dead - n)
         fill = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + spare)
@@ -204,9 +191,11 @@ def _aux_k_gradients(
     return loss, dW_enc, db_enc, dW_dec, slots
 
 
-def _dense_gradients(inputs: _Inputs, dead: Tensor, n: int) -> tuple[Tensor, ...]:
+def _dense_gradients(
+    dead: Tensor, n: int, x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor,
+    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``loss, slots, dW_enc, db_enc, dW_dec`` by dense products over ``n`` latents, the dead first."""
-    x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient = inputs
     latents, slots, n_dead = _compact(dead, n)
     used = torch.arange(n, device=x.device) < n_dead
     work = accumulator(x.dtype)
@@ -224,9 +213,11 @@ def _dense_gradients(inputs: _Inputs, dead: Tensor, n: int) -> tuple[Tensor, ...
     return loss, slots, _mm(dA.to(centred.dtype).T, centred), dA.sum(0), _mm(low.T, dE)
 
 
-def _gathered_gradients(inputs: _Inputs, dead: Tensor, n: int) -> tuple[Tensor, ...]:
+def _gathered_gradients(
+    dead: Tensor, n: int, x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor,
+    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """What :func:`_dense_gradients` returns, from products at the selected entries of ``n`` latents."""
-    x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient = inputs
     work = accumulator(x.dtype)
     # Operands are rounded to what the forward pass multiplies by, products are in full precision.
     rounded = lambda t: t.to(W_dec.dtype).to(work)
@@ -304,10 +295,9 @@ def aux_k_gradients(
     Sums are float32 (float64 for float64). Raises ValueError on an unknown normalization, on negative
     sizes and on shapes that do not fit. Not differentiable.
     """
-    if normalization not in get_args(AuxNormalization):
-        raise ValueError(
-            f"normalization: expected one of {get_args(AuxNormalization)}, got {normalization!r}"
-        )
+    known = get_args(AuxNormalization)
+    if normalization not in known:
+        raise ValueError(f"normalization: expected one of {known}, got {normalization!r}")
     for name, size in (("k_aux", k_aux), ("max_dead", max_dead)):
         if size < 0:
             raise ValueError(f"{name}: expected 0 or more, got {size}")

@@ -91,20 +91,15 @@ def implementation(tensor: Tensor) -> Implementation:
             "tensor), and no float64; use 'auto' or 'torch'"
         )
     # The interpreter is for tests, which ask for it by name.
-    picked = (
-        "triton"
-        if _choice == "triton" or (_choice == "auto" and can and not INTERPRETED)
-        else "torch"
-    )
+    on_triton = _choice == "triton" or (_choice == "auto" and can and not INTERPRETED)
+    picked = "triton" if on_triton else "torch"
     _log_once(picked, tensor.device.type)
     return picked
 
 
 @functools.cache
 def _log_once(picked: Implementation, device: str) -> None:
-    reason = (
-        "" if picked == "triton" or device != "cuda" or HAS_TRITON else " (triton is not installed)"
-    )
+    reason = " (triton is not installed)" if device == "cuda" and not HAS_TRITON else ""
     logger.info("kernels on %s tensors: %s%s", device, picked, reason)
 
 

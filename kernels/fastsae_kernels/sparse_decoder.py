@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .dispatch import implementation, jit, register, save_inputs, tl, triton
 from .dtypes import accumulator, rounded, upcast
-from .products import row_sums
+from .products import row_sums, sampled_products
 from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
 from .sparse import CSR
 from .transpose import csr_to_csc
@@ -205,18 +205,6 @@ def _row_sums_torch(values: Tensor, indices: Tensor, offsets: Tensor, table: Ten
     return row_sums(values[:nnz].to(table.dtype), indices[:nnz], offsets, table)
 
 
-def _value_gradients_torch(
-    dx_hat: Tensor, values: Tensor, indices: Tensor, tokens: Tensor, W_dec: Tensor
-) -> Tensor:
-    out = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    # Blocks of entries bound the gathered copies to a few megabytes.
-    for at in torch.arange(len(values), device=values.device).split(2048):
-        left = upcast(dx_hat[tokens[at].clamp(max=len(dx_hat) - 1)])
-        dz = torch.linalg.vecdot(left, upcast(W_dec[indices[at]]))
-        out[at] = ((tokens[at] < len(dx_hat)) * dz).to(out.dtype)
-    return out
-
-
 def _fake_row_sums(values, indices, offsets, table, bias):
     return table.new_empty(offsets.shape[0] - 1, table.shape[1])
 
@@ -230,11 +218,13 @@ def _value_gradients(
     dx_hat: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor
 ) -> Tensor:
     dx_hat, W_dec = dx_hat.contiguous(), W_dec.contiguous()
-    tokens = CSR(values, indices, offsets).tokens()
-    if implementation(W_dec) == "torch":
-        return _value_gradients_torch(dx_hat, values, indices, tokens, W_dec)
     out = _fake_value_gradients(dx_hat, values, indices, offsets, W_dec)
-    if len(values):
+    if implementation(W_dec) == "torch":
+        nnz = int(offsets[-1])
+        dz = sampled_products(upcast(dx_hat), upcast(W_dec), indices[:nnz], offsets)
+        out.zero_()[:nnz] = dz
+    elif len(values):
+        tokens = CSR(values, indices, offsets).tokens()
         value_gradients_kernel[(triton.cdiv(len(values), BLOCK_N),)](
             dx_hat_ptr=dx_hat, indices_ptr=indices, tokens_ptr=tokens, offsets_ptr=offsets,
             W_dec_ptr=W_dec, out_ptr=out,
@@ -248,14 +238,13 @@ def _decode_gradients(ctx, inputs, dx_hat) -> tuple[Tensor | None, ...]:
     """Gradients of the decoder's five inputs from ``dx̂``, each only where it is needed."""
     (values, indices, offsets, W_dec, b_dec), need = inputs, ctx.needs_input_grad
     dvalues = dW_dec = db_dec = None
+    low = dx_hat.to(W_dec.dtype)
     if need[0]:
-        dvalues = _value_gradients(dx_hat.to(W_dec.dtype), values, indices, offsets, W_dec)
+        dvalues = _value_gradients(low, values, indices, offsets, W_dec)
     if need[3]:
         csc = csr_to_csc(CSR(values, indices, offsets), W_dec.shape[0])
         # The plain sums: they have no derivative, so that a second one is refused, not wrong.
-        dW_dec = _weighted_row_sums(
-            values[csc.positions], csc.rows, csc.offsets, dx_hat.to(W_dec.dtype), None
-        )
+        dW_dec = _weighted_row_sums(values[csc.positions], csc.rows, csc.offsets, low, None)
     if need[4]:
         db_dec = dx_hat.sum(0, dtype=accumulator(dx_hat.dtype)).to(b_dec.dtype)
     return dvalues, None, None, dW_dec, db_dec
@@ -329,13 +318,11 @@ def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> None:
             "csr.values and csr.indices: expected two vectors of one length, got "
             f"{list(csr.values.shape)} and {list(csr.indices.shape)}"
         )
-    if csr.indices.dtype != torch.int32 or csr.offsets.dtype != torch.int32:
-        raise ValueError(
-            "csr.indices and csr.offsets: expected int32, got "
-            f"{csr.indices.dtype} and {csr.offsets.dtype}"
-        )
-    if not (csr.indices.is_contiguous() and csr.offsets.is_contiguous()):
-        raise ValueError("csr.indices and csr.offsets: expected contiguous, got strided tensors")
+    for name, tensor in (("indices", csr.indices), ("offsets", csr.offsets)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"csr.{name}: expected int32, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"csr.{name}: expected contiguous, got strides {tensor.stride()}")
     if W_dec.dim() != 2 or b_dec.shape != W_dec.shape[1:]:
         raise ValueError(
             "W_dec and b_dec: expected [F, D] and [D], got "

@@ -15,6 +15,8 @@ BLOCK_SORT = 256
 STEP_SORT = 16
 SORT_WARPS = 8
 
+_Parts = tuple[Tensor, Tensor, Tensor]  # rows, positions and offsets of the CSC form
+
 
 @jit
 def _sort_keys(slots, order_ptr, indices_ptr, nnz, capacity, F, FIRST: tl.constexpr):
@@ -79,9 +81,7 @@ def scatter_latents_kernel(
     tl.store(out_ptr + target, place, mask=inside)
 
 
-def _csr_to_csc_triton(
-    indices: Tensor, row_offsets: Tensor, latents: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _csr_to_csc_triton(indices: Tensor, row_offsets: Tensor, latents: int) -> _Parts:
     capacity, B = len(indices), len(row_offsets) - 1
     blocks = triton.cdiv(capacity, BLOCK_SORT)
     offsets = torch.zeros(latents + 1, dtype=torch.int32, device=indices.device)
@@ -90,12 +90,9 @@ def _csr_to_csc_triton(
     shared |= {"B": B, "F": latents, "capacity": capacity, "BLOCK": BLOCK_SORT}
     # The sentinel of an empty place is `latents` itself, so its bits count.
     shifts = range(0, max(latents.bit_length(), 1), 8)
+    # Passes alternate between two arrays so that the last one writes `positions`.
+    source, target = (order, positions) if len(shifts) % 2 else (positions, order)
     for shift in shifts:
-        # Passes alternate between two arrays so that the last one writes `positions`.
-        if (len(shifts) - 1 - shift // 8) % 2 == 0:
-            source, target = order, positions
-        else:
-            source, target = positions, order
         counts = torch.zeros(256 * blocks + 1, dtype=torch.int32, device=indices.device)
         count_latents_kernel[(blocks,)](
             **shared, order_ptr=source, counts_ptr=counts, latent_counts_ptr=offsets, SHIFT=shift
@@ -106,13 +103,11 @@ def _csr_to_csc_triton(
             search_steps=(B - 1).bit_length(),
             SHIFT=shift, LAST=shift == shifts[-1], STEP=STEP_SORT, num_warps=SORT_WARPS,
         )  # fmt: skip
+        source, target = target, source
     return rows, positions, offsets.cumsum(0, dtype=torch.int32)
 
 
-def csr_to_csc_torch(
-    indices: Tensor, row_offsets: Tensor, latents: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``rows, positions, offsets`` of the CSC form."""
+def csr_to_csc_torch(indices: Tensor, row_offsets: Tensor, latents: int) -> _Parts:
     nnz = int(row_offsets[-1])
     rows, positions = torch.zeros_like(indices), torch.zeros_like(indices)
     order = indices[:nnz].sort(stable=True)
@@ -122,18 +117,14 @@ def csr_to_csc_torch(
     return rows, positions, torch.searchsorted(order.values, boundaries).int()
 
 
-def _fake(indices: Tensor, row_offsets: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, positions = torch.empty_like(indices), torch.empty_like(indices)
-    return rows, positions, indices.new_empty(latents + 1)
+def _fake(indices: Tensor, row_offsets: Tensor, latents: int) -> _Parts:
+    return torch.empty_like(indices), torch.empty_like(indices), indices.new_empty(latents + 1)
 
 
 @register(fake=_fake)
-def _csr_to_csc(
-    indices: Tensor, row_offsets: Tensor, latents: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _csr_to_csc(indices: Tensor, row_offsets: Tensor, latents: int) -> _Parts:
     if len(indices) == 0 or len(row_offsets) == 1:
-        zeros = indices.new_zeros(latents + 1)
-        return torch.zeros_like(indices), torch.zeros_like(indices), zeros
+        return torch.zeros_like(indices), torch.zeros_like(indices), indices.new_zeros(latents + 1)
     if implementation(indices) == "torch":
         return csr_to_csc_torch(indices, row_offsets, latents)
     return _csr_to_csc_triton(indices.contiguous(), row_offsets.contiguous(), latents)

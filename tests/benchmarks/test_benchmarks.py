@@ -80,7 +80,7 @@ def test_trainers_take_turns_and_one_that_fails_keeps_no_time(load, monkeypatch)
     harness, shape = load("harness"), load("measure").Shape(32, 24, 160, 4)
     monkeypatch.setattr(harness, "Worker", Scripted)
     monkeypatch.setattr(Scripted, "asked", [])
-    monkeypatch.setattr(Scripted, "error", load("worker").WorkerError, raising=False)
+    monkeypatch.setattr(Scripted, "error", RuntimeError, raising=False)
     found = harness.time_steps(shape, ["fastsae", "torch, eager", "torch, compiled"], rounds=3)
     order = [name for name, what in Scripted.asked if what == "run"]
     assert order[3:12] == ["fastsae"] * 3 + ["torch, eager"] * 3 + ["torch, compiled"] * 3
@@ -186,7 +186,7 @@ class Inline:
         try:
             return getattr(self.server, what)(*arguments, **options)
         except Exception as error:
-            raise self.module.WorkerError(str(error)) from error
+            raise RuntimeError(str(error)) from error
 
     def close(self):
         pass
@@ -391,7 +391,7 @@ def test_pytest_benchmarks_collects_them_and_pytest_does_not():
 def test_a_worker_gives_back_what_its_trainer_raised(load):
     worker, shape = load("worker"), load("measure").Shape(32, 24, 160, 4)
     process = worker.Worker()
-    with pytest.raises(worker.WorkerError, match="AttributeError"):
+    with pytest.raises(RuntimeError, match="AttributeError"):
         process.ask("nothing")
     about = {"device": "cpu", "precision": "fp32", "dead_share": 0.0}
     assert process.ask("check", "fastsae", shape, **about) == {}
@@ -399,6 +399,6 @@ def test_a_worker_gives_back_what_its_trainer_raised(load):
     assert process.ask("run", 2) > 0
     assert process.ask("peak_mib") > 0
     process._pool.submit(os._exit, 1)
-    with pytest.raises(worker.WorkerError, match="has ended"):
+    with pytest.raises(RuntimeError, match="has ended"):
         process.ask("peak_mib")
     process.close()

@@ -82,7 +82,9 @@ def documents(n: int, seed: int, planted: bool = False) -> Pooled:
     mean *= torch.rand(n, 400, generator=generator) < 0.3
     if planted:
         mean[:, :3] += 0.6 + 0.4 * torch.rand(n, 3, generator=generator)
-    return Pooled(mean, mean > 0, mean @ torch.randn(400, 16, generator=torch.Generator()))
+    dense = mean @ torch.randn(400, 16, generator=torch.Generator())
+    signatures = torch.randint(2**62, (n, 64), generator=generator)
+    return Pooled(mean, mean > 0, dense, [row.numpy().tobytes() for row in mean], signatures)
 
 
 def test_what_is_planted_is_found() -> None:
@@ -103,35 +105,6 @@ def test_nothing_is_found_where_nothing_is() -> None:
 
 
 # --- documents that repeat ---
-
-
-def rows_of(pooled: Pooled, index: torch.Tensor, noise: float = 0.0) -> Pooled:
-    mean = pooled.mean[index] * (1 + noise * torch.randn(len(index), 1))
-    return Pooled(mean, pooled.active[index], pooled.dense[index])
-
-
-def test_equal_documents_count_once() -> None:
-    """Two sides of one distribution, ten texts twenty times each: 264 of 400 latents were found."""
-    times = torch.arange(10).repeat(20)
-    positive, negative = (rows_of(documents(10, seed), times) for seed in (0, 1))
-    result = contrast(positive, negative)
-    assert result["documents"] == {"positive": 10, "negative": 10}
-    assert result["repeated"] == {
-        "positive": 190, "negative": 190, "in_both_sets": 0, "near_copies": 0
-    }  # fmt: skip
-    assert result["latents_found"] <= 1
-    assert result["probes"]["sparse"] <= 0.8 and result["probes"]["dense"] <= 0.8
-    assert "380 documents more (95%) are equal" in " ".join(summary(result))
-    # What is found is what is found without the repetition.
-    plain = contrast(documents(10, 0), documents(10, 1))
-    for name in ("latents", "probes", "latents_tested", "shuffled", "documents"):
-        assert result[name] == plain[name], name
-
-
-def test_fewer_different_documents_than_are_needed() -> None:
-    times = torch.arange(9).repeat(20)
-    with pytest.raises(ConfigError, match=r"9 documents with text that differ \(171 repeat them\)"):
-        contrast(rows_of(documents(9, 0), times), documents(20, 1))
 
 
 def test_documents_of_both_sets_stay_together_and_are_told() -> None:
@@ -177,9 +150,10 @@ def test_near_copies_are_held_out_together() -> None:
     positive, negative = (pool(sae, model, side, 160) for side in written)
     result = contrast(positive, negative, probe_latents=20)
     assert result["repeated"]["near_copies"] == 108
+    unlike = lambda side: replace(side, signatures=torch.randint(2**62, side.signatures.shape))
     assert "are near copies of another one" in " ".join(summary(result))
     assert result["probes"]["dense"] < 0.75
-    apart = replace(positive, signatures=None), replace(negative, signatures=None)
+    apart = unlike(positive), unlike(negative)
     assert contrast(*apart, probe_latents=20)["probes"]["dense"] > 0.95
     # Where all are near copies, nothing can be held out; that is no number.
     same = [[f"{texts(1, 1, 9)[0]} {i} {side}" for i in range(12)] for side in "ab"]
@@ -187,14 +161,29 @@ def test_near_copies_are_held_out_together() -> None:
     assert result["probes"]["sparse"] is None and "Held-out accuracy: –" in summary(result)[-1]
 
 
-def test_equal_texts_are_run_once() -> None:
-    model = SplicedModel.load(models.llama(), 2)
-    sae = small_sae(64, 128, 8)
-    written = texts(12, 1, 0)
-    pooled = pool(sae, model, written * 3, 64)
-    assert pooled.repeated == 24
-    for name in ("mean", "active", "dense", "signatures"):
-        assert torch.equal(getattr(pooled, name), getattr(pool(sae, model, written, 64), name))
+def test_equal_texts_count_once() -> None:
+    """Two sides of one distribution, twelve texts twenty times each: most latents were found."""
+    model, sae = SplicedModel.load(models.llama(), 2), small_sae(64, 128, 8)
+    written = [texts(12, 1, seed) for seed in (0, 1)]
+    repeated = [pool(sae, model, side * 20, 64) for side in written]
+    result = contrast(*repeated)
+    assert result["documents"] == {"positive": 12, "negative": 12}
+    assert result["repeated"] == {
+        "positive": 228, "negative": 228, "in_both_sets": 0, "near_copies": 0
+    }  # fmt: skip
+    assert result["latents_found"] <= 1
+    assert "456 documents more (95%) are equal" in " ".join(summary(result))
+    # What is found is what is found without the repetition.
+    once = [pool(sae, model, side, 64) for side in written]
+    for name in ("mean", "active", "dense", "keys", "signatures"):
+        for pooled, plain in zip(repeated, once, strict=True):
+            assert np.array_equal(getattr(pooled, name), getattr(plain, name)), name
+    plain = contrast(*once)
+    for name in ("latents", "probes", "latents_tested", "shuffled", "documents"):
+        assert result[name] == plain[name], name
+    few = pool(sae, model, written[0][:9] * 20, 64)
+    with pytest.raises(ConfigError, match=r"9 documents with text that differ \(171 repeat them\)"):
+        contrast(few, once[1])
 
 
 def test_too_few_documents() -> None:

@@ -19,7 +19,7 @@ from fastsae_kernels import (
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
 from fastsae_kernels.update import _fused_update_, _gradient_norm, _parts, torch_impl, triton_impl
-from fastsae_kernels.update.state import Adam, GradientInputs, Parameters
+from fastsae_kernels.update.state import Adam, Batch, Parameters
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
@@ -426,7 +426,7 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
     with Sizes():
         torch_impl.fused_update(
             Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec),
-            GradientInputs(csr.values, csc, x, residual, -0.1, None),
+            Batch(csr.values, csc, x, residual, -0.1, None),
             Adam(torch.tensor(1e-3), torch.tensor(1), None, 0.9, 0.999, 1e-8),
         )
     assert sizes and max(sizes) < LATENTS * WIDTH

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,8 +257,8 @@ def test_pushes_that_fail_are_counted(
     with hub.Publisher(run, "me/mine", False) as publisher:
         for i in range(3):
             publisher.publish(run, "---\nlicense: apache-2.0\n---\n", f"push {i}")
-            for thread in publisher._threads:
-                thread.join()
+            while publisher._failed == i:
+                time.sleep(0.01)
     assert caplog.text.count("could not push to me/mine") == 1 and "403" in caplog.text
     assert "the last 3 pushes to me/mine failed" in caplog.text
     assert len(set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))) == 1
@@ -351,7 +352,16 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     progress = section(card, "Training progress")
     for value in ("2,560", "100.0%", "40", state["history"][-1]["time"][11:19]):
         assert f" {value} |" in progress or value in progress
-    assert numbers(section(card, "Evaluation").partition("\n\n")[2].partition("\n\n")[2]) - {"k"} <= {
+    modes = json.loads((run / "evaluation.json").read_text())["modes"]
+    intervals = {
+        f"{modes[mode][score][side]:{form}}"
+        for mode in (summary["inference"], "threshold")
+        for score, form in (("explained_variance", ".4g"), ("l0", ".2f"))
+        for side in ("low", "high")
+    }
+    told_of_evaluation = section(card, "Evaluation").partition("\n\n")[2]
+    assert intervals <= numbers(told_of_evaluation)
+    assert numbers(told_of_evaluation) - {"k"} <= intervals | {
         f"{summary['explained_variance']:.4g}", f"{summary['threshold_explained_variance']:.4g}",
         f"{summary['pca_explained_variance']:.4g}", f"{summary['l0']:.2f}",
         f"{summary['threshold_l0']:.2f}", f"{summary['alive_fraction']:.1%}",

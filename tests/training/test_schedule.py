@@ -8,7 +8,13 @@ import fastsae
 from fastsae.training.schedule import k_at, lr_at, quota_at
 
 CONFIG = fastsae.TrainConfig(
-    d_sae=64, k=4, lr=0.5, lr_warmup_tokens=0, lr_decay_tokens=0, latent_quota=0.0, tokens=1000,
+    d_sae=64,
+    k=4,
+    lr=0.5,
+    lr_warmup_tokens=0,
+    lr_decay_tokens=0,
+    latent_quota=0.0,
+    tokens=1000,
     batch_size=10,
 )
 

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ..module import SAE
-from .portable import (
-    ExportedSAE,
-    build,
-    check_k,
-    section,
-    take_tensors,
-    threshold_activation,
-    topk_activation,
-)
+from . import portable
 
 CONFIG = "config.json"
 WEIGHTS = ("ae.pt",)
@@ -31,7 +23,7 @@ WEIGHTS = ("ae.pt",)
 _TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer"}
 
 
-def to_files(sae: ExportedSAE) -> dict[str, Any]:
+def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for layer_norm, and for JumpReLU without a k."""
     if sae.normalize != "none":
         raise FormatError(
@@ -92,7 +84,7 @@ def _hook_name(submodule: object, io: object) -> str | None:
 
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
-    trainer = section(config, "trainer")
+    trainer = portable.section(config, "trainer")
     dict_class = trainer.get("dict_class")
     if dict_class not in _TRAINERS:
         raise FormatError(
@@ -105,7 +97,7 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     d_sae, d_in = encoder.shape
     halves = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
     halves |= {"decoder.weight": (d_in, d_sae), "b_dec": (d_in,)}
-    found = take_tensors(tensors, {**halves, "k": (), "threshold": ()})
+    found = portable.take_tensors(tensors, {**halves, "k": (), "threshold": ()})
     k = int(found["k"])
     for name, value in (("activation_dim", d_in), ("dict_size", d_sae), ("k", k)):
         if trainer.get(name, value) != value:
@@ -113,13 +105,13 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
                 f"config.json says {name} = {trainer[name]!r} but ae.pt has {value}; they do not "
                 f"belong together"
             )
-    check_k(k, d_sae)
+    portable.check_k(k, d_sae)
 
-    provenance = section(config, "fastsae")
+    provenance = portable.section(config, "fastsae")
     if provenance:
-        metadata = section(provenance, "metadata")
+        metadata = portable.section(provenance, "metadata")
     else:
-        buffer = section(config, "buffer")
+        buffer = portable.section(config, "buffer")
         known = {
             "model_name": trainer.get("lm_name"),
             "hook_name": _hook_name(trainer.get("submodule_name"), buffer.get("io")),
@@ -127,9 +119,10 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         }
         metadata = {name: value for name, value in known.items() if value is not None}
     if dict_class == "AutoEncoderTopK":
-        activation = topk_activation(k, d_sae, provenance)
+        activation = portable.topk_activation(k, d_sae, provenance)
     else:
-        activation = threshold_activation(found["threshold"].clamp_min(0), {"k": k} | provenance)
+        threshold = found["threshold"].clamp_min(0)
+        activation = portable.threshold_activation(threshold, {"k": k} | provenance)
     weights = {"W_enc": encoder.T, "W_dec": found["decoder.weight"].T}
     biases = {"b_enc": found["encoder.bias"], "b_dec": found["b_dec"]}
-    return build(weights | biases, activation, metadata)
+    return portable.build(weights | biases, activation, metadata)

@@ -66,14 +66,8 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
             "inference": "threshold" if k is None else "topk",
         }
     normalize = "layer_norm" if sae.normalize == "layer_norm" else "none"
-    return ExportedSAE(
-        **weights,
-        k=k,
-        threshold=threshold,
-        normalize=normalize,
-        metadata=dict(sae.metadata),
-        provenance=provenance,
-    )
+    metadata = dict(sae.metadata)
+    return ExportedSAE._make((*weights.values(), k, threshold, normalize, metadata, provenance))
 
 
 def _k_per_token(sae: SAE, inference: Inference | None) -> int | None:

@@ -15,16 +15,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ..activation import JumpReLU
 from ..module import SAE
-from .portable import (
-    DTYPES,
-    ExportedSAE,
-    build,
-    positive_int,
-    section,
-    take_tensors,
-    threshold_activation,
-    topk_activation,
-)
+from . import portable
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt")
@@ -33,7 +24,7 @@ SAE_LENS_VERSION = "6.54.12"
 """The version whose format is written. SAELens takes a config without one as older than 6.0."""
 
 
-def to_files(sae: ExportedSAE) -> dict[str, Any]:
+def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     """File names and contents."""
     tensors = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     settings: dict[str, Any] = {
@@ -59,45 +50,43 @@ def to_files(sae: ExportedSAE) -> dict[str, Any]:
         defaults["training_architecture"] = "batchtopk"
         defaults["training_architecture_details"] = {"k": sae.provenance["k"]}
     filled_in = [name for name in defaults if name not in sae.metadata]
-    own = {
-        "sae_lens_version": SAE_LENS_VERSION,
-        "fastsae": {**sae.provenance, "filled_in": filled_in},
-    }
+    own: dict[str, Any] = {"sae_lens_version": SAE_LENS_VERSION}
+    own |= {"fastsae": {**sae.provenance, "filled_in": filled_in}}
     settings["metadata"] = defaults | sae.metadata | own
     return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
 
 
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """The SAE of a config and its weights. Raises FormatError if fastsae has none like it."""
-    metadata = section(config, "metadata")
+    metadata = portable.section(config, "metadata")
     architecture = _architecture(config, metadata)
-    d_in, d_sae = positive_int(config, "d_in"), positive_int(config, "d_sae")
+    d_in, d_sae = portable.positive_int(config, "d_in"), portable.positive_int(config, "d_sae")
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if architecture == "jumprelu":
         shapes["threshold"] = (d_sae,)
-    dtype = DTYPES.get(str(config.get("dtype")).removeprefix("torch."))
+    dtype = portable.DTYPES.get(str(config.get("dtype")).removeprefix("torch."))
     if dtype is None:
         raise FormatError(
-            f"dtype = {config.get('dtype')!r} in cfg.json is not one of {', '.join(DTYPES)}"
+            f"dtype = {config.get('dtype')!r} in cfg.json is not one of {', '.join(portable.DTYPES)}"
         )
-    weights = {name: t.to(dtype) for name, t in take_tensors(tensors, shapes).items()}
+    weights = {name: t.to(dtype) for name, t in portable.take_tensors(tensors, shapes).items()}
     threshold = weights.pop("threshold", None)
     _fold_options(config, architecture, weights)
 
-    provenance = section(metadata, "fastsae")
+    provenance = portable.section(metadata, "fastsae")
     if not provenance and metadata.get("training_architecture") == "batchtopk":
-        provenance = {"k": section(metadata, "training_architecture_details").get("k")}
+        provenance = {"k": portable.section(metadata, "training_architecture_details").get("k")}
     if architecture == "topk":
-        activation = topk_activation(positive_int(config, "k"), d_sae, provenance)
+        activation = portable.topk_activation(portable.positive_int(config, "k"), d_sae, provenance)
     elif threshold is not None:
-        activation = threshold_activation(threshold, provenance)
+        activation = portable.threshold_activation(threshold, provenance)
     else:
         activation = JumpReLU(torch.zeros((), dtype=dtype))
 
     filled_in = provenance.get("filled_in")
     own = {"sae_lens_version", "fastsae", *(filled_in if isinstance(filled_in, list) else ())}
     kept = {name: value for name, value in metadata.items() if name not in own}
-    return build(weights, activation, kept, _normalize(config))
+    return portable.build(weights, activation, kept, _normalize(config))
 
 
 def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:

@@ -70,10 +70,8 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         d_sae = d_in * positive_int(config, "expansion_factor")
     encoder = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
     weights = take_tensors(tensors, {**encoder, "W_dec": (d_sae, d_in), "b_dec": (d_in,)})
-    weights["W_enc"], weights["b_enc"] = (
-        weights.pop("encoder.weight").T,
-        weights.pop("encoder.bias"),
-    )
+    weights["W_enc"] = weights.pop("encoder.weight").T
+    weights["b_enc"] = weights.pop("encoder.bias")
     provenance = section(config, "fastsae")
     activation = topk_activation(k, d_sae, provenance)
     return build(weights, activation, section(provenance, "metadata"))

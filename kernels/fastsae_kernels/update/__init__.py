@@ -34,12 +34,12 @@ from torch import Tensor
 from ..dispatch import implementation, register
 from ..sparse import CSC, CSR
 from . import torch_impl, triton_impl
-from .state import Adam, AuxGradients, BiasState, GradientInputs, MatrixState, Parameters
+from .state import Adam, AuxGradients, Batch, BiasState, MatrixState, Parameters
 
 
-def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> GradientInputs:
+def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> Batch:
     values, *csc, x, dY = batch
-    return GradientInputs(values, CSC(*csc), x, dY, dY_scale, AuxGradients(*aux) if aux else None)
+    return Batch(values, CSC(*csc), x, dY, dY_scale, AuxGradients(*aux) if aux else None)
 
 
 def _parts(state: MatrixState) -> tuple[list[Tensor], str]:

@@ -58,9 +58,7 @@ class MatrixState(NamedTuple):
         split master, whose upper half is the copy.
         """
         if (split or quantized_moments) and master.dtype != torch.float32:
-            raise ValueError(
-                f"split masters and 8-bit moments: expected float32, got {master.dtype}"
-            )
+            raise ValueError(f"split masters, 8-bit moments: expected float32, got {master.dtype}")
         if split and copy_dtype is not None:
             raise ValueError("a split master is its own bfloat16 copy: expected copy_dtype=None")
         weight, remainder = split_master(master) if split else (master, None)
@@ -115,7 +113,7 @@ class AuxGradients(NamedTuple):
     slots: Tensor  # [F] int32: the row of each latent, -1 for none
 
 
-class GradientInputs(NamedTuple):
+class Batch(NamedTuple):
     """What the gradients of one batch are computed from."""
 
     values: Tensor  # [K], the CSR's
@@ -158,10 +156,10 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def _uniform(block: Tensor, first_row: int, step: Tensor) -> Tensor:
-    """A number in [0, 1) for each element of a moment's rows from ``first_row`` on."""
+def _uniform(block: Tensor, first: int, step: Tensor) -> Tensor:
+    """A number in [0, 1) for each element of a moment's rows from ``first`` on."""
     rows, columns = (torch.arange(n, device=block.device) for n in block.shape)
-    key = _mix(_mix(step.long() * 2 + (block.dtype == torch.int8)) ^ (rows + first_row))
+    key = _mix(_mix(step.long() * 2 + (block.dtype == torch.int8)) ^ (rows + first))
     return (_mix(key[:, None] ^ columns) >> 8).to(torch.float32) / 2**24
 
 
@@ -173,10 +171,8 @@ def decode_moment(code: Tensor, scale: Tensor) -> Tensor:
     return value * signed.sign()
 
 
-def encode_moment_(
-    code: Tensor, scale: Tensor, value: Tensor, first_row: int, step: Tensor
-) -> None:
-    """Write a block of rows ``value`` as ``code`` and ``scale``; the block begins at ``first_row``."""
+def encode_moment_(code: Tensor, scale: Tensor, value: Tensor, first: int, step: Tensor) -> None:
+    """Write a block of rows ``value`` as ``code`` and ``scale``; the block begins at ``first``."""
     top, tiny = torch.iinfo(code.dtype).max, torch.finfo(torch.float32).tiny
     torch.amax(value.abs(), 1, out=scale)
     ratio = value.abs() / scale.clamp_min(tiny)[:, None]
@@ -184,7 +180,7 @@ def encode_moment_(
     below = below.clamp(0, top - 1)
     low = torch.exp2((below - top) / CODES_PER_BINADE) * (below > 0)
     high = torch.exp2((below + 1 - top) / CODES_PER_BINADE)
-    near = below + (_uniform(code, first_row, step) * (high - low) < ratio - low)
+    near = below + (_uniform(code, first, step) * (high - low) < ratio - low)
     if code.dtype == torch.uint8:
         near = near.clamp_min(1) * (value > 0)
     code.copy_(near * value.sign())

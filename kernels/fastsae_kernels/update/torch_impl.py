@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..products import row_sums, sampled_products
-from .state import Adam, GradientInputs, MatrixState, Parameters, encode_moment_, split_master
+from .state import Adam, Batch, MatrixState, Parameters, encode_moment_, split_master
 
 # Latents updated together: both gradients of a block stay in the cache.
 BLOCK_LATENTS = 512
@@ -26,7 +26,7 @@ class _Block(NamedTuple):
 
 
 def _gradient_blocks(
-    W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: GradientInputs
+    W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch
 ) -> Iterator[_Block]:
     """The gradients, block by block of latents; ``w_enc`` and ``w_dec`` are masters to write."""
     (values, csc, x, dY, dY_scale, aux), work = inputs, b_dec.dtype
@@ -62,9 +62,7 @@ def _gradient_blocks(
         yield _Block(at, w_enc, w_dec, dW_enc, db_enc, dW_dec, db_dec)
 
 
-def gradient_norm(
-    W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: GradientInputs
-) -> Tensor:
+def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
     db_dec = inputs.dY.sum(0, dtype=b_dec.dtype) * inputs.dY_scale
     squares = b_dec.new_zeros(())
     for block in _gradient_blocks(W_enc, W_dec, b_dec, inputs):
@@ -74,7 +72,7 @@ def gradient_norm(
     return (squares + db_dec.square().sum()).sqrt()
 
 
-def fused_update(parameters: Parameters, inputs: GradientInputs, adam: Adam) -> None:
+def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec = parameters
     lr, step, clip, beta1, beta2, eps = adam
     options: dict[str, Any] = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps}

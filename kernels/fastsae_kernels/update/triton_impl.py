@@ -15,7 +15,7 @@ from ..segments import CHUNK, chunk_capacity, long_segments
 from ..sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 from .state import (
     Adam,
-    GradientInputs,
+    Batch,
     MatrixState,
     Parameters,
     load_master,
@@ -263,7 +263,7 @@ def _launch(
     W_enc: MatrixState,
     W_dec: MatrixState,
     b_dec: Tensor,
-    inputs: GradientInputs,
+    inputs: Batch,
     squares: tuple[Tensor, Tensor] | tuple[None, None],
     **adam,
 ) -> tuple[Tensor, Tensor]:
@@ -317,9 +317,7 @@ def _launch(
     return db_enc, dY.sum(0, dtype=torch.float32) * dY_scale - block_db_dec.sum(0)
 
 
-def gradient_norm(
-    W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: GradientInputs
-) -> Tensor:
+def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
     latents, width = W_dec.weight.shape
     tiles = triton.cdiv(width, encoder_blocks(width, False)["BLOCK_D"])
     squares = torch.empty(1 + tiles, latents, dtype=torch.float32, device=b_dec.device)
@@ -329,7 +327,7 @@ def gradient_norm(
     return (squares.sum() + db_enc.square().sum() + db_dec.square().sum()).sqrt()
 
 
-def fused_update(parameters: Parameters, inputs: GradientInputs, adam: Adam) -> None:
+def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec = parameters
     lr, step, clip, beta1, beta2, eps = adam
     scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
