@@ -74,12 +74,11 @@ class Publisher:
         self._pushes.put(None)
         deadline = self._handed_in + (PATIENCE_SECONDS if kind is None else HURRIED_SECONDS)
         try:
-            self._thread.join(max(0.0, min(deadline - time.monotonic(), QUIET_SECONDS)))
-            if self._thread.is_alive():
+            if self._is_pushing(min(deadline, time.monotonic() + QUIET_SECONDS)):
                 log.info("waiting for the push to %s", self.repository)
-                self._thread.join(max(0.0, deadline - time.monotonic()))
+                self._is_pushing(deadline)
         finally:
-            if self._thread.is_alive():
+            if self._is_pushing(0):
                 log.warning(
                     "the push to %s is not finished: give the same command again, or complete it with\n  %s",
                     self.repository, self.command,
@@ -89,6 +88,10 @@ class Publisher:
                     "the last %d pushes to %s failed; complete them with\n  %s",
                     self._failed, self.repository, self.command,
                 )  # fmt: skip
+
+    def _is_pushing(self, deadline: float) -> bool:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return self._thread.is_alive()
 
     def publish(self, source: Path, card: str, message: str) -> None:
         """Push the SAE in ``source`` with its model card, soon; returns when it is safe to delete.

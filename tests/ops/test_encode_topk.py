@@ -41,6 +41,7 @@ def test_blocks_select_what_the_whole_selects(monkeypatch, tokens, num_selected,
         )
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("quota", [0.0, 0.3, 1.0])
 def test_the_interpreted_kernels_select_the_same(impl, quota):
     operands = whole_numbers()
@@ -114,6 +115,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.slow
 def test_a_training_step_needs_less_than_the_pre_activations():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -48,6 +48,7 @@ def same(a: fastsae.SAE, b: fastsae.SAE) -> bool:
     return all(tensor.equal(other[name]) for name, tensor in a.state_dict().items())
 
 
+@pytest.mark.slow
 def test_trains_a_good_sae() -> None:
     source = Source()
     config = dataclasses.replace(CONFIG, tokens=64 * 600)
@@ -230,6 +231,7 @@ class TestWithOut:
         ]
         assert timeless[0] == timeless[1] and len(timeless[0]) == 5
 
+    @pytest.mark.slow
     def test_other_settings_are_refused_with_the_difference(self, tmp_path: Path) -> None:
         config = dataclasses.replace(CONFIG, out=str(tmp_path), name="run")
         fastsae.train(Source(stop=30), config)
