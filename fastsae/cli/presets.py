@@ -20,7 +20,6 @@ _SETTINGS: dict[str, Any] = {
     "k": 16,
     "d_sae": 1024,
     "tokens": 768_000,
-    "lr": 1e-3,
     "pool_tokens": 65_536,
     "eval_tokens": 16_384,
     "checkpoint_every_tokens": 192_000,
