@@ -20,11 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
+    for item in items:
+        variant = item.callspec.id.split("-") if hasattr(item, "callspec") else ()
+        if "gpu" in item.keywords:
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif "slow_interpreted" in item.keywords and {"interpreter", "triton"} & {*variant}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_a_folder_that_can_be_written(tmp_path: Path) -> None:
         files.require_writable(tmp_path / "file" / "b", "--cache-dir")
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     assert not files.is_held(folder) and not folder.exists()

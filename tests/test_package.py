@@ -25,6 +25,7 @@ def test_the_repository_does_not_shadow_hugging_faces_kernels() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_two_packages(wheel: Path) -> None:
     assert wheel.name.startswith("fastsae_triton-")
     names = zipfile.ZipFile(wheel).namelist()
@@ -45,6 +46,7 @@ def test_every_public_name_is_there_and_unknown_ones_are_not() -> None:
         _ = fastsae.BatchTopk
 
 
+@pytest.mark.slow
 def test_import_adds_little_to_importing_torch() -> None:
     """Under 0.2 s beyond torch; the median of three fresh processes. Names are imported on first use."""
 

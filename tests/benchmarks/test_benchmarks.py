@@ -159,6 +159,7 @@ def test_the_gate_refuses_other_reconstructions(load, problem):
         gates.check_reconstruction(Biased, problem)
 
 
+@pytest.mark.slow
 def test_our_ways_that_round_their_moments_pass_the_gate_of_the_others(load, problem):
     found = load("gates").check("fastsae, graph, 8-bit", problem)
     assert found["explained_variance"] == pytest.approx(found["explained_variance_ours"], abs=0.1)
@@ -192,6 +193,7 @@ class Inline:
         pass
 
 
+@pytest.mark.slow
 def test_steps_are_timed_and_who_is_missing_is_named(load, monkeypatch):
     harness = load("harness")
     monkeypatch.setattr(load("trainers").TRAINERS["SAELens"], "package", "no_such_package")
@@ -204,6 +206,7 @@ def test_steps_are_timed_and_who_is_missing_is_named(load, monkeypatch):
     assert found["SAELens"].refused == "no_such_package is not installed"
 
 
+@pytest.mark.slow
 def test_the_harness_needs_no_peer(load):
     code = (
         "import sys; sys.path[:0] = ['benchmarks']; import harness, ops;"
@@ -371,6 +374,7 @@ def test_the_scale_fits_the_machine(load, monkeypatch):
     assert measure.scale_for("cuda") == "recipe"
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks_collects_them_and_pytest_does_not():
     def collected(*arguments):
         run = subprocess.run(
@@ -388,6 +392,7 @@ def test_pytest_benchmarks_collects_them_and_pytest_does_not():
     assert "bench_" not in collected("tests/test_package.py", "tests/test_plan.py")
 
 
+@pytest.mark.slow
 def test_a_worker_gives_back_what_its_trainer_raised(load):
     worker, shape = load("worker"), load("measure").Shape(32, 24, 160, 4)
     process = worker.Worker()

@@ -22,6 +22,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the command would use")
+@pytest.mark.slow
 def test_runs_to_its_end_without_a_gpu(tmp_path):
     result = command("--part", "all", "--out", str(tmp_path / "new"))
     assert result.returncode == 0, result.stderr
@@ -119,7 +120,10 @@ def test_a_wrong_step_passes_no_gate(bench_step, monkeypatch):
         gates.check("fastsae", trainers.Problem.synthetic(shape, "cpu", "bf16"))
 
 
-@pytest.mark.parametrize("way", ["fastsae", "fastsae, graph", "fastsae, graph, 8-bit"])
+@pytest.mark.parametrize(
+    "way",
+    ["fastsae", "fastsae, graph", pytest.param("fastsae, graph, 8-bit", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("share", [0.0, 0.38])
 def test_our_ways_pass_the_gate_in_bf16(bench_step, way, share):
     gates, trainers = importlib.import_module("gates"), importlib.import_module("trainers")

@@ -137,6 +137,7 @@ def test_the_history_has_every_published_result(results):
     assert all(line["commit"] and line["date"] and float(line["value"]) >= 0 for line in history)
 
 
+@pytest.mark.slow
 def test_help_is_the_docstring(results):
     run = subprocess.run(
         [sys.executable, "benchmarks/report.py", "--help"], cwd=ROOT, capture_output=True, text=True

@@ -83,6 +83,7 @@ def test_a_run_writes_its_results_and_the_better_trainer_passes(
     assert printed.endswith(table)
 
 
+@pytest.mark.slow
 def test_results_are_added_to_and_replaced_by_key(tiny, monkeypatch, tmp_path):
     run(tiny, monkeypatch, "--out", str(tmp_path), "--seeds", "1")
     before = tiny.read_runs(tmp_path)

@@ -22,6 +22,7 @@ def gpu_stream(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("missing", ["a GPU", "bitsandbytes"])
+@pytest.mark.slow
 def test_skips_without(missing, tmp_path: Path) -> None:
     code = "import sys; sys.modules['bitsandbytes'] = None\n" if missing == "bitsandbytes" else ""
     arguments = ["benchmarks/bench_stream.py", "--device", "cpu", "--scale", "tiny", "--no-history"]
@@ -34,6 +35,7 @@ def test_skips_without(missing, tmp_path: Path) -> None:
     assert "2 skipped" in run.stdout and expected in run.stdout
 
 
+@pytest.mark.slow
 def test_measures_each_stage(gpu_stream) -> None:
     rows = [
         row

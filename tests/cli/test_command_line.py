@@ -151,6 +151,7 @@ def test_unusable_text(
         assert words in result.errors, result.errors
 
 
+@pytest.mark.slow
 def test_the_right_column_beside_the_wrong_one(run, tmp_path: Path) -> None:
     records = tmp_path / "a.jsonl"
     records.write_text("\n".join(json.dumps({"body": PROSE}) for _ in range(200)))
@@ -167,6 +168,7 @@ def test_bitsandbytes_missing(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bitsandbytes" in result.errors and "--quantization none" in result.errors
 
 
+@pytest.mark.slow
 def test_nf4_works_where_bitsandbytes_does(run) -> None:
     result = run("--quantization", "nf4")
     assert result.code == 0, result.errors
@@ -185,6 +187,7 @@ def test_activations_that_are_all_non_finite(run, tmp_path: Path) -> None:
     assert "layer 2" in result.errors and "float32" in result.errors
 
 
+@pytest.mark.slow
 def test_text_that_ends_early_loses_nothing(run) -> None:
     result = run("--tokens", "1000000")
     assert result.code == 2
@@ -197,6 +200,7 @@ def test_text_that_ends_early_loses_nothing(run) -> None:
     assert json.loads((result.out / "run/summary.json").read_text())["tokens_seen"] == seen
 
 
+@pytest.mark.slow
 class TestAnExistingRun:
     def test_a_corrupt_checkpoint(self, run) -> None:
         result = run("--tokens", "640")
@@ -235,6 +239,7 @@ def test_a_place_that_cannot_be_written(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoint_class", ["gemma4_text", "gemma4_multimodal"])
+@pytest.mark.slow
 def test_gemma_4_in_nf4(run, checkpoint_class: str) -> None:
     result = run(
         "--model", getattr(models, checkpoint_class)(), "--quantization", "nf4", "--layer", "5"
@@ -246,6 +251,7 @@ def test_gemma_4_in_nf4(run, checkpoint_class: str) -> None:
     assert sae.W_dec.isfinite().all() and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(128))
 
 
+@pytest.mark.slow
 def test_saelens_reads_what_a_run_writes(run) -> None:
     sae_lens = pytest.importorskip("sae_lens")
     result = run()

@@ -14,6 +14,8 @@ from pathlib import Path
 import models
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def needed_by(name: str) -> set[str]:
     """``name`` and every distribution it needs, by names of pip."""
@@ -68,7 +70,6 @@ def test_as_a_module(environment: Path, tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: ") and "--batch-size" in wrong.stderr
 
 
-@pytest.mark.slow
 def test_training(environment: Path, tmp_path: Path) -> None:
     """Last, for it adds all that the tests run with. What is on the path is the wheel still."""
     (packages,) = environment.glob("lib/python*/site-packages")

@@ -148,6 +148,7 @@ def test_writing_that_was_killed_goes_on(text: str, tmp_path: Path, monkeypatch)
     )
 
 
+@pytest.mark.slow
 def test_text_that_ends_is_not_harvested_again(text: str, tmp_path: Path, monkeypatch):
     live = list(iter(open_stream(config(text, None)).next_batch, None))
     endless = config(text, tmp_path / "c", tokens=10**6)

@@ -74,7 +74,17 @@ def namespace() -> dict[str, object]:
 WITH_PYTHON = [page for page in PAGES if pages.blocks(page, "python")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=[page.name for page in WITH_PYTHON])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=page.name,
+            marks=[pytest.mark.slow] if page.name in ("guide.md", "sharing.md") else [],
+        )
+        for page in WITH_PYTHON
+    ],
+)
 def test_the_snippets_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

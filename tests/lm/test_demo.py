@@ -72,6 +72,7 @@ def test_saved_as_an_ordinary_checkpoint(tmp_path: Path):
     assert torch.equal(CutModel.load(str(tmp_path), (1,)).residuals(ids)[0], expected)
 
 
+@pytest.mark.slow
 def test_text_is_the_same_on_every_call(monkeypatch: pytest.MonkeyPatch, documents: list[str]):
     monkeypatch.setattr(demo_text, "_PACKAGES", ())
     again = demo_text.documents()

@@ -34,7 +34,8 @@ LIMITED = {
     "llama",
     "gemma3",
 }
-each_family = pytest.mark.parametrize("family", models.FAMILIES)
+slow = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "bloom", "rwkv")}
+each_family = pytest.mark.parametrize("family", [slow.get(f, f) for f in models.FAMILIES])
 
 
 def text_of(model: SplicedModel, length: int = 64) -> HeldOutText:
@@ -109,7 +110,10 @@ def test_rows_that_are_too_long_are_refused(family: str):
         load_config(directory, (1,), 256)
 
 
-@pytest.mark.parametrize("family", ["mpt", "opt-350m", "rwkv", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mpt", "opt-350m", "rwkv"))],
+)
 def test_what_trains_has_a_report_and_can_be_evaluated(family: str, tmp_path: Path):
     (tmp_path / "a.txt").write_text(
         "\n\n".join(f"Line {i} of a text with words." for i in range(900))
@@ -238,6 +242,7 @@ def test_a_folder_of_a_model_has_no_revision():
             load_config(name, revision="v1")
 
 
+@pytest.mark.slow
 def test_a_revision_of_the_hub_is_asked_for_and_kept(tmp_path: Path):
     code = (
         "from fastsae.lm.hooked import CutModel, SplicedModel\n"

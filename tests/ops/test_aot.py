@@ -27,6 +27,7 @@ def test_representative_slice():
     assert " 0 with faults" in result.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_case():
     code = """
 import ast, sys

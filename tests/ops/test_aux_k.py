@@ -85,6 +85,7 @@ def assert_close(got, exact, tolerance):
 @pytest.mark.parametrize("n_dead", DEAD)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.usefixtures("poison")
+@pytest.mark.slow_interpreted
 def test_compact_gradients_are_those_of_the_definition(device, normalization, n_dead):
     params, x, residual, since = inputs(n_dead, torch.float32, device)
     loss, gradient = compact(params, x, residual, since, normalization=normalization)
@@ -141,6 +142,7 @@ def test_a_vanishing_denominator_gives_zero(device, normalization):
 
 @pytest.mark.parametrize("k", [0, 1, 5, 39, 40, 50])
 @pytest.mark.usefixtures("poison")
+@pytest.mark.slow_interpreted
 def test_selection_is_exact(device, k):
     torch.manual_seed(0)
     z = torch.randn(7, 40)
@@ -180,6 +182,7 @@ def arguments(tokens=TOKENS, device="cpu"):
     return x[:tokens], residual[:tokens], W_enc, b_enc, W_dec, b_dec, since, *sizes
 
 
+@pytest.mark.slow_interpreted
 def test_the_operation_is_well_registered(device):
     torch.library.opcheck(_aux_k_gradients, arguments(device=device))
 

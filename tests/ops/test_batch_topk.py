@@ -13,6 +13,7 @@ CASES = cases()
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow_interpreted
 def test_exact_on_hard_inputs(name, device, impl, poison):
     pre = CASES[name]
     positives = int((pre > 0).sum())
@@ -36,6 +37,7 @@ def test_exact_on_hard_inputs(name, device, impl, poison):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["random", "few_values", "nan", "denormal"])
+@pytest.mark.slow_interpreted
 def test_exact_in_every_dtype(name, dtype, device, impl, poison):
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("the kernels compute in float32")
@@ -56,6 +58,7 @@ def test_massive_ties_of_low_precision(device, impl, poison):
     [(1, 1), (1, 31), (1, 33), (3, 32), (1, 2100), (9, 64)],
     ids=lambda s: f"{s[0]}x{s[1]}",
 )
+@pytest.mark.slow_interpreted
 def test_exact_at_odd_shapes(shape, device, impl, poison):
     pre = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for num_selected in (pre.numel() // 3, pre.numel()):
@@ -72,6 +75,7 @@ def test_nothing_to_select_from(shape, device, impl):
     assert csc.offsets.tolist() == [0] * (shape[1] + 1)
 
 
+@pytest.mark.slow_interpreted
 def test_any_memory_layout(device, impl, poison):
     base = torch.randn(6, 50, generator=torch.Generator().manual_seed(3)).to(device)
     flat = torch.randn(1 + 3 * 40, device=device)
@@ -103,6 +107,7 @@ def test_given_maxima_change_nothing(device, impl):
 
 
 @pytest.mark.parametrize("latents", [6, 300, 70_000])
+@pytest.mark.slow_interpreted
 def test_csc_segments_of_every_length(latents, device, impl, poison):
     B = 260
     lengths = (0, 1, 127, 128, 129, B)
@@ -153,6 +158,7 @@ def test_no_gradient_for_threshold_and_places(device, impl):
     assert not selection.threshold.requires_grad and not selection.csr.indices.requires_grad
 
 
+@pytest.mark.slow_interpreted
 def test_opcheck(device, impl):
     pre = CASES["random"].to(device, copy=True).requires_grad_()
     maxima = group_max(pre).values
@@ -163,6 +169,7 @@ def test_opcheck(device, impl):
     torch.library.opcheck(_csr_to_csc, (csr.indices, csr.offsets, pre.shape[1]))
 
 
+@pytest.mark.slow_interpreted
 def test_compiles_whole_for_any_number_of_tokens(device, impl):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -192,6 +199,7 @@ def test_shapes_on_the_meta_device():
     assert csr_to_csc(csr, 75).offsets.shape == (76,)
 
 
+@pytest.mark.slow_interpreted
 def test_runs_are_bitwise_equal(device, impl):
     pre = torch.randn(8, 640, generator=torch.Generator().manual_seed(5)).bfloat16().to(device)
     runs = 3 if impl == "triton" and device.type == "cpu" else 100

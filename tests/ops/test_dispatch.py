@@ -65,6 +65,7 @@ def test_triton_where_it_cannot_run_is_an_error():
         dispatch.implementation(torch.zeros(1, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="'auto', 'triton' or 'torch'"), dispatch.use("cuda"):
         pass
@@ -80,6 +81,7 @@ def test_the_choice_is_logged_once(caplog):
     assert [r.getMessage() for r in caplog.records] == ["kernels on cpu tensors: torch"]
 
 
+@pytest.mark.slow
 def test_everything_runs_without_triton():
     block = "import sys; sys.modules['triton'] = None\n"
     tail = "from fastsae_kernels import dispatch; assert not dispatch.HAS_TRITON\n"
@@ -88,6 +90,7 @@ def test_everything_runs_without_triton():
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_triton_without_a_gpu_is_harmless():
     result = run_python(EVERY_OPERATION, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr

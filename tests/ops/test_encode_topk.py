@@ -40,6 +40,7 @@ def test_blocks_select_what_the_whole_selects(monkeypatch, tokens, num_selected,
         )
 
 
+@pytest.mark.slow_interpreted
 def test_the_interpreted_kernels_select_the_same(impl):
     operands = whole_numbers()
     expected = reference.batch_topk_mask(reference.pre_activations(*operands), 90)
@@ -105,6 +106,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.slow
 def test_a_training_step_needs_less_than_the_pre_activations():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

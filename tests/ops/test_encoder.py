@@ -31,6 +31,7 @@ def problem(B, D, F, dtype, device, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 32, 70), (1, 48, 1), (131, 40, 300)], ids=str)
+@pytest.mark.slow_interpreted
 def test_pre_activations_and_maxima(shape, dtype, device, impl, variant, poison):
     B, D, F = shape
     x, W_enc, b_enc, b_dec = problem(B, D, F, dtype, device)
@@ -115,6 +116,7 @@ def test_opcheck(device, impl):
     torch.library.opcheck(_encode, arguments)
 
 
+@pytest.mark.slow_interpreted
 def test_compiles_whole_for_any_number_of_tokens(device, impl):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -158,6 +158,7 @@ def assert_close(fused: Fused, state: reference.State, tolerance: float):
 @pytest.mark.parametrize("dead", [0, 3])
 @pytest.mark.parametrize("max_norm", [None, 1e-3, 1e3], ids=["no clip", "clipped", "below clip"])
 @pytest.mark.usefixtures("poison")
+@pytest.mark.slow_interpreted
 def test_one_step_is_the_reference_step(device, max_norm, dead):
     state, x, mask = start()
     since = state.tokens_since_active
@@ -251,6 +252,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow_interpreted
 def test_every_storage_form_takes_the_same_step(device, form):
     state, x, mask = start(3)
     settings = reference.Settings(k=4, k_aux=0, objective="plain", aux_coefficient=0)
@@ -316,6 +318,7 @@ def test_latents_without_actives_follow_their_momentum(device):
     assert (fused.W_enc.weight != before).any(1).all()
 
 
+@pytest.mark.slow_interpreted
 def test_zero_rows_stay_finite(device):
     state, x, mask = start(6)
     state.params.W_dec[7] = 0
@@ -329,6 +332,7 @@ def test_zero_rows_stay_finite(device):
     assert not fused.W_dec.weight[7].any()
 
 
+@pytest.mark.slow_interpreted
 def test_runs_are_bitwise_equal(device):
     runs = []
     for _ in range(2 if device.type == "cpu" else 100):
@@ -349,6 +353,7 @@ def test_rows_stay_on_the_sphere():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow_interpreted
 def test_low_precision_inputs_are_read_as_they_are(device, dtype):
     """The result is that of the rounded inputs in float32, since everything is computed in it."""
     state, x, mask = start(9)

@@ -77,6 +77,7 @@ def test_loss_is_the_squared_residual(device, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("orientation", ["long rows", "long columns"])
 @pytest.mark.usefixtures("poison")
+@pytest.mark.slow_interpreted
 def test_gradients_are_those_of_the_dense_loss(device, dtype, orientation):
     mask = ragged_mask(TOKENS, LATENTS)
     mask = mask if orientation == "long rows" else mask.T.contiguous()
@@ -99,6 +100,7 @@ def test_gradients_are_those_of_the_dense_loss(device, dtype, orientation):
 
 
 @pytest.mark.parametrize("needed", range(3))
+@pytest.mark.slow_interpreted
 def test_only_the_needed_gradient(device, needed):
     csr, W_dec, b_dec, _, _ = inputs(device=device)
     leaves = [csr.values, W_dec, b_dec]
@@ -127,6 +129,7 @@ def test_second_derivative_says_that_there_is_none():
         dW_dec.sum().backward()
 
 
+@pytest.mark.slow_interpreted
 def test_operations_are_well_registered(device):
     csr, W_dec, b_dec, x, _ = inputs(device=device)
     leaves = [csr.values.requires_grad_(), W_dec.requires_grad_(), b_dec.requires_grad_()]
@@ -146,6 +149,7 @@ def test_compiles_whole_with_dynamic_tokens():
             assert torch.equal(got, expected)
 
 
+@pytest.mark.slow_interpreted
 def test_strides_do_not_matter(device):
     csr, W_dec, b_dec, x, _ = inputs(device=device)
     expected = sparse_decode_loss(csr, W_dec, b_dec, x)

@@ -10,6 +10,7 @@ CASES = cases()
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow_interpreted
 def test_exact_on_hard_inputs(name, device, impl, poison):
     # 2 is less than the 3 groups there are, so groups are selected too.
     sizes = (2,) if impl == "triton" and device.type == "cpu" else (-1, 0, 1, 2, 9, 74, 75, 200)
@@ -18,12 +19,14 @@ def test_exact_on_hard_inputs(name, device, impl, poison):
 
 
 @pytest.mark.parametrize("k", [0, 1, 31, 32, 33, 75, 80])
+@pytest.mark.slow_interpreted
 def test_exact_for_any_k(k, device, impl, poison):
     assert_topk(CASES["nan_and_ties"].to(device), k)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["random", "few_values", "denormal"])
+@pytest.mark.slow_interpreted
 def test_exact_in_every_dtype(name, dtype, device, impl, poison):
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("the kernels compute in float32")
@@ -54,11 +57,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda pre: topk(pre, 6).dense(37), (pre,))
 
 
+@pytest.mark.slow_interpreted
 def test_opcheck(device, impl):
     pre = CASES["random"].to(device, copy=True).requires_grad_()
     torch.library.opcheck(_topk, (pre, group_max(pre).values, 5))
 
 
+@pytest.mark.slow_interpreted
 def test_compiles_whole_for_any_number_of_tokens(device, impl):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -75,6 +80,7 @@ def test_compiles_whole_for_any_number_of_tokens(device, impl):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow_interpreted
 def test_runs_are_bitwise_equal(device, impl):
     pre = torch.randn(4, 640, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
     runs = [topk(pre, 20) for _ in range(3 if device.type == "cpu" else 100)]

@@ -42,6 +42,7 @@ def summary_of(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_group_is_evaluated_with_one_model_when_its_training_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_group_is_evaluated_with_one_model_when_its_training_is_gone(
         assert summary["explained_variance"] == pytest.approx(found.explained_variance, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_report_is_repeated_with_the_same_numbers(tmp_path: Path) -> None:
     trainer.train_and_report(config(tmp_path))
     run = tmp_path / "runs/run"
@@ -97,6 +99,7 @@ def test_a_report_is_repeated_with_the_same_numbers(tmp_path: Path) -> None:
     assert evaluation["topk"].explained_variance == before["explained_variance"]
 
 
+@pytest.mark.slow
 def test_a_failure_costs_a_warning_that_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,7 @@ def finished(out: Path, held_out: fastsae.HeldOutText | torch.Tensor | None) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_it_is_held_by_one_process(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path

@@ -118,9 +118,12 @@ def test_a_call_that_hangs_holds_nobody_up(
     assert f"wandb sync {tmp_path}/wandb/*run-*-kept" in caplog.text
     # Other runs of the program do not wait in vain as long.
     monkeypatch.setattr(weights_and_biases, "HURRIED_SECONDS", 0.1)
-    WandbRun(tmp_path, CONFIG, "other", "online").close({}, failed=False)
+    other = WandbRun(tmp_path, CONFIG, "other", "online")
+    other.close({}, failed=False)
     assert "not finished within 0.1 s" in caplog.text
     released.set()
+    for late in (run, other):
+        late._thread.join()
     WandbRun(tmp_path, CONFIG, "third", "online").close({}, failed=False)
     assert caplog.text.count("not finished") == 2
 

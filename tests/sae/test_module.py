@@ -81,9 +81,9 @@ class TestForward:
 
     def test_wrong_width_is_refused(self) -> None:
         sae = make_sae()
-        with pytest.raises(ValueError, match=r"activations \[..., 12\], got shape \(3, 11\)"):
+        with pytest.raises(ValueError, match=r"activations \[..., 12\], got \(3, 11\)"):
             sae(torch.zeros(3, 11))
-        with pytest.raises(ValueError, match=r"latents \[..., 60\], got shape \(3, 12\)"):
+        with pytest.raises(ValueError, match=r"latents \[..., 60\], got \(3, 12\)"):
             sae.decode(torch.zeros(3, 12))
 
     def test_half_precision_activations_are_read(self) -> None:

@@ -87,6 +87,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_real_write_limit_is_an_error_message(tmp_path: Path) -> None:
     """The operating system refuses the bytes, inside the safetensors library."""
     program = textwrap.dedent(f"""
@@ -108,6 +109,7 @@ def test_a_real_write_limit_is_an_error_message(tmp_path: Path) -> None:
     checkpoint.load(tmp_path / "step_1")
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_of_a_write(tmp_path: Path) -> None:
     """SIGKILL at many moments, most of them inside a write: what is there is whole."""
     program = textwrap.dedent(f"""

@@ -114,6 +114,7 @@ class Mixtures:
             yield self.rows(64)
 
 
+@pytest.mark.slow
 def test_continuing_elsewhere_keeps_the_latents_and_improves(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, d_sae=48, tokens=64 * 400)
     fastsae.save(fastsae.train(Mixtures(0, 0), config), tmp_path / "sae")
@@ -132,6 +133,7 @@ def test_continuing_elsewhere_keeps_the_latents_and_improves(tmp_path: Path) -> 
     assert same.median() > 0.9
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_its_origin(tmp_path: Path) -> None:
     fastsae.save(small_sae(k=4), tmp_path / "sae")
     config = dataclasses.replace(

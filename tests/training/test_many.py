@@ -76,6 +76,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_each_is_the_one_trained_alone(tmp_path: Path, alone: Path) -> None:
     config = sweep(EVERYTHING, out=str(tmp_path))
     saes, runs = fastsae.Trainer(config, layers()).fit(), config.runs
@@ -89,6 +90,7 @@ def test_each_is_the_one_trained_alone(tmp_path: Path, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("point", [1, 2, 3, 5, 6, 11, 14])
+@pytest.mark.slow
 def test_killed_between_any_two_writes(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
@@ -116,6 +118,7 @@ def test_killed_between_any_two_writes(
         assert len(checkpoint.steps(tmp_path / run.run_name / "checkpoints")) == 1
 
 
+@pytest.mark.slow
 def test_finished_runs_stay_and_the_others_train(tmp_path: Path, alone: Path) -> None:
     fastsae.Trainer(sweep({"seeds": (1, 2)}, out=str(tmp_path)), only(0)).fit()
     before = {
@@ -130,6 +133,7 @@ def test_finished_runs_stay_and_the_others_train(tmp_path: Path, alone: Path) ->
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
+@pytest.mark.slow
 def test_work_of_a_run_by_itself_is_never_thrown_away(tmp_path: Path) -> None:
     config = sweep({"ks": (2, 4)}, out=str(tmp_path))
     (first, _second) = config.runs
@@ -192,6 +196,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Pat
     return out
 
 
+@pytest.mark.slow
 def test_layers_of_one_pass_are_those_of_two(
     together: Path, tmp_path: Path, common: list[str]
 ) -> None:

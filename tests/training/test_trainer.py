@@ -47,6 +47,7 @@ def same(a: fastsae.SAE, b: fastsae.SAE) -> bool:
     return all(tensor.equal(other[name]) for name, tensor in a.state_dict().items())
 
 
+@pytest.mark.slow
 def test_trains_a_good_sae() -> None:
     source = Source()
     config = dataclasses.replace(CONFIG, tokens=64 * 600)
@@ -165,7 +166,9 @@ class TestWithOut:
             "tokens_per_second",
         } <= set(summary)
 
-    @pytest.mark.parametrize("stop", [1, 20, 23])
+    @pytest.mark.parametrize(
+        "stop", [20, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 23))]
+    )
     def test_a_run_that_stopped_goes_on_bit_for_bit(self, tmp_path: Path, stop: int) -> None:
         whole = fastsae.train(
             Source(), dataclasses.replace(CONFIG, out=str(tmp_path), name="whole")
@@ -190,6 +193,7 @@ class TestWithOut:
         ]
         assert timeless[0] == timeless[1] and len(timeless[0]) == 5
 
+    @pytest.mark.slow
     def test_other_settings_are_refused_with_the_difference(self, tmp_path: Path) -> None:
         config = dataclasses.replace(CONFIG, out=str(tmp_path), name="run")
         fastsae.train(Source(stop=30), config)
