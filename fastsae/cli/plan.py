@@ -75,7 +75,7 @@ class PlanOptions:
         if (self.tflops is None) != (self.bandwidth is None):
             raise ConfigError("a step is predicted from two rates: both --tflops and --bandwidth")
         if self.tflops is None and (self.harvest_tokens_per_second or self.usd_per_hour):
-            raise ConfigError("time and price follow from a step's; give --tflops and --bandwidth")
+            raise ConfigError("time and price need a step's; give --tflops and --bandwidth too")
 
 
 def state_bytes(D: int, F: int, *, copy: bool = True, quantized: bool = False) -> int:

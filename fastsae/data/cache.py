@@ -138,7 +138,7 @@ class CachedChunks(ChunkSource):
             for layer in self._layers:
                 rows = self._files[name].get_slice(f"layer.{layer}")[start:end]
                 if checksum(rows) != written["checksums"][layer]:
-                    raise ValueError(f"rows {start} to {end} are not what was written")
+                    raise ValueError(f"the content of rows {start} and on is not what was written")
                 layers.append(to_device(rows, self.device))
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise _damaged(path, error) from error
