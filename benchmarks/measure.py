@@ -100,18 +100,20 @@ def rounded(times: list[float]) -> list[float]:
 def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
     """Seconds per step: what ``run(long)`` took less what ``run(short)`` did, over the difference in steps.
 
-    Whatever a run does once cancels: setting up, reading ahead, work put off to its end. Raises
-    ValueError unless ``0 <= short < long``, RuntimeError where the longer run was the faster one.
+    Whatever a run does once cancels: setting up, reading ahead, work put off to its end. A pair of which the
+    longer run was the faster one is taken again, twice at most. Raises ValueError unless
+    ``0 <= short < long``, RuntimeError where no pair was fit to use.
     """
     if not 0 <= short < long:
         raise ValueError(f"two run lengths: expected 0 <= short < long, got {short} and {long}")
-    of_short, of_long = run(short), run(long)
-    if of_long <= of_short:
-        raise RuntimeError(
-            f"{long} steps took {of_long:.3g} s and {short} steps {of_short:.3g} s: the machine is "
-            f"not quiet, or the runs are too short to time"
-        )
-    return (of_long - of_short) / (long - short)
+    for _ in range(3):
+        of_short, of_long = run(short), run(long)
+        if of_long > of_short:
+            return (of_long - of_short) / (long - short)
+    raise RuntimeError(
+        f"{long} steps took {of_long:.3g} s and {short} steps {of_short:.3g} s: the machine is "
+        f"not quiet, or the runs are too short to time"
+    )
 
 
 def call_seconds(call: Callable[[int], object], sets: int, device: str) -> tuple[list[float], bool]:

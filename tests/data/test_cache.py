@@ -171,7 +171,7 @@ class TestRefused:
             ({"context_length": 16}, "context_length: 32 in the cache, 16 now"),
             ({"harvest_batch": 2}, "harvest_batch: 4 in the cache, 2 now"),
             ({"quantization": "nf4"}, "quantization: 'none' in the cache, 'nf4' now"),
-            ({"outlier_norm": 10.0}, "outlier_norm: None in the cache, 10.0 now"),
+            ({"outlier_norm": 5.0}, "outlier_norm: 10.0 in the cache, 5.0 now"),
             ({"separate_documents": True}, "separate_documents: False in the cache, True now"),
             ({"activation_dtype": "fp32"}, "activation_dtype: 'bf16' in the cache, 'fp32' now"),
             ({"eval_tokens": 100}, "eval_tokens: 200 in the cache, 100 now"),

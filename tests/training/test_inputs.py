@@ -404,3 +404,27 @@ def test_settings_and_batches_in_the_wrong_order() -> None:
         fastsae.train(CONFIG, batches())
     with pytest.raises(fastsae.ConfigError, match=r"a list, expected .*Trainer\(config, batches\)"):
         fastsae.Trainer(batches(), CONFIG)
+
+
+# --- outliers ---
+
+
+@pytest.mark.parametrize("outlier_norm", [None, 10])
+def test_outliers_are_told_and_dropped_only_if_asked(
+    caplog: pytest.LogCaptureFixture, outlier_norm: float | None
+) -> None:
+    given = batches()
+    for x in given[2::3]:
+        x[5] *= 1e4
+    config = dataclasses.replace(CONFIG, outlier_norm=outlier_norm, tokens=32 * 20)
+    with caplog.at_level("INFO"):
+        trainer = fastsae.Trainer(config, given)
+        trainer.fit()
+    assert trainer.source.counts == {"nonfinite": 0, "outliers": 4 * (outlier_norm is not None)}
+    told = [record for record in caplog.records if "the batches: norms of" in record.getMessage()]
+    assert [record.levelname for record in told] == ["INFO" if outlier_norm else "WARNING"]
+    assert "4 (1.04%) above 10 times the median hold 99% of the variance" in told[0].getMessage()
+    if outlier_norm is not None:
+        kept = [torch.cat([x[:5], x[6:]]) if i % 3 == 2 else x for i, x in enumerate(given)]
+        (expected,) = fastsae.Trainer(config, kept).fit()
+        assert same(trainer.runs[0].update.sae.eval(), expected)
