@@ -60,6 +60,7 @@ else:
 @pytest.mark.parametrize(
     "where", ["root", *(pytest.param(w, marks=pytest.mark.slow) for w in ("installed", "nowhere"))]
 )
+@pytest.mark.slow
 def test_bitsandbytes_does_not_find_the_folder(tmp_path: Path, where: str) -> None:
     """As it looks for the package when it is imported, also where a program runs in the repository."""
     (tmp_path / "bitsandbytes").mkdir()

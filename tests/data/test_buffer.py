@@ -181,6 +181,7 @@ def failing(function, count: int):
 
 @settings(deadline=None, max_examples=120)
 @given(**shapes, where=st.sampled_from(["text", "draw", "harvest"]), count=st.integers(1, 40))
+@pytest.mark.slow
 def test_a_batch_that_fails_leaves_the_state_before_it(
     documents, batch_size, pool_tokens, harvest_batch, ahead, where, count
 ):

@@ -126,6 +126,7 @@ def test_a_failure_that_passes_is_retried(server, tmp_path: Path, failure: str) 
     assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_gone_costs_nothing_and_the_command_completes_the_push(
     server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,6 +212,7 @@ def test_no_permission_is_said_once_and_not_tried_again(
     assert "403" in caplog.text and "hf upload me/mine" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_hub_that_hangs_does_not_keep_the_program(
     server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +228,7 @@ def test_a_hub_that_hangs_does_not_keep_the_program(
     assert f"  hf upload me/mine {tmp_path}/run/hub ." in caplog.text
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_push_is_waited_for(
     server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,6 +333,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[hub_st
         yield running, folder / "runs/llama-scope-v1-L2-batchtopk-k4-seed17"
 
 
+@pytest.mark.slow
 def test_every_number_of_the_card_was_recorded(published) -> None:
     server, run = published
     (name,) = server.repositories

@@ -140,6 +140,7 @@ def test_a_run_on_a_cache_is_evaluated_on_its_activations(
     assert {*SCORES, "report"} <= summary.keys()
 
 
+@pytest.mark.slow
 def test_every_stage_tells_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_short_run_has_a_short_evaluation(
     assert summary_of(run)["evaluated_tokens"] == summary["held_out_tokens"]
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_as_much_of_the_held_out_text_as_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +202,7 @@ def test_the_command_evaluates_as_much_of_the_held_out_text_as_asked(
     assert "loss recovered" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_follows_the_training_can_be_chosen_and_made_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,7 +103,13 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize(
     ("ahead", "grid", "rare"),
-    [(False, (), ()), (False, (), RARE), (True, (), ()), (True, GRID, ())],
+    [
+        (False, (), ()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((False, (), RARE), (True, (), ()), (True, GRID, ()))
+        ),
+    ],
 )
 def test_a_bad_line_in_the_middle(
     command: list[str],
@@ -156,6 +162,7 @@ def test_a_network_that_stays_away(
     assert_same_runs(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_damaged(
     command: list[str],
     tmp_path: Path,

@@ -57,7 +57,9 @@ def signalled(
     monkeypatch.setattr(owner, name, interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [(trainer, "open_stream", 1), (ActivationBuffer, "_harvest_one", 3)],
@@ -102,7 +104,13 @@ def test_in_training_and_while_it_is_taken_up_again(train, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("load_pretrained", 1), ("evaluate", 1), ("write_report_page", 1), ("plot", 1)],
+    [
+        ("evaluate", 1),
+        *(
+            pytest.param(name, 1, marks=pytest.mark.slow)
+            for name in ("load_pretrained", "write_report_page", "plot")
+        ),
+    ],
 )
 def test_after_the_training(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int

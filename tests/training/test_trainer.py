@@ -98,6 +98,7 @@ def test_memory_may_be_filled_again() -> None:
     assert same(fastsae.train(again, CONFIG), fastsae.train(Source(), CONFIG))
 
 
+@pytest.mark.slow
 def test_an_offset_of_all_activations_changes_nothing() -> None:
     """Scaling is by the spread, and ``b_dec`` begins at the middle."""
     spread = Source().batch(2000).std(0).mean()
@@ -203,7 +204,16 @@ class TestWithOut:
         } <= set(summary)
 
     # The last checkpoint before a stop is at step 20 or 40; the quota ends at step 25.
-    @pytest.mark.parametrize(("stop", "quota"), [(1, 0), (20, 0), (23, 0), (23, 0.5), (45, 0.5)])
+    @pytest.mark.parametrize(
+        ("stop", "quota"),
+        [
+            (23, 0.5),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in ((1, 0), (20, 0), (23, 0), (45, 0.5))
+            ),
+        ],
+    )
     def test_a_run_that_stopped_goes_on_bit_for_bit(
         self, tmp_path: Path, stop: int, quota: float
     ) -> None:
