@@ -96,6 +96,7 @@ def test_what_is_planted_is_found() -> None:
     assert result["probes"]["sparse_shuffled"] < 0.65
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_is() -> None:
     found = [contrast(documents(60, 10 + i), documents(60, 50 + i)) for i in range(6)]
     assert sum(result["latents_found"] > 0 for result in found) <= 2
@@ -142,6 +143,7 @@ def test_near_copies_are_those_that_share_most_of_their_tokens() -> None:
     assert abs(float((signatures[0] == signatures[1]).double().mean()) - share) < 0.2
 
 
+@pytest.mark.slow
 def test_near_copies_are_held_out_together() -> None:
     """Two sides of one distribution: what tells a topic's copies apart from other topics tells nothing."""
     model = SplicedModel.load(models.llama(), 2)

@@ -154,6 +154,7 @@ def test_rows_that_are_too_long_are_refused(family: str):
     "family",
     ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mpt", "opt-350m", "rwkv"))],
 )
+@pytest.mark.slow
 def test_what_trains_has_a_report_and_can_be_evaluated(family: str, tmp_path: Path):
     (tmp_path / "a.txt").write_text(
         "\n\n".join(f"Line {i} of a text with words." for i in range(900))

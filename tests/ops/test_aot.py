@@ -76,6 +76,7 @@ assert "spills" in crowded, crowded
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_are_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(

@@ -208,6 +208,7 @@ def test_opcheck(device, impl):
 
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("with_quota", [False, True])
+@pytest.mark.slow
 def test_compiles_whole_for_any_number_of_tokens(with_quota, device, impl):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

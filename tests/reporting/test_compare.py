@@ -76,6 +76,7 @@ def test_a_run_without_a_line_yet(runs: Path, tmp_path: Path) -> None:
     compare.plot(tmp_path / "a.png", entries)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_missing_leave_gaps(runs: Path, tmp_path: Path) -> None:
     run = compare.read_run(runs / "run-L17-k2-seed1")
     assert run.row["held_out"] is None  # nothing was held out of these batches

@@ -158,6 +158,7 @@ def test_a_hub_that_is_gone_costs_nothing_and_the_command_completes_the_push(
     assert_whole(server.repositories["me/mine"], run)
 
 
+@pytest.mark.slow
 def test_the_next_checkpoint_completes_a_push_that_failed(server, tmp_path: Path) -> None:
     """The first push fails for good; a later one carries all it held."""
     failed = threading.Event()
@@ -181,6 +182,7 @@ def test_the_next_checkpoint_completes_a_push_that_failed(server, tmp_path: Path
     assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_slow_hub_holds_nobody_up_and_old_pushes_give_way(server, tmp_path: Path) -> None:
     trained, slow = threading.Event(), []
 
@@ -201,6 +203,7 @@ def test_a_slow_hub_holds_nobody_up_and_old_pushes_give_way(server, tmp_path: Pa
     assert_whole(server.repositories["me/mine"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_no_permission_is_said_once_and_not_tried_again(
     server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -271,6 +274,7 @@ def test_pushes_that_fail_are_counted(
     assert len(set(re.findall(r"^  (hf upload .*)$", caplog.text, re.MULTILINE))) == 1
 
 
+@pytest.mark.slow
 def test_no_login_shows_at_the_start(
     server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_failure_costs_a_warning_that_names_the_command(
     assert {*SCORES, "report"} <= summary_of(run).keys()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cache_is_evaluated_on_its_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_every_stage_tells_where_it_is(
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_a_short_run_has_a_short_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

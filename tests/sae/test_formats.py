@@ -87,6 +87,7 @@ def saes(draw) -> SAE:
 
 @given(sae=saes(), form=st.sampled_from(FORMS))
 @settings(deadline=None, max_examples=120)
+@pytest.mark.slow
 def test_what_is_saved_comes_back(tmp_path_factory, sae, form):
     format, inference = form
     directory = tmp_path_factory.mktemp("sae")

@@ -137,6 +137,7 @@ def test_a_bad_line_in_the_middle(
     assert_same_runs(tmp_path, whole(ahead, *grid))
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_away(
     command: list[str],
     whole: Callable[..., Path],

@@ -379,6 +379,7 @@ def test_moments_that_overflow_are_seen(tmp_path: Path) -> None:
 # --- the smallest batches ---
 
 
+@pytest.mark.slow
 def test_one_row_a_batch(tmp_path: Path) -> None:
     rows = torch.cat(batches()).split(1)
     config = dataclasses.replace(CONFIG, batch_size=1, tokens=200, out=tmp_path, lr=1e-3)

@@ -76,6 +76,7 @@ def test_before_the_first_step(
     assert train()[0] == 0
 
 
+@pytest.mark.slow
 def test_while_the_cache_is_written(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD_BYTES", 64 << 10)
     flags = ("--cache-dir", str(tmp_path / "cache"))
@@ -90,6 +91,7 @@ def test_while_the_cache_is_written(train, tmp_path: Path, monkeypatch: pytest.M
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
+@pytest.mark.slow
 def test_in_training_and_while_it_is_taken_up_again(train, tmp_path: Path) -> None:
     runs = tmp_path / "runs/run"
     saved = f"everything is saved in {runs}. Give the same command again to go on"
