@@ -76,9 +76,14 @@ class Update(ABC):
     def __call__(self, x: Tensor) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
-        self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
+        quota = self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
         result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
+        plain_next = not quota_at(self.config, self.tokens_seen)
+        if quota and plain_next and self.tokens_seen < self.config.tokens:
+            # Beside the peaks fewer others are kept, and the smallest of them is larger than inference
+            # wants: its average begins anew.
+            self.activation.threshold_updates.zero_()
         return result
 
     @abstractmethod
