@@ -128,6 +128,8 @@ class TrainConfig:
     """Replay the fused step as one CUDA graph (CUDA only)."""
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
+    reuse: int = 1
+    """Train on every activation this many times, each time among others; --tokens counts every time."""
     eval_tokens: int = 65_536
     """Activations held out at the start of the text; of a short run, the final evaluation takes fewer."""
 
@@ -311,7 +313,7 @@ revives more latents, and costs explained variance where many die.
 _WHOLE_NUMBERS = {
     "layer": 0, "seed": 0, "stream_seed": 0, "lr_warmup_tokens": 0, "lr_decay_tokens": 0,
     "harvest_batch": 1, "d_sae": 1, "tokens": 1, "batch_size": 1, "k_aux": 1, "dead_after_tokens": 1,
-    "k_anneal_tokens": 1, "pool_tokens": 1, "eval_tokens": 1, "checkpoint_every_tokens": 1,
+    "k_anneal_tokens": 1, "pool_tokens": 1, "reuse": 1, "eval_tokens": 1, "checkpoint_every_tokens": 1,
     "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2,
 }  # fmt: skip
 """The smallest value of each."""

@@ -5,6 +5,10 @@ Activations are harvested in *chunks* (one forward pass each), and chunks are gr
 random order, the second half of generation g - 1 and the first half of generation g. So a batch
 mixes the documents of a whole pool, and no activation outlives two generations.
 
+That serves each activation once. To serve it ``reuse`` times, the pool holds ``reuse + 1`` generations,
+each split into as many parts, of which each of its stages leaves another one out: so every time an
+activation is among others.
+
 On CUDA, generation g + 1 is harvested while stage g is served, chunk by chunk, on a stream of its own:
 the language model and the training step share the device. On a CPU they share the cores, and a
 generation is harvested when it is needed.
@@ -50,11 +54,11 @@ class _Generation:
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """Of each kept row, in order of chunk and row."""
 
-    def halves(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Slots to serve in stage ``index`` and in the next one: a random split."""
+    def parts(self, seed: int, count: int) -> list[Tensor]:
+        """Its slots, split at random; in the stage with ``age`` generations after it part
+        ``count - 1 - age`` is left out."""
         order = _permutation(len(self.slots), seed, self.index, 0)
-        middle = (len(order) + 1) // 2
-        return self.slots[order[:middle]], self.slots[order[middle:]]
+        return [self.slots[part] for part in order.tensor_split(count)]
 
 
 class _Moment(NamedTuple):
@@ -73,7 +77,8 @@ class ActivationBuffer:
     """Serves batches of mixed activations; its state makes the next batch the same, bit for bit.
 
     ``pool_tokens`` is how many activations are mixed with each other, and kept on the source's device
-    in ``dtype`` for each layer; it is rounded to whole chunks, an even number of at least four.
+    in ``dtype`` for each layer; it is rounded to ``reuse + 1`` generations of at least two whole chunks.
+    Each activation is served ``reuse`` times.
     ``ahead`` says whether to harvest while serving: on CUDA unless given.
 
     ``counts`` and ``harvest_seconds`` grow as the stream is read. On CUDA the latter is the time this
@@ -87,10 +92,12 @@ class ActivationBuffer:
         batch_size: int,
         pool_tokens: int,
         seed: int,
+        reuse: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         ahead: bool | None = None,
     ) -> None:
-        self.chunks_per_generation = max(2, round(pool_tokens / (2 * source.chunk_tokens)))
+        self._ages = reuse + 1
+        self.chunks_per_generation = max(2, round(pool_tokens / (self._ages * source.chunk_tokens)))
         self.counts = Counts()
         self.harvest_seconds = 0.0
         self._source = source
@@ -99,9 +106,9 @@ class ActivationBuffer:
         cuda = source.device.type == "cuda"
         self._ahead = cuda if ahead is None else ahead
         self._beside = torch.cuda.Stream(source.device) if cuda else None
-        # One and a half generations are live when a stage begins. The next one needs no more room at
-        # any moment than what is left and what was served until then.
-        slots = 2 * self.chunks_per_generation * source.chunk_tokens
+        # All generations are live when a stage begins, but for a part of the oldest. The next one needs
+        # no more room at any moment than what is left and what was let go until then.
+        slots = self._ages * self.chunks_per_generation * source.chunk_tokens
         self._pools = [
             torch.empty(slots, source.d_model, dtype=dtype, device=source.device)
             for _ in range(source.num_streams)
@@ -109,7 +116,8 @@ class ActivationBuffer:
         self._free = torch.arange(slots)
         self._free_count = slots
         # The first generation with activations is number 1.
-        self._older, self._newer, self._next = _Generation(0), _Generation(0), _Generation(1)
+        self._live = [_Generation(0) for _ in range(self._ages)]  # the oldest first
+        self._next = _Generation(1)
         self._begin_stage()
         self._unserved: _Moment | None = None  # before the batch that is being served
 
@@ -139,9 +147,8 @@ class ActivationBuffer:
             end = min(self._position + missing, len(self._order))
             slots = self._order_on_device[self._position : end]
             parts.append(tuple(pool.index_select(0, slots) for pool in self._pools))
-            self._release(self._order[self._position : end])
             missing -= end - self._position
-            self._position = end
+            self._let_go(end)
         if not parts:
             return None
         return tuple(torch.cat(layer).float() for layer in zip(*parts, strict=True))
@@ -152,26 +159,43 @@ class ActivationBuffer:
         with progress("filling the pool", missing * self._source.chunk_tokens) as advance:
             while len(self._next.chunks) < self.chunks_per_generation and self._harvest_one():
                 advance(self._source.chunk_tokens)
-        if not self._next.chunks and not self._newer.chunks:
+        if not self._next.chunks and not any(live.chunks for live in self._live[1:]):
             return False
         self._settle(self._next)
-        self._older, self._newer = self._newer, self._next
-        self._next = _Generation(self._newer.index + 1)
+        self._live = [*self._live[1:], self._next]
+        self._next = _Generation(self._next.index + 1)
         self._begin_stage()
         return True
 
     def _begin_stage(self) -> None:
-        order = torch.cat([self._older.halves(self._seed)[1], self._newer.halves(self._seed)[0]])
-        self._order = order[_permutation(len(order), self._seed, self._newer.index, 1)]
+        served, last = [], []
+        for left_out, generation in enumerate(self._live):
+            for i, part in enumerate(generation.parts(self._seed, self._ages)):
+                if i != left_out:
+                    served.append(part)
+                    # The oldest are not served again, nor what the next stage leaves out.
+                    ends = left_out == 0 or (left_out, i) == (1, 0)
+                    last.append(torch.full(part.shape, ends))
+        permutation = _permutation(sum(map(len, served)), self._seed, self._live[-1].index, 1)
+        self._order, self._last = torch.cat(served)[permutation], torch.cat(last)[permutation]
         self._order_on_device = to_device(self._order, self._source.device)
-        self._position = 0
+        self._position = self._gone = 0
+        self._going = int(self._last.sum())
+
+    def _let_go(self, end: int) -> None:
+        """Of what this stage has served until ``end``, free what is not served again."""
+        done = slice(self._position, end)
+        gone = self._order[done][self._last[done]]
+        self._release(gone)
+        self._gone += len(gone)
+        self._position = end
 
     # --- harvesting ---
 
     def _harvest_ahead(self) -> None:
-        """As much of the next generation as was served of this stage, a chunk at a time."""
+        """As much of the next generation as was let go of this stage's, a chunk at a time."""
         done = len(self._next.chunks)
-        due = done * len(self._order) <= self._position * self.chunks_per_generation
+        due = done * self._going <= self._gone * self.chunks_per_generation
         if due and done < self.chunks_per_generation:
             self._harvest_one()
 
@@ -232,7 +256,7 @@ class ActivationBuffer:
     # --- state ---
 
     def _moment(self) -> _Moment:
-        live = (self._older, self._newer, self._next)
+        live = (*self._live, self._next)
         source = self._source.state_dict()
         meta = {
             "position": self._position,
@@ -263,16 +287,14 @@ class ActivationBuffer:
         chunks = iter(self._source.unpack(tensors))
         self._free = torch.arange(len(self._free))
         self._free_count = len(self._free)
-        self._older, self._newer, self._next = (
-            _Generation(g["index"]) for g in meta["generations"]
-        )
-        older, newer, ahead = meta["generations"]
-        self._harvest_again(self._older, older, chunks)
-        self._release(self._older.halves(self._seed)[0])
-        self._harvest_again(self._newer, newer, chunks)
+        *self._live, self._next = (_Generation(g["index"]) for g in meta["generations"])
+        *live, ahead = meta["generations"]
+        for i, (generation, saved) in enumerate(zip(self._live, live, strict=True)):
+            self._harvest_again(generation, saved, chunks)
+            if i == 0:  # the part that the oldest's last stage leaves out
+                self._release(generation.parts(self._seed, self._ages)[0])
         self._begin_stage()
-        self._position = meta["position"]
-        self._release(self._order[: self._position])
+        self._let_go(meta["position"])
         for _ in range(ahead["chunks"]):
             self._harvest(next(chunks), self._next)
         self.counts = Counts(**meta["counts"])

@@ -62,7 +62,7 @@ def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device)
     """
     assert config.cache_dir is not None
     folder = Path(config.cache_dir)
-    wanted = config.steps * config.batch_size + config.pool_tokens
+    wanted = -(-config.steps * config.batch_size // config.reuse) + config.pool_tokens
     manifest = _read_manifest(folder)
     if manifest is not None:
         _refuse_foreign(manifest, config, layers)

@@ -85,6 +85,7 @@ def open_stream(config: TrainConfig, layers: Sequence[int] | None = None) -> Str
         source,
         batch_size=config.batch_size,
         pool_tokens=config.pool_tokens,
+        reuse=config.reuse,
         seed=config.resolved_stream_seed,
         dtype=torch.bfloat16 if config.activation_dtype == "bf16" else torch.float32,
     )

@@ -14,7 +14,7 @@ import torch
 
 from ..config import Sweep, TrainConfig
 from ..data.source import ActivationSource, Batches, IterableSource
-from ..data.stream import open_stream
+from ..data.stream import Stream, open_stream
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
 from ..reporting.report import report_runs
@@ -93,6 +93,11 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
             f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
         )
     sweep = config if isinstance(config, Sweep) else Sweep(config)
+    if sweep.base.reuse > 1 and source is not None and not isinstance(source, Stream):
+        raise ConfigError(
+            f"reuse = {sweep.base.reuse} is for the activations of a language model, which a pool mixes; "
+            f"batches of your own are each taken once: give them as often as you want them trained on"
+        )
     if source is None and sweep.base.out is None:
         return Sweep(replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds)
     return sweep

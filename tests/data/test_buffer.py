@@ -83,12 +83,13 @@ def chunks(documents: list[str], model=None, harvest_batch=2, held_out=0, outlie
 
 def buffer(
     documents: list[str], model=None, *, batch_size=5, pool_tokens=64, harvest_batch=2, seed=0,
-    dtype=torch.float32, outlier_norm=None, ahead=None,
+    dtype=torch.float32, outlier_norm=None, ahead=None, reuse=1,
 ):  # fmt: skip
     source = chunks(documents, model, harvest_batch, outlier_norm=outlier_norm)
     return ActivationBuffer(
-        source, batch_size=batch_size, pool_tokens=pool_tokens, seed=seed, dtype=dtype, ahead=ahead
-    )
+        source, batch_size=batch_size, pool_tokens=pool_tokens, seed=seed, dtype=dtype, ahead=ahead,
+        reuse=reuse,
+    )  # fmt: skip
 
 
 def drain(source: ActivationBuffer) -> list[Tensor]:
@@ -115,26 +116,21 @@ shapes = {
     "pool_tokens": st.integers(1, 300),
     "harvest_batch": st.integers(1, 5),
     "ahead": st.booleans(),
+    "reuse": st.integers(1, 4),
 }
 
 
 @settings(deadline=None, max_examples=80)
 @given(**shapes)
-def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch, ahead):
-    texts = text_of(documents)
-    source = buffer(
-        texts,
-        batch_size=batch_size,
-        pool_tokens=pool_tokens,
-        harvest_batch=harvest_batch,
-        ahead=ahead,
-    )
+def test_every_activation_as_often_as_asked(documents, **options):
+    texts, batch_size, reuse = text_of(documents), options["batch_size"], options["reuse"]
+    source = buffer(texts, **options)
     batches = drain(source)
     assert all(len(b) == batch_size and b.dtype == torch.float32 for b in batches[:-1])
     assert all(0 < len(b) <= batch_size for b in batches)
     served = torch.cat(batches) if batches else torch.empty(0, 3)
-    assert bag(served) == bag(everything(texts))
-    assert source.counts.harvested == len(served)
+    assert bag(served) == Counter({row: reuse * n for row, n in bag(everything(texts)).items()})
+    assert source.counts.harvested * reuse == len(served)
     assert source._free_count == len(source._pools[0])
     assert len(set(source._free.tolist())) == len(source._pools[0])
     assert source.next_batch() is None
@@ -142,12 +138,7 @@ def test_every_activation_once(documents, batch_size, pool_tokens, harvest_batch
 
 @settings(deadline=None, max_examples=60)
 @given(**shapes, taken=st.integers(0, 40), more=st.integers(0, 20))
-def test_the_next_batch_is_the_next_batch(
-    documents, batch_size, pool_tokens, harvest_batch, ahead, taken, more
-):
-    options = dict(
-        batch_size=batch_size, pool_tokens=pool_tokens, harvest_batch=harvest_batch, ahead=ahead
-    )
+def test_the_next_batch_is_the_next_batch(documents, taken, more, **options):
     texts = text_of(documents)
     whole = drain(buffer(texts, **options | {"ahead": False}))
     source = buffer(texts, **options)
@@ -183,7 +174,7 @@ def failing(function, count: int):
 @given(**shapes, where=st.sampled_from(["text", "draw", "harvest"]), count=st.integers(1, 40))
 @pytest.mark.slow
 def test_a_batch_that_fails_leaves_the_state_before_it(
-    documents, batch_size, pool_tokens, harvest_batch, ahead, where, count
+    documents, batch_size, pool_tokens, harvest_batch, ahead, reuse, where, count
 ):
     def start(source: TextSource) -> ActivationBuffer:
         packer = TokenPacker(source, models.tokenizer(), CONTEXT, documents_per_batch=3)
@@ -193,6 +184,7 @@ def test_a_batch_that_fails_leaves_the_state_before_it(
             batch_size=batch_size,
             pool_tokens=pool_tokens,
             seed=0,
+            reuse=reuse,
             dtype=torch.float32,
             ahead=ahead,
         )
@@ -277,28 +269,33 @@ def test_batches_mix_the_documents_of_a_pool():
     assert min(rows) > 15
 
 
-def test_no_activation_outlives_two_generations():
+@pytest.mark.parametrize("reuse", [1, 2, 3])
+def test_no_activation_outlives_its_generations(reuse: int):
     texts = text_of(180)
     in_order = [tuple(row) for row in everything(texts).tolist()]
     assert len(set(in_order)) == len(in_order)
-    source = buffer(texts, batch_size=1, pool_tokens=128, harvest_batch=2)
+    source = buffer(texts, batch_size=1, pool_tokens=128, harvest_batch=2, reuse=reuse)
     generation_of: dict[tuple, int] = {}
-    ages = Counter()
+    ages, served_in = Counter(), Counter()
     harvested = 0
     while (batch := source.next_batch()) is not None:
+        stage = source._live[-1].index
         for row in in_order[harvested : source.counts.harvested]:
-            generation_of[row] = source._newer.index
+            generation_of[row] = stage
         harvested = source.counts.harvested
-        ages[source._newer.index - generation_of[tuple(batch[0][0].tolist())]] += 1
-    assert set(ages) == {0, 1}
-    assert abs(ages[0] - ages[1]) <= source._newer.index + 1
+        row = tuple(batch[0][0].tolist())
+        ages[stage - generation_of[row]] += 1
+        served_in[row, stage] += 1
+    assert set(ages) == set(range(reuse + 1))
+    assert max(ages.values()) - min(ages.values()) <= stage + 1
+    assert max(served_in.values()) == 1, "every time among others"
 
 
 def test_a_stage_mixes_its_two_generations():
     source = buffer(text_of(180), batch_size=1, pool_tokens=256)
-    while source._newer.index < 3:
+    while source._live[-1].index < 3:
         source.next_batch()
-    older = torch.isin(source._order, source._older.halves(0)[1])
+    older = torch.isin(source._order, source._live[0].parts(0, 2)[1])
     assert source._position == 1
     assert 0.3 < older.float().mean() < 0.7
     for part in older.tensor_split(4):
@@ -309,8 +306,8 @@ def test_a_stage_mixes_its_two_generations():
 def test_halves_are_a_random_split(first: bool):
     source = buffer(text_of(100), pool_tokens=1024)
     source.next_batch()
-    generation = source._newer
-    half = generation.halves(0)[not first]
+    generation = source._live[-1]
+    half = generation.parts(0, 2)[not first]
     assert len(half) in (len(generation.slots) // 2, -(-len(generation.slots) // 2))
     places = torch.isin(generation.slots, half)
     runs = int((places[1:] != places[:-1]).sum()) + 1

@@ -12,6 +12,7 @@ import torch
 from small_saes import pca_explained_variance
 
 import fastsae
+from fastsae.errors import ConfigError
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.reporting.tracking import read_metrics
 from fastsae_kernels import reference as ref
@@ -293,3 +294,24 @@ def test_evaluation_changes_nothing_and_does_not_depend_on_its_batches() -> None
     assert a.density.equal(b.density) and a.l0 > 3
     assert sae.training and all(sae.state_dict()[n].equal(t) for n, t in before.items())
     assert a.alive_fraction == (a.density > 0).double().mean().item()
+
+
+def test_the_threshold_is_that_of_plain_selection_at_the_end() -> None:
+    """With the quota's batches still in the average, inference kept 25.6 latents for k = 32 after 200 steps."""
+    source, steps = Source(), 100
+    config = dataclasses.replace(
+        CONFIG,
+        d_sae=256,
+        batch_size=512,
+        tokens=512 * steps,
+        latent_quota=0.8,
+        lr_decay_tokens=512 * 20,
+    )
+    sae = fastsae.train((source.batch(512) for _ in range(steps)), config)
+    l0 = evaluate(sae, Source(seed=99).batch(4000), "threshold")["threshold"].l0
+    assert l0 == pytest.approx(config.k, rel=0.03)  # design: within 3 % of k
+
+
+def test_reuse_is_refused_for_batches_of_the_users_own() -> None:
+    with pytest.raises(ConfigError, match="reuse = 2 .* each taken once"):
+        fastsae.train(Source(), dataclasses.replace(CONFIG, reuse=2))
