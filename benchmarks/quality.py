@@ -1,254 +1,430 @@
-"""Are the SAEs that fastsae trains as good as those of SAELens and dictionary_learning?
+"""Which trainer makes the best SAE of the same tokens, and what each of our defaults is worth.
 
-    python benchmarks/quality.py --out benchmarks/results               train, compare, write
-    python benchmarks/quality.py --out benchmarks/results --seeds 0     only that seed; others are kept
-    python benchmarks/quality.py --table                                the table of the results (Markdown)
+    python benchmarks/quality.py --model DIR --cache DIR      train, measure, write; what is there is kept
+    python benchmarks/quality.py --cases demo --seeds 0       that part alone
+    python benchmarks/quality.py --table                      tables of the results (Markdown)
+    python benchmarks/quality.py --plot docs/learning_curves.png
 
-Every trainer gets the same batches of real activations (residual stream of the demo's language model
-on the demo's text), in the same order; see ``trainers`` for what else is equal. What they trained is
-converted through their own files and measured by ``fastsae.evaluate`` on documents that nobody trained
-on. Seeds are paired: a seed gives one draw of the training activations, used by all, and each
-trainer's initial weights. fastsae passes where its mean paired difference to a peer is at least -0.005,
-or less than one standard error below 0.
+Every trainer gets the same batches in the same order, without outliers, and is measured by the same code
+on held-out tokens, selected per token (TopK with the same k), so at equal L0. A seed is one order of the
+batches, paired over the trainers, and each trainer's initial weights. Peers are trained at their documented
+learning rate and at the best of a grid, the one with the highest explained variance on a seed that is in
+no table; counts of steps or tokens that they document (warm-up, dead window) are scaled to the run.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import quality_data
 import torch
 from measure import Shape, environment
+from quality_data import Batches, Data
 from results import HISTORY, RESULTS, Row, append, long_rows, read_csv
-from torch import Tensor
-from trainers import OURS, TRAINERS, Problem
+from trainers import OURS, TRAINERS, Problem, missing
 
-from fastsae import SAE, evaluate
+from fastsae import SAE, BatchTopK, evaluate
 from fastsae.cli.presets import demo_config
-from fastsae.data.stream import open_stream
 
 RUNS = "quality_runs.csv"
-MARGIN = 0.005
-TRAINING_ROWS, HELD_OUT_ROWS = 1_500_000, 65_536
-"""So many held-out tokens that a latent which fires once in 20,000 is seen to be alive: a trainer's own
-counter calls it so, and dead ones are those that 25,600 tokens did not move."""
+SEEDS, CHOOSING = (0, 1, 2), 100
+POINTS = (0.1, 0.2, 0.5, 1.0)
+"""Shares of the run at which learning curves are measured."""
+RATES = (3e-4, 1e-3, 3e-3)
+COLUMNS = (
+    "case", "trainer", "lr", "seed", "tokens", "explained_variance", "alive_fraction",
+    "threshold_explained_variance", "threshold_l0", "loss_recovered", "probing", "f1", "mcc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size to compare at; ``dead_share`` is the part of the run after which a latent is dead."""
+    """What to train on: activations, how many ``steps`` of ``batch_size``, the SAE's size."""
 
-    layer: int
+    data: Callable[[Settings, Case], Data]
     d_sae: int
     k: int
-    batch_size: int = 256
-    steps: int = 1000
-    lr: float = 3e-4
-    dead_share: float = 0.1
+    steps: int
+    batch_size: int = 1024
+    levels: tuple[int, ...] = ()  # of the Matryoshka forms
 
-    def problem(self, pool: Tensor, seed: int) -> Problem:
-        """What every trainer gets: batches of rows of ``pool [n, D]``, drawn by the seed."""
-        return Problem(
-            Shape(self.batch_size, pool.shape[1], self.d_sae, self.k),
-            draw_batches(pool, self.batch_size, self.steps, seed),
-            steps=self.steps, lr=self.lr, seed=seed,
-            dead_after=round(self.dead_share * self.batch_size * self.steps),
-        )  # fmt: skip
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a language model lies, and where its activations may be kept."""
+
+    model: Path | None = None
+    cache: Path | None = None
+
+    def smollm2(self, case: Case) -> Data:
+        if self.model is None:
+            raise SystemExit(
+                "this case needs SmolLM2: python benchmarks/smollm2.py DIR, then --model DIR"
+            )
+        return quality_data.language_model(
+            quality_data.smollm2(self.model, self.cache, case.tokens)
+        )
+
+    def demo(self, case: Case) -> Data:
+        return quality_data.language_model(quality_data.demo(demo_config(), case.tokens))
+
+    def features_1024(self, case: Case) -> Data:
+        return quality_data.synthetic(1024, 128, case.tokens)
+
+    def features_4096(self, case: Case) -> Data:
+        return quality_data.synthetic(4096, 256, case.tokens)
 
 
 CASES = {
-    "layer 2, F 2048, k 16": Case(layer=2, d_sae=2048, k=16),
-    "layer 3, F 1024, k 8": Case(layer=3, d_sae=1024, k=8),
-    "layer 3, F 1024, k 8, lr 3e-3": Case(layer=3, d_sae=1024, k=8, lr=3e-3),
+    "SmolLM2": Case(Settings.smollm2, 9216, 32, 1960, levels=(576, 2304, 9216)),
+    "demo": Case(Settings.demo, 1024, 16, 750, levels=(64, 256, 1024)),
+    "features 1024": Case(Settings.features_1024, 1024, 12, 1000, levels=(64, 256, 1024)),
+    "features 4096": Case(Settings.features_4096, 4096, 16, 2000, levels=(256, 1024, 4096)),
 }
-"""Two sizes at the recipe's lr, and one at ten times that, where latents die."""
 
-saelens, dictionary = (TRAINERS[name].train_sae for name in ("SAELens", "dictionary_learning"))
-VARIANTS: dict[str, Callable[[Problem], SAE]] = {
-    OURS: TRAINERS[OURS].train_sae,
-    "SAELens, defaults": saelens,
-    "SAELens, scaled input": partial(saelens, normalize_activations="expected_average_only_in"),
-    "dictionary_learning, defaults": dictionary,
-    "dictionary_learning, scaled input": partial(dictionary, normalize_activations=True),
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer with its options, at its own learning rate and those of ``rates``, on a ``share`` of the
+    case's tokens. ``options`` are for its ``train_sae``; a value may be a function of the case."""
+
+    trainer: str = OURS
+    options: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+    share: float = 1.0
+
+    def problem(self, case: Case, pool: torch.Tensor, seed: int, lr: float | None) -> Problem:
+        steps = round(self.share * case.steps)
+        steps -= steps % 10  # so that every point of the curve is a step
+        return Problem(
+            Shape(case.batch_size, pool.shape[1], case.d_sae, case.k),
+            Batches(pool, case.batch_size, steps, seed),
+            steps=steps, lr=lr, seed=seed, dead_after=max(1, steps * case.batch_size // 10),
+        )  # fmt: skip
+
+
+CONSTANT_LR: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0}
+FORMER: dict[str, Any] = {
+    **CONSTANT_LR, "scale_by_norm": True, "lr": 3e-4, "latent_quota": 0.0,
+    "dead_after_tokens": 10_000_000,
+}  # fmt: skip
+"""The defaults of the first version. It also kept outliers, which nobody gets here."""
+levels = lambda case: list(case.levels)
+VARIANTS = {
+    OURS: Variant(),
+    "fastsae, a third of the tokens": Variant(share=1 / 3),
+    "fastsae, first version's defaults": Variant(options=FORMER),
+    "SAELens": Variant("SAELens", rates=RATES),
+    "SAELens, started at the mean": Variant("SAELens", {"start_at_mean": True}, rates=RATES),
+    "SAELens, Matryoshka": Variant("SAELens", {"matryoshka_widths": levels}, rates=RATES),
+    "dictionary_learning": Variant("dictionary_learning", rates=RATES),
+    "sparsify": Variant("sparsify", rates=(1e-3, 3e-3, 1e-2)),
+    "default, scaled by the mean norm": Variant(options={"scale_by_norm": True}),
+    "default, lr 3e-4": Variant(options={"lr": 3e-4}),
+    "default, constant lr": Variant(options=CONSTANT_LR),
+    "default, no quota": Variant(options={"latent_quota": 0.0}),
+    "default, dead after 10M": Variant(options={"dead_after_tokens": 10_000_000}),
+    "default, plain objective": Variant(options={"objective": "plain"}),
 }
-"""The trainers, each in the ways that are compared."""
+"""Ours, the peers, and the defaults with one of them as the published recipe has it."""
 
 
 # --- one run ---
 
 
 @lru_cache(maxsize=1)
-def activations(layer: int) -> tuple[Tensor, Tensor]:
-    """Activations to train on, and others of other documents that are held out: both ``[n, D]``."""
-    sizes = {"eval_tokens": HELD_OUT_ROWS, "batch_size": 4096}
-    stream = open_stream(demo_config(layer=layer, seed=0, device="cpu", **sizes))
-    batches = (layers[0] for layers in iter(stream.next_batch, None))
-    enough = islice(batches, -(-TRAINING_ROWS // 4096))
-    return torch.cat(list(enough))[:TRAINING_ROWS], stream.held_out()[0]
+def data_of(name: str, settings: Settings) -> Data:
+    return CASES[name].data(settings, CASES[name])
 
 
-def draw_batches(pool: Tensor, size: int, steps: int, seed: int) -> list[Tensor]:
-    """The batches of a seed: rows of ``pool [n, D]`` without repetition, in random order."""
-    n = size * steps
-    if len(pool) < n:
-        sys.exit(f"the text gives {len(pool):,} activations, fewer than the {n:,} of a run")
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return list(pool[order[:n]].split(size))
+def selecting(sae: SAE, k: float) -> SAE:
+    """``sae`` as BatchTopK with its threshold, whatever format it was read from."""
+    if not isinstance(sae.activation, BatchTopK):
+        threshold = getattr(sae.activation, "threshold", torch.zeros(()))
+        sae.activation = BatchTopK(k)
+        sae.activation.threshold = threshold.detach().float().mean()
+    sae.activation.inference = "topk"
+    return sae.eval()
 
 
-def scores(train: Callable[[Problem], SAE], problem: Problem, held_out: Tensor) -> Row:
-    """Train on the problem's batches and evaluate on ``held_out``, over the batch and by threshold."""
-    sae = train(replace(problem, batches=[batch.clone() for batch in problem.batches]))
-    batch = evaluate(sae, held_out, "batch")["batch"]
-    threshold = evaluate(sae, held_out, "threshold")["threshold"]
-    return {
-        "explained_variance": batch.explained_variance,
-        "alive_fraction": batch.alive_fraction,
-        "l0": batch.l0,
-        "threshold_explained_variance": threshold.explained_variance,
-        "threshold_l0": threshold.l0,
-    }
+def run(variant: Variant, case: Case, data: Data, seed: int, lr: float | None) -> Iterator[Row]:
+    """Train and measure: a row for each point of the learning curve, the last with every score."""
+    problem = variant.problem(case, data.train, seed, lr)
+    options = {k: v(case) if callable(v) else v for k, v in variant.options.items()}
+    if "lr" in options:
+        problem = replace(problem, lr=options.pop("lr"))
+    points = {round(share * problem.steps) for share in POINTS[:-1]}
+    rows: list[Row] = []
+
+    def measure(done: int, sae: SAE) -> Row:
+        scores = evaluate(selecting(sae, case.k), data.held_out, "topk")["topk"]
+        found = {
+            "explained_variance": scores.explained_variance,
+            "alive_fraction": scores.alive_fraction,
+        }
+        return {"tokens": done * case.batch_size} | found
+
+    def watch(done: int, current: Callable[[], SAE]) -> None:
+        if done in points:
+            rows.append(measure(done, current()))
+
+    sae = TRAINERS[variant.trainer].train_sae(problem, watch, **options)
+    yield from rows
+    row = measure(problem.steps, sae)
+    if variant.trainer != "sparsify":  # which has no threshold
+        threshold = evaluate(sae, data.held_out, "threshold")["threshold"]
+        row["threshold_explained_variance"] = threshold.explained_variance
+        row["threshold_l0"] = threshold.l0
+    yield row | data.scores(sae)
 
 
-# --- comparison ---
-
-COMPARED = ("explained_variance", "alive_fraction", "threshold_explained_variance")
-CRITERIA = ("explained_variance", "alive_fraction")
+# --- all of them ---
 
 
-def compare(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Paired differences, fastsae less the peer, over the seeds that both have; one dict a case and peer."""
-    runs = {(row["case"], row["trainer"], int(row["seed"])): row for row in rows}
-    found = []
-    for case, peer in dict.fromkeys((case, name) for case, name, _ in runs if name != OURS):
-        seeds = sorted(s for c, t, s in runs if (c, t) == (case, peer) and (case, OURS, s) in runs)
-        if not seeds:
-            continue
-        result: dict[str, Any] = {"case": case, "peer": peer, "seeds": seeds}
-        for metric in COMPARED:
-            pairs = [[float(runs[case, who, s][metric]) for who in (OURS, peer)] for s in seeds]
-            differences, n = [ours - theirs for ours, theirs in pairs], len(seeds)
-            error = stdev(differences) / n**0.5 if n > 1 else float("nan")
-            result[metric] = {"difference": mean(differences), "standard_error": error}
-        criteria = (result[metric].values() for metric in CRITERIA)
-        result["passes"] = all(d >= -MARGIN or d + error >= 0 for d, error in criteria)
-        found.append(result)
-    return found
-
-
-def means(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
-    """By case and trainer: each score's mean over the seeds, and how many ``seeds`` there are."""
-    runs: dict[tuple[str, str], list[Row]] = {}
+def finals(rows: Iterable[Row]) -> dict[tuple[str, str, str, int], Row]:
+    """By case, trainer, learning rate and seed: the end of the run."""
+    ends: dict[tuple[str, str, str, int], Row] = {}
     for row in rows:
-        runs.setdefault((row["case"], row["trainer"]), []).append(row)
-    return {
-        key: {name: mean(float(run[name]) for run in mine) for name in (*COMPARED, "threshold_l0")}
-        | {"seeds": len(mine)}
-        for key, mine in runs.items()
+        key = (row["case"], row["trainer"], row["lr"], int(row["seed"]))
+        if key not in ends or int(row["tokens"]) > int(ends[key]["tokens"]):
+            ends[key] = row
+    return ends
+
+
+def best_rate(rows: Iterable[Row], case: str, trainer: str) -> str | None:
+    """The learning rate of the highest explained variance on the choosing seed, if all were tried."""
+    tried = {
+        lr: float(row["explained_variance"])
+        for (c, t, lr, seed), row in finals(rows).items()
+        if (c, t, seed) == (case, trainer, CHOOSING)
     }
+    wanted = {"", *map(str, VARIANTS[trainer].rates)}
+    return max(tried, key=tried.__getitem__) if wanted <= set(tried) else None
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: the mean of each trainer, and fastsae's paired difference to it."""
-    comparisons = {(c["case"], c["peer"]): c for c in compare(rows)}
-    lines = [
-        "| size | trainer | explained variance | fastsae's difference | alive latents | fastsae's difference "
-        "| by threshold: EV | L0 | not below |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (case, trainer), found in means(rows).items():
-        verdict, differences = "", ["", ""]
-        if to_ours := comparisons.get((case, trainer)):
-            verdict = "yes" if to_ours["passes"] else "**no**"
-            paired = [to_ours[name] for name in CRITERIA]
-            differences = [f"{p['difference']:+.4f} ± {p['standard_error']:.4f}" for p in paired]
-        lines.append(
-            f"| {case} | {trainer} | {found['explained_variance']:.4f} | {differences[0]} "
-            f"| {found['alive_fraction']:.4f} | {differences[1]} "
-            f"| {found['threshold_explained_variance']:.4f} | {found['threshold_l0']:.2f} | {verdict} |"
-        )
-    return "\n".join(lines)
-
-
-# --- files ---
-
-
-def read_runs(out: Path) -> list[Row]:
-    path = out / RUNS
-    return read_csv(path) if path.exists() else []
-
-
-def write_runs(out: Path, rows: list[Row]) -> None:
-    """The runs in the order of cases, trainers and seeds, and the comparison with all that it rests on."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / RUNS).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    summary = {
-        "comparison": compare(rows),
-        "margin": MARGIN,
-        "cases": {name: asdict(case) for name, case in CASES.items()},
-        "activations": {"training": TRAINING_ROWS, "held_out": HELD_OUT_ROWS},
-        "environment": environment("cpu"),
-    }
-    (out / "quality.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def merge(rows: list[Row], new: Row) -> list[Row]:
-    """``rows`` with ``new`` in place of an older run of the same case, trainer and seed; in order."""
-    cases, trainers = list(CASES), list(VARIANTS)
-    key = lambda r: (cases.index(r["case"]), trainers.index(r["trainer"]), int(r["seed"]))
-    return sorted([*(row for row in rows if key(row) != key(new)), new], key=key)
-
-
-def history_rows(rows: list[Row]) -> Iterator[dict[str, Any]]:
-    """Means over the seeds, as rows of ``results``."""
-    for (case, trainer), found in means(rows).items():
-        row = {"kind": "quality", "group": case, "trainer": trainer, "rounds": found.pop("seeds")}
-        yield row | {"values": {name.replace("_", " "): (v, "") for name, v in found.items()}}
+def wanted(
+    rows: list[Row], case: str, trainer: str, seeds: Iterable[int]
+) -> Iterator[tuple[str, int]]:
+    """Learning rates and seeds still to be run: first what chooses, then what is published."""
+    done = {key[2:] for key in finals(rows) if key[:2] == (case, trainer)}
+    rates = VARIANTS[trainer].rates
+    choosing = [(lr, CHOOSING) for lr in ("", *map(str, rates)) if rates]
+    if missing_runs := [run for run in choosing if run not in done]:
+        yield missing_runs[0]
+        return
+    best = best_rate(rows, case, trainer) if rates else ""
+    for seed in seeds:
+        for lr in dict.fromkeys(("", best)):
+            if (lr, seed) not in done:
+                yield lr or "", seed
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--table", action="store_true", help="print the table, train nothing")
+    parser.add_argument("--model", type=Path, help="SmolLM2, as smollm2.py wrote it")
+    parser.add_argument("--cache", type=Path, help="folder for its activations, written once")
+    parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
+    parser.add_argument("--plot", type=Path, help="draw the learning curves there, train nothing")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--trainers", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-
-    rows = read_runs(args.out)
+    path = args.out / RUNS
     if args.table:
-        print(table(rows) if rows else f"no results in {args.out}")
+        print(tables(read_csv(path)) if path.exists() else f"no results in {args.out}")
         return
-    new = []
+    if args.plot:
+        plot(read_csv(path), args.plot)
+        return
+    settings, before = Settings(args.model, args.cache), read_runs(path)
     for name in args.cases:
-        case = CASES[name]
-        pool, held_out = activations(case.layer)
-        for seed in args.seeds:
-            problem = case.problem(pool, seed)
-            for trainer in args.trainers:
-                result = scores(VARIANTS[trainer], problem, held_out)
-                new.append({"case": name, "trainer": trainer, "seed": seed, **result})
-                rows = merge(rows, new[-1])
-                write_runs(args.out, rows)
-                ev, alive = (f"{result[metric]:.4f}" for metric in CRITERIA)
-                print(f"{name} | seed {seed} | {trainer}: EV {ev}, alive {alive}", flush=True)
-    history = HISTORY if args.out == RESULTS else args.out / HISTORY.name
-    append(history, long_rows(environment("cpu"), history_rows(new)))
-    print(table(rows))
+        for trainer in args.trainers:
+            if package := missing(VARIANTS[trainer].trainer):
+                print(f"{name} | {trainer}: left out, {package} is not installed")
+                continue
+            while todo := next(wanted(read_runs(path), name, trainer, args.seeds), None):
+                lr, seed = todo
+                data = data_of(name, settings)
+                rate = float(lr) if lr else None
+                found = list(run(VARIANTS[trainer], CASES[name], data, seed, rate))
+                about = {"case": name, "trainer": trainer, "lr": lr, "seed": seed}
+                add(path, [about | row for row in found])
+                ev, alive = found[-1]["explained_variance"], found[-1]["alive_fraction"]
+                print(
+                    f"{name} | {trainer} | lr {lr or 'own'} | seed {seed}: EV {ev:.4f}, alive {alive:.4f}",
+                    flush=True,
+                )
+    rows = read_runs(path)
+    if len(rows) > len(before):
+        to = HISTORY if args.out == RESULTS else args.out / HISTORY.name
+        append(to, long_rows(environment("cpu"), history(rows)))
+    print(tables(rows))
+
+
+def read_runs(path: Path) -> list[Row]:
+    return read_csv(path) if path.exists() else []
+
+
+def add(path: Path, rows: list[Row]) -> None:
+    """Append to the file; a run that is there is there whole."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            shown = {k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({name: shown.get(name, "") for name in COLUMNS})
+
+
+# --- what is published ---
+
+
+def published(rows: list[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
+    """By case, trainer and learning rate ("own" or "best of the grid: ..."): the ends of its seeds."""
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for (case, trainer, lr, seed), row in finals(rows).items():
+        best = best_rate(rows, case, trainer) if VARIANTS[trainer].rates else None
+        if seed == CHOOSING or lr not in ("", best):
+            continue
+        label = lr or "own"
+        found.setdefault((case, trainer, label), {})[seed] = row
+    order = list(VARIANTS)
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: (
+                list(CASES).index(item[0][0]),
+                order.index(item[0][1]),
+                item[0][2] != "own",
+            ),
+        )
+    )
+
+
+SHOWN = (
+    "explained_variance",
+    "alive_fraction",
+    "loss_recovered",
+    "probing",
+    "f1",
+    "mcc",
+    "threshold_explained_variance",
+    "threshold_l0",
+)
+
+
+def tables(rows: list[Row]) -> str:
+    """Markdown: for each case the mean of every trainer over its seeds, and fastsae's paired difference."""
+    all_runs, parts = published(rows), []
+    for case in dict.fromkeys(case for case, _, _ in all_runs):
+        mine = {key[1:]: seeds for key, seeds in all_runs.items() if key[0] == case}
+        shown = [
+            n for n in SHOWN if any(row[n] for seeds in mine.values() for row in seeds.values())
+        ]
+        parts += [f"**{case}**", ""]
+        parts.append(
+            "| trainer | lr | seeds | fastsae's difference | "
+            + " | ".join(n.replace("_", " ") for n in shown)
+            + " |"
+        )
+        parts.append("|---" * (4 + len(shown)) + "|")
+        ours = mine.get((OURS, "own"), {})
+        for (trainer, lr), seeds in mine.items():
+            values = [[float(row[n]) for row in seeds.values() if row[n]] for n in shown]
+            cells = [
+                f"{mean(v):.2f}" if n.endswith("l0") else f"{mean(v):.4f}"
+                for n, v in zip(shown, values, strict=True)
+                if v
+            ]
+            cells = [f"{mean(v):.4f}" if v else "" for v in values]
+            parts.append(
+                f"| {trainer} | {lr} | {len(seeds)} | {difference(ours, seeds) if trainer != OURS else ''} | "
+                + " | ".join(cells)
+                + " |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def difference(ours: dict[int, Row], theirs: dict[int, Row]) -> str:
+    """Mean paired difference of explained variance over the seeds both have, and its standard error."""
+    ev = lambda row: float(row["explained_variance"])
+    gaps = [ev(ours[s]) - ev(theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+    if not gaps:
+        return ""
+    return f"{mean(gaps):+.4f}" + (
+        f" ± {stdev(gaps) / len(gaps) ** 0.5:.4f}" if len(gaps) > 1 else ""
+    )
+
+
+def history(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """Means over the seeds, as rows of ``results``."""
+    for (case, trainer, lr), seeds in published(rows).items():
+        values = {n: [float(row[n]) for row in seeds.values() if row[n]] for n in SHOWN}
+        means = {n.replace("_", " "): (mean(v), "") for n, v in values.items() if v}
+        yield {
+            "kind": "quality",
+            "group": case,
+            "trainer": f"{trainer}, lr {lr}",
+            "rounds": len(seeds),
+            "values": means,
+        }
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Learning curves: explained variance against tokens, one panel a case, mean of the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        if int(row["seed"]) != CHOOSING:
+            at = curves.setdefault((row["case"], row["trainer"], row["lr"]), {})
+            at.setdefault(int(row["tokens"]), []).append(float(row["explained_variance"]))
+    drawn = {
+        (c, t, lr if lr != "own" else "")
+        for c, t, lr in published(rows)
+        if not t.startswith("default,")
+    }
+    cases = [case for case in CASES if any(key[0] == case for key in drawn)]
+    figure, axes = plt.subplots(1, len(cases), figsize=(5.2 * len(cases), 4.2), squeeze=False)
+    for axis, case in zip(axes[0], cases, strict=True):
+        for trainer in VARIANTS:
+            rates = [lr for c, t, lr in drawn if (c, t) == (case, trainer)]
+            if rates:  # the best of the grid where there is one
+                points = curves[case, trainer, max(rates)]
+                x = sorted(points)
+                axis.plot(
+                    [n / 1e6 for n in x],
+                    [mean(points[n]) for n in x],
+                    marker="o",
+                    ms=3,
+                    lw=2 if trainer == OURS else 1.2,
+                    label=trainer,
+                )
+        axis.set(title=case, xlabel="million tokens", ylabel="explained variance (held out, TopK)")
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

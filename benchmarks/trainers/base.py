@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -36,11 +36,11 @@ class Problem:
     """What is equal for all: the size, the batches, the run, the precision, and which latents are dead."""
 
     shape: Shape
-    batches: list[Tensor]  # each [B, D]
+    batches: Sequence[Tensor]  # each [B, D]
     device: str = "cpu"
     precision: str = "fp32"  # or bf16, in the way that each documents
     dead: Tensor | None = None  # [F] bool
-    lr: float = LR
+    lr: float | None = LR  # None: the trainer's own default
     steps: int = NOMINAL_STEPS
     dead_after: int = DEAD_AFTER
     seed: int = 0
@@ -109,6 +109,18 @@ class Weights:
         b_dec.copy_(self.b_dec)
 
 
+Watch = Callable[[int, Callable[[], fastsae.SAE]], None]
+
+
+def watched(
+    batches: Iterable[Tensor], watch: Watch, current: Callable[[], fastsae.SAE]
+) -> Iterator[Tensor]:
+    """``batches`` for a trainer that asks for the next one when it has trained on the last."""
+    for done, batch in enumerate(batches):
+        watch(done, current)
+        yield batch
+
+
 class Trained(NamedTuple):
     """What a run from text to SAE took and gave."""
 
@@ -155,8 +167,11 @@ class Trainer(ABC):
         raise NotImplementedError
 
     @classmethod
-    def train_sae(cls, problem: Problem, **options: Any) -> fastsae.SAE:
-        """A run of its own on all of the batches, from its own initial weights, read from its own files."""
+    def train_sae(cls, problem: Problem, watch: Watch, **options: Any) -> fastsae.SAE:
+        """A run of its own on all of the batches, from its own initial weights, read from its own files.
+
+        ``watch`` is called with the number of steps done, and what gives the SAE as it is then.
+        """
         raise NotImplementedError
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastsae
 
-from .base import DEAD_AFTER, Problem, Trainer, Weights, quiet
+from .base import DEAD_AFTER, Problem, Trainer, Watch, Weights, quiet, watched
 
 
 class DictionaryLearning(Trainer):
@@ -43,17 +43,22 @@ class DictionaryLearning(Trainer):
         return ae.decode(ae.encode(x, use_threshold=False))
 
     @classmethod
-    def train_sae(cls, problem: Problem, normalize_activations: bool = False) -> fastsae.SAE:
-        """Changes the problem's batches where it normalizes them."""
+    def train_sae(cls, problem: Problem, watch: Watch) -> fastsae.SAE:
         from dictionary_learning.training import trainSAE
 
+        trainer = new_trainer(problem)
         with quiet(), tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory) / "trainer_0"
+
+            def current() -> fastsae.SAE:
+                torch.save(trainer.ae.state_dict(), folder / "ae.pt")
+                return fastsae.load(folder)
+
             trainSAE(
-                data=problem.batches, steps=problem.steps, save_dir=directory,
-                trainer_configs=[{"trainer": new_trainer, "problem": problem}], device="cpu",
-                normalize_activations=normalize_activations,
+                data=watched(problem.batches, watch, current), steps=problem.steps, save_dir=directory,
+                trainer_configs=[{"trainer": lambda: trainer}], device="cpu",
             )  # fmt: skip
-            return fastsae.load(Path(directory) / "trainer_0")
+            return current()
 
 
 def new_trainer(problem: Problem) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 import fastsae
 from fastsae.training.update import UPDATES
 
-from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
+from .base import DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights
 
 CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0}
 """The learning rate of a problem is that of every step, and selection is that of the other trainers."""
@@ -51,13 +53,39 @@ class Fastsae(Trainer):
         return (W_enc if W_enc.shape == rows else W_enc.T), W_dec
 
     @classmethod
-    def train_sae(cls, problem: Problem) -> fastsae.SAE:
+    def train_sae(
+        cls, problem: Problem, watch: Watch, scale_by_norm: bool = False, **options: Any
+    ) -> fastsae.SAE:
+        """``options``: fields of ``TrainConfig``; all else is as by default, and what is saved on the way
+        comes from the run's checkpoints. ``scale_by_norm``: give activations a mean norm of 1, as
+        earlier versions did, where the default gives one to their distances from their mean."""
         p = problem
-        config = fastsae.TrainConfig(
-            d_sae=p.shape.F, k=p.k, batch_size=p.shape.B, tokens=p.tokens, lr=p.lr, **CONSTANT,
-            dead_after_tokens=p.dead_after, seed=p.seed, device=p.device, **cls.settings,
-        )  # fmt: skip
-        return fastsae.train(p.batches, config)
+        batches: Iterable[Tensor] = p.batches
+        scale = 1.0
+        if scale_by_norm:
+            options["normalize"] = "none"
+            scale = float(p.batches[0].norm(dim=1).mean())
+            batches = (x / scale for x in p.batches)
+
+        def in_its_units(sae: fastsae.SAE) -> fastsae.SAE:
+            with torch.no_grad():
+                sae.b_enc *= scale
+                sae.b_dec *= scale
+                sae.activation.threshold *= scale
+            return sae
+
+        with tempfile.TemporaryDirectory() as directory:
+            config = fastsae.TrainConfig(
+                d_sae=p.shape.F, k=p.k, batch_size=p.shape.B, tokens=p.tokens, lr=p.lr, seed=p.seed,
+                device=p.device, out=directory, name="run", report="none", wandb="disabled",
+                checkpoint_every_tokens=max(1, p.tokens // 10), keep_checkpoints=10,
+                **{**cls.settings, **options},
+            )  # fmt: skip
+            (sae,) = fastsae.Trainer(config, batches).fit()
+            saved = {int(p.name[5:]): p for p in Path(directory).glob("run/checkpoints/step_*")}
+            for step, path in sorted(saved.items()):
+                watch(step, lambda path=path: in_its_units(fastsae.load(path)))
+            return in_its_units(sae)
 
     @classmethod
     def pipeline(cls, config: fastsae.TrainConfig) -> Trained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ from torch import Tensor
 
 import fastsae
 
-from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights, quiet
-
-NORM_BATCHES = 100  # the run's first, from which it estimates the norm of its input
+from .base import DEAD_AFTER, LR, Problem, Trained, Trainer, Watch, Weights, quiet, watched
 
 
 class SAELens(Trainer):
@@ -41,13 +39,24 @@ class SAELens(Trainer):
         return self.trainer.sae.train()(x)
 
     @classmethod
-    def train_sae(cls, problem: Problem, **options: Any) -> fastsae.SAE:
-        """``options``: fields of ``BatchTopKTrainingSAEConfig``."""
-        estimate = problem.batches[:NORM_BATCHES] if "normalize_activations" in options else []
+    def train_sae(
+        cls, problem: Problem, watch: Watch, start_at_mean: bool = False, **options: Any
+    ) -> fastsae.SAE:
+        """``options``: fields of its SAE's config; with ``matryoshka_widths`` that is the Matryoshka's.
+        ``start_at_mean``: begin with ``b_dec`` there, which it does not by itself."""
         with quiet(), tempfile.TemporaryDirectory() as directory:
-            sae = new_trainer(problem, chain(estimate, problem.batches), **options).fit()
-            sae.save_inference_model(directory)
-            return fastsae.load(directory)
+            trainer = new_trainer(problem, iter(()), **options)
+            if start_at_mean:
+                with torch.no_grad():
+                    trainer.sae.b_dec.copy_(torch.cat(problem.batches[:8]).mean(0))
+
+            def current() -> fastsae.SAE:
+                trainer.sae.save_inference_model(directory)
+                return fastsae.load(directory)
+
+            trainer.data_provider = watched(problem.batches, watch, current)
+            trainer.fit()
+            return current()
 
     @classmethod
     def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
@@ -91,19 +100,23 @@ def new_trainer(problem: Problem, batches: Iterator[Tensor], **sae_config: Any) 
     """An ``SAETrainer`` whose ``fit`` trains on all ``batches``."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(problem.seed)
-    shape = problem.shape
-    sae = BatchTopKTrainingSAEConfig(
-        d_in=shape.D, d_sae=shape.F, k=problem.k, device=problem.device, **sae_config
-    )
+    shape, lr = problem.shape, problem.lr or LR  # its runner's default
+    kinds = (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig)
+    if "matryoshka_widths" in sae_config:
+        kinds = (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig)
+    sae = kinds[1](d_in=shape.D, d_sae=shape.F, k=problem.k, device=problem.device, **sae_config)
     config = SAETrainerConfig(
         total_training_samples=problem.tokens, train_batch_size_samples=shape.B,
-        lr=problem.lr, lr_end=problem.lr / 10,  # of a decay that is off
+        lr=lr, lr_end=lr / 10,  # of a decay that is off
         # Dead is a count of steps *above* the window here, of at least so many tokens elsewhere.
         dead_feature_window=-(-problem.dead_after // shape.B) - 1,
-        n_batches_for_norm_estimate=min(NORM_BATCHES, problem.steps),
         device=problem.device, autocast=problem.low,
     )  # fmt: skip
-    return SAETrainer(config, BatchTopKTrainingSAE(sae), batches)
+    return SAETrainer(config, kinds[0](sae), batches)

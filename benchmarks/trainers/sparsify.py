@@ -4,8 +4,9 @@ encoder no gradient."""
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastsae
 
-from .base import AUX, DEAD_AFTER, Trained, Trainer, Weights, quiet
+from .base import AUX, DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights, quiet
 
 
 class Sparsify(Trainer):
@@ -45,6 +46,28 @@ class Sparsify(Trainer):
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.sae(x).sae_out
+
+    @classmethod
+    def train_sae(cls, problem: Problem, watch: Watch) -> fastsae.SAE:
+        s, steps = problem.shape, problem.steps
+        model = _ReplayBatches(problem.batches, watch)
+        with quiet(), tempfile.TemporaryDirectory() as directory:
+            trainer = new_trainer(
+                _Rows(0, steps, s.B, steps), model, s.F, s.k, batch_size=1, hookpoints=["layer"],
+                lr=problem.lr, init_seeds=[problem.seed], dead_feature_threshold=problem.dead_after,
+            )  # fmt: skip
+
+            def current() -> fastsae.SAE:
+                for optimizer in trainer.optimizers:
+                    optimizer.eval()  # the averaged weights
+                trainer.saes["layer"].save_to_disk(directory)
+                for optimizer in trainer.optimizers:
+                    optimizer.train()
+                return fastsae.load(directory)
+
+            model.current = current
+            trainer.fit()
+            return current()
 
     @classmethod
     def pipeline(cls, config: fastsae.TrainConfig) -> Trained:
@@ -110,6 +133,22 @@ class _Replay(torch.nn.Module):
 
     def forward(self, input_ids: Tensor, **_) -> Tensor:
         return self.layer(self.rows[input_ids])
+
+
+class _ReplayBatches(_Replay):
+    """The same of batches that are made when they are asked for, each once."""
+
+    current: Callable[[], fastsae.SAE] | None = None
+
+    def __init__(self, batches: Sequence[Tensor], watch: Watch) -> None:
+        super().__init__(batches[0])
+        self.batches, self.watch = batches, watch
+
+    def forward(self, input_ids: Tensor, **_) -> Tensor:
+        done = int(input_ids[0, 0]) // len(self.rows)
+        if self.current is not None:
+            self.watch(done, self.current)
+        return self.layer(self.batches[done][None])
 
 
 class _Rows(torch.utils.data.Dataset):
