@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a language model lies, and where its activations may be kept."""
+    """Where a language model lies, and where activations may be kept."""
 
     model: Path | None = None
     cache: Path | None = None
@@ -80,17 +80,17 @@ class Settings:
         return quality_data.language_model(quality_data.demo(demo_config(), case.tokens))
 
     def features_1024(self, case: Case) -> Data:
-        return quality_data.synthetic(1024, 128, case.tokens)
+        return quality_data.synthetic(1024, 128, case.tokens, self.cache)
 
     def features_4096(self, case: Case) -> Data:
-        return quality_data.synthetic(4096, 256, case.tokens)
+        return quality_data.synthetic(4096, 512, case.tokens, self.cache)
 
 
 CASES = {
     "SmolLM2": Case(Settings.smollm2, 9216, 32, 1960, levels=(576, 2304, 9216)),
     "demo": Case(Settings.demo, 1024, 16, 750, levels=(64, 256, 1024)),
     "features 1024": Case(Settings.features_1024, 1024, 12, 1000, levels=(64, 256, 1024)),
-    "features 4096": Case(Settings.features_4096, 4096, 16, 2000, levels=(256, 1024, 4096)),
+    "features 4096": Case(Settings.features_4096, 4096, 40, 1000, levels=(256, 1024, 4096)),
 }
 
 
@@ -234,7 +234,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--model", type=Path, help="SmolLM2, as smollm2.py wrote it")
-    parser.add_argument("--cache", type=Path, help="folder for its activations, written once")
+    parser.add_argument("--cache", type=Path, help="folder for activations, made once")
     parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--plot", type=Path, help="draw the learning curves there, train nothing")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

@@ -137,7 +137,7 @@ def _probing(pooled: Tensor, labels: Tensor) -> float:
     return float(torch.stack(accuracies).mean())
 
 
-def synthetic(features: int, width: int, tokens: int) -> Data:
+def synthetic(features: int, width: int, tokens: int, cache: Path | None = None) -> Data:
     """SAELens's synthetic model with ``features`` true features in ``width`` dimensions, a few of which
     fire often and most seldom (Zipf), correlated and in hierarchies: F1 and MCC."""
     from sae_lens.synthetic import (
@@ -165,9 +165,17 @@ def synthetic(features: int, width: int, tokens: int) -> Data:
         hidden = [model.feature_dict(a) for a in acts]
         return torch.cat([(a > 0) for a in acts])[:n], torch.cat(hidden)[:n]
 
-    with torch.no_grad():
-        train = torch.cat([sample(4096)[1] for _ in range(-(-tokens // 4096))])[:tokens]
-    fires, held_out = sample(HELD_OUT // 4)
+    kept = cache / f"features-{features}-{width}-{tokens}.pt" if cache else None
+    if kept is None or not kept.exists():
+        fires, held_out = sample(HELD_OUT // 4)
+        parts = [sample(4096)[1] for _ in range(-(-tokens // 4096))]
+        made = torch.cat(parts)[:tokens], fires, held_out
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(made, kept)
+    else:
+        made = torch.load(kept)
+    train, fires, held_out = made
 
     @torch.no_grad()
     def scores(sae: SAE) -> Row:
@@ -187,7 +195,7 @@ def smollm2(folder: Path, cache: Path | None, tokens: int) -> TrainConfig:
     return TrainConfig(
         model=str(folder), text_files=(str(folder / "text.jsonl"),), layer=15, quantization="none",
         context_length=256, harvest_batch=8, pool_tokens=65_536, eval_tokens=HELD_OUT, tokens=tokens,
-        d_sae=9216, k=32, seed=0, device="cpu", cache_dir=str(cache) if cache else None,
+        d_sae=9216, k=32, seed=0, device="cpu", cache_dir=str(cache / "smollm2") if cache else None,
     )  # fmt: skip
 
 
