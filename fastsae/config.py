@@ -77,6 +77,9 @@ class TrainConfig:
     """Dictionary size as a multiple of the model's width, instead of --d-sae. [16 if neither is given]"""
     normalize: Literal["scalar", "none", "layer_norm"] = "scalar"
     """Input scaling: one constant that gives a mean distance of 1 from the mean, nothing, or per token."""
+    matryoshka: tuple[int, ...] = ()
+    """Train prefixes of the dictionary, as these many latents, to reconstruct without the latents after
+    them; ascending, the last is the dictionary's size."""
     init_from: str | None = None
     """Begin with the latents of this SAE: a folder or hub repository, anything fastsae.load reads."""
 

@@ -22,10 +22,11 @@ class Loss(NamedTuple):
     """What :meth:`SAE.loss` returns. ``loss``, ``error`` and ``aux`` are scalars after input scaling."""
 
     loss: Tensor  # the objective of error and aux: what is to be minimised
-    error: Tensor  # mean over tokens of ‖x - x̂‖²
+    error: Tensor  # mean over tokens (and levels) of ‖x - x̂‖²
     aux: Tensor
     latents: Tensor  # [B, F], in raw units, as encode returns them
     reconstruction: Tensor  # [B, D], in raw units
+    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling
 
 
 class SAE(nn.Module):
@@ -119,6 +120,12 @@ class SAE(nn.Module):
         return None if threshold is None else threshold / self.scale
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """The prefixes of the dictionary that reconstruct without the latents after them (Matryoshka),
+        ascending; the last is ``d_sae``, and without Matryoshka the only one."""
+        return tuple(self.metadata.get("matryoshka") or (self.d_sae,))
+
+    @property
     def hook_name(self) -> str | None:
         """The submodule of the language model whose output this SAE reads, if known."""
         return self.metadata.get("hook_name")
@@ -197,6 +204,9 @@ class SAE(nn.Module):
     ) -> Loss:
         """The objective of training on activations ``x [..., D]``, differentiable by autograd.
 
+        With several :attr:`levels` the error is the mean of theirs, and its gradient that of
+        ``reference.decode_levels``: each latent's is of the first level that it is in.
+
         Args:
             dead: bool ``[F]``, the latents that aux-k may revive; none if absent.
             budget: entries that BatchTopK selects in training mode; ``int(k * B)`` if absent.
@@ -210,8 +220,9 @@ class SAE(nn.Module):
         scaled, statistics = self.scale_input(x.reshape(-1, x.shape[-1]))
         pre = self._pre_activations(scaled)
         z = self._select(pre, None, budget)
-        x_hat = reference.decode(self._operand(z), self._operand(self.W_dec), self.b_dec)
-        error = reference.squared_error(scaled, x_hat)
+        decoder = self._operand(self.W_dec), self.b_dec
+        x_hats = reference.decode_levels(self._operand(z), *decoder, self.levels)
+        error, x_hat = reference.squared_error(scaled, x_hats), x_hats[-1]
         aux = torch.zeros_like(error)
         weight = AUX_WEIGHTS[objective] if aux_coefficient is None else aux_coefficient
         if dead is not None and weight > 0:
@@ -226,7 +237,8 @@ class SAE(nn.Module):
                 scaled,
             )
         loss = reference.objective(error, aux, weight, objective)
-        return Loss(loss, error, aux, self.to_raw_units(z), self.to_raw_units(x_hat, statistics))
+        raw = self.to_raw_units(z), self.to_raw_units(x_hat, statistics)
+        return Loss(loss, error, aux, *raw, scaled - x_hats)
 
     # --- input scaling ---
 

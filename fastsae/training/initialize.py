@@ -62,6 +62,8 @@ def new_sae(
     config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any] | None = None
 ) -> SAE:
     """The SAE of a run before it has seen any activation."""
+    if config.matryoshka:
+        metadata = (metadata or {}) | {"matryoshka": list(config.matryoshka)}
     device = resolve_device(config.device)
     sae = SAE(
         d_in,
