@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsae_kernels import CSR, reference
 from fastsae_kernels.reference import AuxNormalization, Objective, TokenStatistics
 
-from ..config import AUX_WEIGHTS
+from ..config import AUX_WEIGHTS, checked_levels
 from ..errors import ConfigError
 from .activation import BatchTopK, Inference
 
@@ -49,9 +49,13 @@ class SAE(nn.Module):
             ``"layer_norm"`` (per token: unbiased std, eps 1e-5 added to it).
         inference: how eval mode selects; see :class:`BatchTopK`.
         activation: use this module instead of ``BatchTopK(k)``.
-        metadata: provenance kept with the SAE and written to disk with it.
+        metadata: provenance kept with the SAE and written to disk with it. The levels of a Matryoshka SAE
+            are its ``training_architecture_details``' ``matryoshka_widths``, as SAELens has them.
 
-    Raises ConfigError: a size is not positive, or k exceeds d_sae.
+    Attributes: ``levels``: the prefixes of the dictionary that reconstruct without the latents after them,
+    ascending; the last is ``d_sae``, and the only one of a plain SAE.
+
+    Raises ConfigError: a size is not positive, k exceeds d_sae, or levels do not ascend to d_sae.
     """
 
     scale: Tensor
@@ -86,6 +90,9 @@ class SAE(nn.Module):
         self.precision: Precision = "fp32"
         self.activation = activation
         self.metadata: dict[str, Any] = dict(metadata or {})
+        details = self.metadata.get("training_architecture_details")
+        widths = details.get("matryoshka_widths") if isinstance(details, dict) else None
+        self.levels = checked_levels(widths or (d_sae,), d_sae)
 
         # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
         rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
@@ -118,12 +125,6 @@ class SAE(nn.Module):
         """The JumpReLU threshold in raw units: a number for BatchTopK, ``[F]`` for JumpReLU."""
         threshold = getattr(self.activation, "threshold", None)
         return None if threshold is None else threshold / self.scale
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The prefixes of the dictionary that reconstruct without the latents after them (Matryoshka),
-        ascending; the last is ``d_sae``, and without Matryoshka the only one."""
-        return tuple(self.metadata.get("matryoshka") or (self.d_sae,))
 
     @property
     def hook_name(self) -> str | None:
@@ -161,6 +162,16 @@ class SAE(nn.Module):
         give ``statistics=sae.token_statistics(x)``. Raises ValueError if they are missing, or the last
         dimension of z is not F.
         """
+        return self._decode(z, statistics, (self.d_sae,))[0]
+
+    def decode_levels(self, z: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
+        """Reconstructions ``[L, ..., D]`` by the first latents alone, as many as each of :attr:`levels`; the
+        rest as :meth:`decode`, which the last is but for rounding."""
+        return self._decode(z, statistics, self.levels)
+
+    def _decode(
+        self, z: Tensor, statistics: TokenStatistics | None, levels: tuple[int, ...]
+    ) -> Tensor:
         if z.shape[-1] != self.d_sae:
             raise ValueError(f"decode expects latents [..., {self.d_sae}], got {tuple(z.shape)}")
         if self.normalize == "layer_norm" and statistics is None:
@@ -169,8 +180,8 @@ class SAE(nn.Module):
                 "statistics=sae.token_statistics(x), or call sae(x)"
             )
         z = z * self.scale if self.normalize == "scalar" else z
-        x_hat = reference.decode(z, self._operand(self.W_dec), self.b_dec)
-        return self.to_raw_units(x_hat, statistics)
+        x_hats = reference.decode_levels(z, self._operand(self.W_dec), self.b_dec, levels)
+        return self.to_raw_units(x_hats, statistics)
 
     def forward(self, x: Tensor, inference: Inference | None = None) -> Tensor:
         """Reconstruction ``[..., D]`` of activations ``x [..., D]``."""
@@ -204,8 +215,7 @@ class SAE(nn.Module):
     ) -> Loss:
         """The objective of training on activations ``x [..., D]``, differentiable by autograd.
 
-        With several :attr:`levels` the error is the mean of theirs, and its gradient that of
-        ``reference.decode_levels``: each latent's is of the first level that it is in.
+        With several ``levels`` the error is the mean of theirs.
 
         Args:
             dead: bool ``[F]``, the latents that aux-k may revive; none if absent.

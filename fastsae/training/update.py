@@ -25,6 +25,7 @@ from fastsae_kernels import (
     fused_update_,
     gradient_norm,
     nested_decode_loss,
+    nested_gradient,
     normalize_rows_,
     project_gradient_,
     reference,
@@ -279,7 +280,7 @@ class FusedUpdate(Update):
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled, self._levels)
-        error, dY = decoded.squared_error.mean(), decoded.residual
+        error, dY = decoded.squared_error.mean(), nested_gradient(decoded.residual)
         if config.objective == "log":
             dY = dY * reference.error_weight(error)
 

@@ -142,22 +142,16 @@ def decode(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return z @ W_dec + b_dec
 
 
-def decode_levels(
-    z: Tensor, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = True
-) -> Tensor:
-    """``x̂ [L, B, D]``: what the first ``levels[l]`` latents reconstruct without the others (Matryoshka).
+def decode_levels(z: Tensor, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int]) -> Tensor:
+    """``x̂ [L, B, D]``: what the first ``levels[l]`` latents reconstruct without those after them.
 
     ``x̂_l = x̂_{l-1} + z W_dec`` over the latents of level l that are not in the one before, and
-    ``x̂_0 = b_dec``. Each ``x̂_{l-1}`` is taken as given (``detach``), so that a latent learns what those
-    before it leave, and not to make room for those after it. Sources: Bussmann et al. 2025
-    (arXiv:2503.17547), where every level's error reaches all of its latents.
+    ``x̂_0 = b_dec``. Source: Matryoshka SAEs, Bussmann et al. 2025 (arXiv:2503.17547).
     """
-    x_hats, x_hat, first = [], b_dec, 0
-    for end in levels:
-        x_hat = decode(z[:, first:end], W_dec[first:end], x_hat)
-        x_hats.append(x_hat)
-        x_hat, first = x_hat.detach() if detach else x_hat, end
-    return torch.stack(x_hats)
+    x_hats = [b_dec]
+    for first, end in pairwise((0, *levels)):
+        x_hats.append(decode(z[..., first:end], W_dec[first:end], x_hats[-1]))
+    return torch.stack(x_hats[1:])
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -245,7 +239,8 @@ def gradients(
     ``db_enc[f] = Σ dz`` and ``db_dec = Σ_b dY - Σ_f db_enc[f] W_enc[f]``. Aux-k adds terms of the same
     form to the dead latents' rows; its target is detached, so none of them reaches ``dY``, and its
     pre-activations take ``b_dec`` as given, so none reaches ``db_dec``. With ``levels`` there is a ``dY``
-    of each, and a latent takes that of the first level it is in, as ``b_dec`` takes the first's.
+    for each, the sum of the derivatives by its reconstruction and by those of the levels after it: all that
+    the latents which it adds are part of. ``b_dec`` is part of all, as the first level's latents are.
     """
     W_enc, b_enc, W_dec, b_dec = params
     centred = x - b_dec
@@ -255,7 +250,7 @@ def gradients(
     residuals = x - decode_levels(z, W_dec, b_dec, levels)
     residual = residuals[-1]
 
-    dY = -2 * residuals / (len(levels) * len(x))
+    dY = -2 * residuals.flip(0).cumsum(0).flip(0) / (len(levels) * len(x))
     if objective == "log":
         dY = dY * error_weight(squared_error(residuals, torch.zeros_like(residuals)))
     blocks = [slice(*ends) for ends in pairwise((0, *levels))]

@@ -345,6 +345,20 @@ def _sparse_decode_loss(
     return residual[0], squared_error[0]
 
 
+def nested_gradient(residual: Tensor) -> Tensor:
+    """``[L, B, D]``: each level's residual and those of the levels after it, summed from the last on.
+
+    Times ``-2 / (L·B)``, the gradient of the mean of all levels' errors by what the latents that a level adds
+    (of the first, ``b_dec`` too) reconstruct. Of one level, the residual itself.
+    """
+    if len(residual) == 1:
+        return residual
+    sums = residual.clone()
+    for level in reversed(range(len(sums) - 1)):
+        sums[level] += sums[level + 1]
+    return sums
+
+
 def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor | None = None) -> None:
     if csr.values.shape != csr.indices.shape or csr.values.dim() != 1:
         raise ValueError(
@@ -404,8 +418,8 @@ def nested_decode_loss(
 
     ``levels [L]`` (int32, on the device, not looked at) are the prefixes' latents, ascending; the last
     is F, so the last residual is that of the whole. Each active latent's row is still gathered once.
-    With one level, the bits of :func:`sparse_decode_loss`. Not differentiable: which levels' errors
-    reach a latent is :func:`fused_update_`'s to say.
+    With one level, the bits of :func:`sparse_decode_loss`. Not differentiable; :func:`nested_gradient` has
+    what ``fused_update_`` takes.
     """
     _check(csr, W_dec, b_dec, x)
     offsets = csr.offsets

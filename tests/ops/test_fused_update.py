@@ -14,6 +14,7 @@ from fastsae_kernels import (
     fused_update_,
     gradient_norm,
     nested_decode_loss,
+    nested_gradient,
     reference,
 )
 from fastsae_kernels.dispatch import use
@@ -94,12 +95,12 @@ class Fused:
         csr, csc, x, residual = inputs
         self.count += 1
         aux_gradients = None if aux is None else self.aux_k(x, residual[-1], aux)
-        clip, norm = None, None
+        clip, norm, dY = None, None, nested_gradient(residual)
         scale = -2 / (len(x) * len(residual))
         options = {"dY_scale": scale, "aux_gradients": aux_gradients, "levels": self.levels}
         if max_norm is not None:
             norm = gradient_norm(
-                self.W_enc, self.W_dec, self.b_dec.weight, csr, csc, x, residual, **options
+                self.W_enc, self.W_dec, self.b_dec.weight, csr, csc, x, dY, **options
             )
             clip = clip_factor(norm, max_norm)
         fused_update_(
@@ -110,7 +111,7 @@ class Fused:
             csr,
             csc,
             x,
-            residual,
+            dY,
             torch.tensor(lr, dtype=torch.float64, device=self.device),
             torch.tensor(self.count, device=self.device),
             clip=clip,

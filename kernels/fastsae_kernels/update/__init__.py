@@ -10,9 +10,8 @@ Per latent ``f``, with ``(b, z)`` its actives (its CSC segment) and ``dY = dL/dx
 and then
     db_dec   = Σ_b dY[b] - Σ_f db_enc[f] · W_enc[f]  (W_enc before its update);  Adam on b_dec
 
-Nested (Matryoshka), ``dY`` has a level for each prefix of the dictionary, and a latent takes the error of
-the first prefix that it is in, as ``b_dec`` takes that of the first of all: what the latents before it
-leave, and not what those after it will explain.
+Nested (Matryoshka), there is a ``dY`` for each prefix of the dictionary (:func:`..nested_gradient`), and a
+latent takes that of the first prefix it is in; ``b_dec``, that of the first of all.
 
 Aux-k's gradients of the dead rows are added to ``dW_dec``, ``dW_enc`` and ``db_enc``, and not to
 ``db_dec``: they move the latents they belong to and nothing that others share. Gradients are of the
