@@ -77,6 +77,9 @@ class TrainConfig:
     """Dictionary size as a multiple of the model's width, instead of --d-sae. [16 if neither is given]"""
     normalize: Literal["scalar", "none", "layer_norm"] = "scalar"
     """Input scaling: one constant that gives a mean distance of 1 from the mean, nothing, or per token."""
+    matryoshka: tuple[int, ...] = ()
+    """Train prefixes of the dictionary, as these many latents, to reconstruct without the latents after
+    them; ascending, the last is the dictionary's size."""
     init_from: str | None = None
     """Begin with the latents of this SAE: a folder or hub repository, anything fastsae.load reads."""
 
@@ -177,6 +180,7 @@ class TrainConfig:
                 object.__setattr__(self, name, int(value))  # 1e6
             valid = lambda value, least=least: isinstance(value, int) and value >= least
             self._require(name, valid, f"a whole number of at least {least}")
+        object.__setattr__(self, "matryoshka", checked_levels(self.matryoshka, self.d_sae))
         for name, bound in _ABOVE.items():
             valid = lambda value, bound=bound: _is_finite(value) and value > bound
             self._require(name, valid, f"a finite number above {bound}")
@@ -247,7 +251,8 @@ class TrainConfig:
         if self.name is not None:
             return self.name
         model = "demo" if self.demo else self.model.rstrip("/").rsplit("/", 1)[-1].lower()
-        return f"{model}-scope-v1-L{self.layer}-batchtopk-k{self.k:g}-seed{self.seed}"
+        kind = "matryoshka" if self.matryoshka else "batchtopk"
+        return f"{model}-scope-v1-L{self.layer}-{kind}-k{self.k:g}-seed{self.seed}"
 
     @property
     def stream_outlier_norm(self) -> float | None:
@@ -286,13 +291,15 @@ class TrainConfig:
         return AUX_WEIGHTS[self.objective] if self.aux_coefficient is None else self.aux_coefficient
 
     def resolve_d_sae(self, d_in: int) -> int:
-        """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it."""
+        """The dictionary size for a model of width ``d_in``; raises ConfigError if k exceeds it, or if it is
+        not where ``matryoshka`` ends."""
         d_sae = self.d_sae or round((self.expansion or 16) * d_in)
         if self.k > d_sae:
             raise ConfigError(
                 f"k = {self.k:g} is more than the dictionary's {d_sae} latents "
                 f"({self.expansion or 16:g} x {d_in}); lower k or raise d_sae"
             )
+        checked_levels(self.matryoshka, d_sae)
         return d_sae
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,6 +330,25 @@ _CHOICES = {
     for name, hint in get_type_hints(TrainConfig).items()
     if get_origin(hint) is Literal
 }
+
+
+def checked_levels(levels: Iterable[Any], d_sae: int | None) -> tuple[int, ...]:
+    """The levels of a Matryoshka SAE of ``d_sae`` latents, if there are any and that is known.
+
+    Raises ConfigError if they are not whole numbers, ascending, the last of them ``d_sae``.
+    """
+    values = tuple(map(_plain, levels if isinstance(levels, Iterable) else (levels,)))
+    whole = all(isinstance(v, (int, float)) and v == v // 1 for v in values)
+    if not whole or any(b <= a for a, b in itertools.pairwise((0, *values))):
+        raise ConfigError(
+            f"matryoshka = {values!r}: expected numbers of latents that ascend, as 2048 8192 24576"
+        )
+    if values and d_sae is not None and values[-1] != d_sae:
+        raise ConfigError(
+            f"matryoshka ends with {values[-1]:,}, but the dictionary has {d_sae:,} latents: the last level is "
+            f"the whole dictionary; add {d_sae}, or give --d-sae {values[-1]}"
+        )
+    return tuple(map(int, values))
 
 
 def _plain(value: Any) -> Any:

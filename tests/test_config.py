@@ -48,7 +48,9 @@ def test_not_too_many_flags() -> None:
 
 def test_settings_survive_a_way_through_json() -> None:
     for outlier_norm in (None, 10, float("inf")):
-        c = TrainConfig(layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=outlier_norm)
+        c = TrainConfig(
+            layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=outlier_norm, matryoshka=(9, 99)
+        )  # fmt: skip
         found = TrainConfig(**json.loads(json.dumps(c.to_dict(), allow_nan=False)))
         assert found == dataclasses.replace(c, aux_coefficient=18.75)
 
@@ -177,6 +179,10 @@ def test_the_stream_has_its_own_seed_if_wanted() -> None:
         ("latent_quota", -0.1, "latent_quota must be a share between 0 and 1, got -0.1"),
         ("latent_quota", 1.5, "got 1.5"),
         ("latent_quota_until", float("nan"), "latent_quota_until must be a share"),
+        ("matryoshka", (64, 64), "matryoshka = (64, 64): expected numbers of latents that ascend"),
+        ("matryoshka", (0, 64), "that ascend"),
+        ("matryoshka", (2.5, 64), "that ascend"),
+        ("matryoshka", "many", "that ascend"),
     ],
 )
 def test_impossible_values(field: str, value: object, message: str) -> None:
@@ -194,6 +200,18 @@ def test_k_beyond_the_dictionary() -> None:
     with pytest.raises(fastsae.ConfigError, match="give one of them"):
         TrainConfig(d_sae=320, expansion=2)
     assert TrainConfig(d_sae=64).resolve_d_sae(16) == 64
+
+
+def test_the_last_level_is_the_dictionary() -> None:
+    with pytest.raises(fastsae.ConfigError, match="ends with 128, but the dictionary has 256"):
+        TrainConfig(d_sae=256, matryoshka=(64, 128))
+    with pytest.raises(fastsae.ConfigError, match=r"24,576 latents.*add 24576, or give --d-sae 96"):
+        TrainConfig(matryoshka=(64, 96)).resolve_d_sae(1536)
+    found = TrainConfig(d_sae=np.int64(256), matryoshka=np.array([64, 256.0]))
+    assert found.matryoshka == (64, 256) and type(found.matryoshka[1]) is int
+    assert "-matryoshka-k64-" in found.run_name
+    (flags,) = cli.parse(["--matryoshka", "2048", "8192", "24576"]).runs
+    assert flags.matryoshka == (2048, 8192, 24576) and flags.resolve_d_sae(1536) == 24576
 
 
 class TestCommandLine:

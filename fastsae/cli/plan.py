@@ -41,6 +41,8 @@ class PlanOptions:
     """Tokens of the run."""
     pool_tokens: int = _RECIPE.pool_tokens
     """Activations mixed with each other before they are trained on."""
+    matryoshka: tuple[int, ...] = ()
+    """Levels of a Matryoshka SAE."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Matrix products of the SAE."""
     moments: Literal["fp32", "8bit"] = "fp32"
@@ -92,8 +94,9 @@ def state_bytes(D: int, F: int, *, copy: bool = True, quantized: bool = False) -
     return matrices + scales + vectors + counters
 
 
-def step_bytes(B: int, D: int, F: int, k: float, *, dead: int = 0) -> int:
-    """Bytes that come and go within a step: pre-activations, the selection, and a few ``[B, D]``.
+def step_bytes(B: int, D: int, F: int, k: float, *, dead: int = 0, levels: int = 1) -> int:
+    """Bytes that come and go within a step: pre-activations, the selection, and a few ``[B, D]``, of which
+    each of several ``levels`` has its residual and its gradient, scaled and rounded.
 
     With ``dead`` latents also aux-k's compacted pre-activations and gradients. An upper estimate: not
     all live at the same time.
@@ -101,20 +104,21 @@ def step_bytes(B: int, D: int, F: int, k: float, *, dead: int = 0) -> int:
     K = int(k * B)
     dense = 4 * B * F + 4 * B * (F // 32 + 1)
     selection = K * (4 + 4 + 4 + 4) + 4 * (B + F)
-    activations = 6 * 4 * B * D
+    activations = (6 + 4 * (levels - 1)) * 4 * B * D
     aux = dead * (3 * 4 * B + 2 * 4 * D)
     return dense + selection + activations + aux
 
 
 def run_bytes(
-    B: int, D: int, F: int, k: float, *, pool_tokens: int, dead_share: float = 0.0, **kept: bool
-) -> int:
+    B: int, D: int, F: int, k: float, *, pool_tokens: int, dead_share: float = 0.0, levels: int = 1,
+    **kept: bool,
+) -> int:  # fmt: skip
     """Bytes of a whole run beside the language model: state, step, and two pools of 16-bit activations.
 
     ``kept`` are the options of :func:`state_bytes`.
     """
     pools = 2 * pool_tokens * D * 2
-    step = step_bytes(B, D, F, k, dead=round(dead_share * F))
+    step = step_bytes(B, D, F, k, dead=round(dead_share * F), levels=levels)
     return state_bytes(D, F, **kept) + step + pools
 
 
@@ -165,9 +169,10 @@ def describe(o: PlanOptions) -> list[str]:
     shape = (o.batch_size, o.d_in, o.d_sae, o.k)
     quantized = o.moments == "8bit"
     kept = {"copy": o.precision == "bf16", "quantized": quantized}
-    extra = {"pool_tokens": o.pool_tokens, "dead_share": o.dead_share, **kept}
+    levels = len(o.matryoshka) or 1
+    extra = {"pool_tokens": o.pool_tokens, "dead_share": o.dead_share, "levels": levels, **kept}
     state = state_bytes(o.d_in, o.d_sae, **kept) / GIB
-    step = step_bytes(*shape, dead=round(o.dead_share * o.d_sae)) / GIB
+    step = step_bytes(*shape, dead=round(o.dead_share * o.d_sae), levels=levels) / GIB
     need = run_bytes(*shape, **extra) / GIB
     lines = [
         f"{o.d_sae:,} latents of width {o.d_in}, k {o.k:g}, {o.batch_size:,} tokens a step, "

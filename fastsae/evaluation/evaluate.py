@@ -188,7 +188,7 @@ def _evaluate_activations(
     covariance = RunningCovariance(sae.d_in, device)
     for batch, ids in batches:
         covariance.add(batch.to(device), ids)
-    sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
+    sums = {mode: ScoreSums(covariance.mean, sae.levels) for mode in modes}
     with progress("evaluating", len(x)) as advance:
         for batch, ids in batches:
             batch = batch.to(device)
@@ -230,7 +230,7 @@ def _evaluate_text(
             f"no activation of layer {model.layer} of {model.name} is finite: the model overflows; "
             f"use another precision, or an SAE of an earlier layer"
         )
-    sums = {mode: ScoreSums(covariance.mean, sae.d_sae) for mode in modes}
+    sums = {mode: ScoreSums(covariance.mean, sae.levels) for mode in modes}
     spliced = SplicedLosses(model, covariance.mean) if losses else None
     for batch in batches(passes / (1 + passes)):
         residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
@@ -242,10 +242,10 @@ def _evaluate_text(
         if spliced is not None:
             spliced.ablate(measured)
         for i, mode in enumerate(modes):
-            z, x_hat = _encode_decode(sae, x, mode)
-            sums[mode].add(x, z, x_hat, documents)
+            z, x_hats = _encode_decode(sae, x, mode)
+            sums[mode].add(x, z, x_hats, documents)
             if spliced is not None:
-                spliced.replace(mode, measured, x_hat)
+                spliced.replace(mode, measured, x_hats[-1])
             if i == 0:
                 for observe in observers:
                     observe(batch, measured, x, z)
@@ -281,7 +281,7 @@ def _measured(
 
 def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor]:
     z = sae.encode(x, mode if isinstance(sae.activation, BatchTopK) else None)
-    return z, sae.decode(z, sae.token_statistics(x.to(z.dtype)))
+    return z, sae.decode_levels(z, sae.token_statistics(x.to(z.dtype)))
 
 
 def _evaluation(

@@ -34,6 +34,9 @@ class Scores:
     """Mean over tokens of the cosine of x and x̂; 0 where one of them is zero."""
     l0: Estimate
     """Mean active latents per token."""
+    levels: dict[int, Estimate]
+    """Explained variance by the first so many of the active latents, for each level of a Matryoshka SAE;
+    of a plain one that of the whole alone."""
     l0_counts: Tensor
     """``[max L0 + 1]``: the number of tokens with 0, 1, 2, ... active latents."""
     fired: Tensor
@@ -87,6 +90,7 @@ class Scores:
         return {
             **estimates,
             **counts,
+            "levels": {str(m): value.to_json() for m, value in self.levels.items()},
             "l0_quantiles": {f"{share:g}": self.l0_quantile(share) for share in shares},
             "density_histogram": self.density_histogram(),
         }
@@ -95,24 +99,27 @@ class Scores:
 class ScoreSums:
     """The running sums behind :class:`Scores`; memory does not grow with the number of tokens.
 
-    ``mean [D]`` is the mean activation over all tokens that will be added.
+    ``mean [D]`` is the mean activation over all tokens that will be added, ``levels`` are the SAE's.
     """
 
-    def __init__(self, mean: Tensor, d_sae: int) -> None:
+    def __init__(self, mean: Tensor, levels: Sequence[int]) -> None:
+        self.levels, d_sae = levels, levels[-1]
+        self._errors = [f"error_{m}" for m in levels]
         self.mean, self.sums, self.tokens = mean, DocumentSums(), 0
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=mean.device)
         self.l0_counts = torch.zeros(d_sae + 1, dtype=torch.int64, device=mean.device)
 
-    def add(self, x: Tensor, z: Tensor, x_hat: Tensor, documents: Tensor) -> None:
-        """Take in raw activations ``x [n, D]``, latents ``z [n, F]`` and reconstructions ``x_hat``."""
-        x, x_hat = x.double(), x_hat.double()
+    def add(self, x: Tensor, z: Tensor, x_hats: Tensor, documents: Tensor) -> None:
+        """Take in raw activations ``x [n, D]``, latents ``z [n, F]`` and reconstructions ``x_hats [L, n, D]``."""
+        x, x_hat = x.double(), x_hats[-1].double()
+        errors = [(x - each).square().sum(1) for each in x_hats]
         active = z > 0
         l0 = active.sum(1)
         norms = x.norm(dim=1) * x_hat.norm(dim=1)
         self.sums.add(
             documents,
             tokens=torch.ones_like(norms),
-            error=(x - x_hat).square().sum(1),
+            **dict(zip(self._errors, errors, strict=True)),
             energy=x.square().sum(1),
             variance=(x - self.mean).square().sum(1),
             cosine=(x * x_hat).sum(1) / norms.where(norms > 0, 1),
@@ -123,12 +130,15 @@ class ScoreSums:
         self.tokens += len(x)
 
     def scores(self) -> Scores:
-        estimate = self.sums.estimate
+        estimate, error = self.sums.estimate, self._errors[-1]
+        explained = lambda name: estimate(lambda e, v: 1 - e / v, name, "variance")
+        levels = dict(zip(self.levels, map(explained, self._errors), strict=True))
         counts = self.l0_counts.cpu()
         return Scores(
-            explained_variance=estimate(lambda e, v: 1 - e / v, "error", "variance"),
-            normalized_mse=estimate(ratio, "error", "energy"),
-            mse=estimate(lambda e, n: e / n / len(self.mean), "error", "tokens"),
+            explained_variance=levels[self.levels[-1]],
+            levels=levels,
+            normalized_mse=estimate(ratio, error, "energy"),
+            mse=estimate(lambda e, n: e / n / len(self.mean), error, "tokens"),
             cosine=estimate(ratio, "cosine", "tokens"),
             l0=estimate(ratio, "l0", "tokens"),
             l0_counts=counts[: int(counts.nonzero().max()) + 1],

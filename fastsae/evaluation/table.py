@@ -12,9 +12,11 @@ from .evaluate import Evaluation
 def describe(evaluation: Evaluation) -> str:
     """A table, one inference mode a column; intervals are 95 %, by bootstrap over documents."""
     e, modes = evaluation, list(evaluation.scores.values())
+    inner = [*modes[0].levels][:-1]
     spreads = [f"{s.l0_quantile(0.05)} to {s.l0_quantile(0.95)}" for s in modes]
     rows: list[tuple[str, list[str]]] = [
         ("explained variance", [interval(s.explained_variance) for s in modes]),
+        *((f"  by the first {m:,}", [interval(s.levels[m]) for s in modes]) for m in inner),
         ("normalised MSE", [interval(s.normalized_mse) for s in modes]),
         ("cosine", [interval(s.cosine) for s in modes]),
         ("L0", [interval(s.l0) for s in modes]),

@@ -151,8 +151,10 @@ def _numbers(
 ) -> dict[str, Any]:
     """What ``summary.json`` has of an evaluation of some of ``held_out``."""
     own, by_threshold = evaluation[sae.inference or "topk"], evaluation["threshold"]
+    inner = {str(m): value for m, value in own.levels.items()}
     return {
         "explained_variance": own.explained_variance,
+        **({"explained_variance_by_level": inner} if len(inner) > 1 else {}),
         "pca_explained_variance": evaluation.pca_explained_variance,
         "l0": own.l0,
         "alive_fraction": own.alive_fraction,
@@ -173,6 +175,10 @@ def _describe(folder: RunFolder, s: dict[str, Any]) -> str:
         pca = s["pca_explained_variance"]
         lines += [
             f"  explained variance  {s['explained_variance']:.4f}   ({s['evaluated_on']})",
+            *(
+                f"  first {int(m):<13,} {value:.4f}"
+                for m, value in s.get("explained_variance_by_level", {}).items()
+            ),
             *([] if pca is None else [f"  PCA, same k         {pca:.4f}"]),
             f"  L0                  {s['l0']:.2f}",
             f"  alive latents       {s['alive_fraction']:.1%} of {s['d_sae']:,}",

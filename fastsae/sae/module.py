@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsae_kernels import CSR, reference
 from fastsae_kernels.reference import AuxNormalization, Objective, TokenStatistics
 
-from ..config import AUX_WEIGHTS
+from ..config import AUX_WEIGHTS, checked_levels
 from ..errors import ConfigError
 from .activation import BatchTopK, Inference
 
@@ -22,10 +22,11 @@ class Loss(NamedTuple):
     """What :meth:`SAE.loss` returns. ``loss``, ``error`` and ``aux`` are scalars after input scaling."""
 
     loss: Tensor  # the objective of error and aux: what is to be minimised
-    error: Tensor  # mean over tokens of ‖x - x̂‖²
+    error: Tensor  # mean over tokens (and levels) of ‖x - x̂‖²
     aux: Tensor
     latents: Tensor  # [B, F], in raw units, as encode returns them
     reconstruction: Tensor  # [B, D], in raw units
+    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling
 
 
 class SAE(nn.Module):
@@ -48,9 +49,13 @@ class SAE(nn.Module):
             ``"layer_norm"`` (per token: unbiased std, eps 1e-5 added to it).
         inference: how eval mode selects; see :class:`BatchTopK`.
         activation: use this module instead of ``BatchTopK(k)``.
-        metadata: provenance kept with the SAE and written to disk with it.
+        metadata: provenance kept with the SAE and written to disk with it. The levels of a Matryoshka SAE
+            are its ``training_architecture_details``' ``matryoshka_widths``, as SAELens has them.
 
-    Raises ConfigError: a size is not positive, or k exceeds d_sae.
+    Attributes: ``levels``: the prefixes of the dictionary that reconstruct without the latents after them,
+    ascending; the last is ``d_sae``, and the only one of a plain SAE.
+
+    Raises ConfigError: a size is not positive, k exceeds d_sae, or levels do not ascend to d_sae.
     """
 
     scale: Tensor
@@ -85,6 +90,9 @@ class SAE(nn.Module):
         self.precision: Precision = "fp32"
         self.activation = activation
         self.metadata: dict[str, Any] = dict(metadata or {})
+        details = self.metadata.get("training_architecture_details")
+        widths = details.get("matryoshka_widths") if isinstance(details, dict) else None
+        self.levels = checked_levels(widths or (d_sae,), d_sae)
 
         # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
         rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
@@ -154,6 +162,16 @@ class SAE(nn.Module):
         give ``statistics=sae.token_statistics(x)``. Raises ValueError if they are missing, or the last
         dimension of z is not F.
         """
+        return self._decode(z, statistics, (self.d_sae,))[0]
+
+    def decode_levels(self, z: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
+        """Reconstructions ``[L, ..., D]`` by the first latents alone, as many as each of :attr:`levels`; the
+        rest as :meth:`decode`, which the last is but for rounding."""
+        return self._decode(z, statistics, self.levels)
+
+    def _decode(
+        self, z: Tensor, statistics: TokenStatistics | None, levels: tuple[int, ...]
+    ) -> Tensor:
         if z.shape[-1] != self.d_sae:
             raise ValueError(f"decode expects latents [..., {self.d_sae}], got {tuple(z.shape)}")
         if self.normalize == "layer_norm" and statistics is None:
@@ -162,8 +180,8 @@ class SAE(nn.Module):
                 "statistics=sae.token_statistics(x), or call sae(x)"
             )
         z = z * self.scale if self.normalize == "scalar" else z
-        x_hat = reference.decode(z, self._operand(self.W_dec), self.b_dec)
-        return self.to_raw_units(x_hat, statistics)
+        x_hats = reference.decode_levels(z, self._operand(self.W_dec), self.b_dec, levels)
+        return self.to_raw_units(x_hats, statistics)
 
     def forward(self, x: Tensor, inference: Inference | None = None) -> Tensor:
         """Reconstruction ``[..., D]`` of activations ``x [..., D]``."""
@@ -197,6 +215,8 @@ class SAE(nn.Module):
     ) -> Loss:
         """The objective of training on activations ``x [..., D]``, differentiable by autograd.
 
+        With several ``levels`` the error is the mean of theirs.
+
         Args:
             dead: bool ``[F]``, the latents that aux-k may revive; none if absent.
             budget: entries that BatchTopK selects in training mode; ``int(k * B)`` if absent.
@@ -210,8 +230,9 @@ class SAE(nn.Module):
         scaled, statistics = self.scale_input(x.reshape(-1, x.shape[-1]))
         pre = self._pre_activations(scaled)
         z = self._select(pre, None, budget)
-        x_hat = reference.decode(self._operand(z), self._operand(self.W_dec), self.b_dec)
-        error = reference.squared_error(scaled, x_hat)
+        decoder = self._operand(self.W_dec), self.b_dec
+        x_hats = reference.decode_levels(self._operand(z), *decoder, self.levels)
+        error, x_hat = reference.squared_error(scaled, x_hats), x_hats[-1]
         aux = torch.zeros_like(error)
         weight = AUX_WEIGHTS[objective] if aux_coefficient is None else aux_coefficient
         if dead is not None and weight > 0:
@@ -226,7 +247,8 @@ class SAE(nn.Module):
                 scaled,
             )
         loss = reference.objective(error, aux, weight, objective)
-        return Loss(loss, error, aux, self.to_raw_units(z), self.to_raw_units(x_hat, statistics))
+        raw = self.to_raw_units(z), self.to_raw_units(x_hat, statistics)
+        return Loss(loss, error, aux, *raw, scaled - x_hats)
 
     # --- input scaling ---
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae_kernels import reference
 
-from ..config import Sweep, TrainConfig
+from ..config import Sweep, TrainConfig, checked_levels
 from ..device import resolve_device, resolve_precision
 from ..errors import ConfigError, StreamError
 from ..sae.activation import BatchTopK
@@ -62,6 +62,10 @@ def new_sae(
     config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any] | None = None
 ) -> SAE:
     """The SAE of a run before it has seen any activation."""
+    if config.matryoshka:
+        details = {"k": config.k, "matryoshka_widths": list(config.matryoshka)}
+        nested = {"training_architecture": "matryoshka_batchtopk"}
+        metadata = (metadata or {}) | nested | {"training_architecture_details": details}
     device = resolve_device(config.device)
     sae = SAE(
         d_in,
@@ -112,7 +116,7 @@ def load_origin(sweep: Sweep) -> SAE:
 
     Raises:
         FormatError: there is none, or fastsae cannot read it.
-        ConfigError: its input scaling or its number of latents is not the run's.
+        ConfigError: its input scaling or its number of latents is not the run's, or not where its levels end.
     """
     config = sweep.base
     assert config.init_from is not None
@@ -134,6 +138,7 @@ def load_origin(sweep: Sweep) -> SAE:
             f"{config.expansion:g} asks for {round(config.expansion * origin.d_in)}; leave --expansion "
             f"out to keep its latents"
         )
+    checked_levels(config.matryoshka, origin.d_sae)
     for k in sweep.ks:
         if k > origin.d_sae:
             raise ConfigError(

@@ -24,10 +24,11 @@ from fastsae_kernels import (
     encode_batch_topk,
     fused_update_,
     gradient_norm,
+    nested_decode_loss,
+    nested_gradient,
     normalize_rows_,
     project_gradient_,
     reference,
-    sparse_decode_loss,
 )
 
 from ..config import TrainConfig
@@ -42,9 +43,9 @@ class UpdateResult(NamedTuple):
     """What one step saw, before its update; tensors on the device, for whoever wants to wait for them."""
 
     objective: Tensor  # what is minimised: reference.objective of the next two
-    error: Tensor  # mean over tokens of ‖x - x̂‖², after input scaling
+    error: Tensor  # mean over tokens and levels of ‖x - x̂‖², after input scaling
     aux: Tensor
-    residual: Tensor  # [B, D], x - x̂ in raw units
+    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling; the last is the SAE's own
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
@@ -119,16 +120,23 @@ class Update(ABC):
         ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
         the raw activations, ``mse`` the mean over tokens and dimensions.
         """
-        x, residual = x.float(), result.residual.float()
-        squared = residual.square()
+        scaled, statistics = self.sae.scale_input(x)
+        x = x.float()
+        # By level, and one at a time: together they are as large as the batch times the levels.
+        squared = [
+            (x - self.sae.to_raw_units(scaled - residual, statistics).float()).square()
+            for residual in result.residuals
+        ]
+        variance = (x - x.mean(0)).square().sum()
+        explained = [1 - each.sum() / variance for each in squared]
         threshold = self.sae.threshold
         assert threshold is not None
         values = {
             "objective": result.objective,
             "error": result.error,
             "aux": result.aux,
-            "mse": squared.mean(),
-            "explained_variance": 1 - squared.sum() / (x - x.mean(0)).square().sum(),
+            "mse": squared[-1].mean(),
+            "explained_variance": explained[-1],
             "l0": result.counts.sum() / len(x),
             "alive_fraction": self.alive.double().mean(),
             "alive_window_tokens": self.alive_window,
@@ -136,6 +144,9 @@ class Update(ABC):
             "threshold": threshold,
             "lr": self.lr,
         }
+        if len(explained) > 1:
+            for m, square, share in zip(self.sae.levels, squared, explained, strict=True):
+                values |= {f"mse_{m}": square.mean(), f"explained_variance_{m}": share}
         numbers = {name: float(value) for name, value in values.items()}
         whole = ("dead", "alive_window_tokens")
         return numbers | {name: int(numbers[name]) for name in whole}
@@ -214,12 +225,10 @@ class AutogradUpdate(Update):
             self._optimizer.step()
             self.updates += 1
             normalize_rows_(sae.W_dec)
-            residual = x.to(loss.reconstruction.dtype) - loss.reconstruction
             counts = (loss.latents > 0).sum(0)
             self._count(len(x), counts)
-        return UpdateResult(
-            loss.loss.detach(), loss.error.detach(), loss.aux.detach(), residual.detach(), counts
-        )
+        seen = (loss.loss, loss.error, loss.aux, loss.residuals)
+        return UpdateResult(*(tensor.detach() for tensor in seen), counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         states = {name: self._optimizer.state[p] for name, p in self._parameters.items()}
@@ -250,7 +259,9 @@ class FusedUpdate(Update):
         self._biases = {
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
-        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, sae.W_dec.device)
+        device = sae.W_dec.device
+        self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=device)
+        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, device)
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
     @torch.no_grad()
@@ -266,15 +277,15 @@ class FusedUpdate(Update):
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
-        scaled, statistics = sae.scale_input(x)
+        scaled, _ = sae.scale_input(x)
 
         selection = encode_batch_topk(
             scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget, quota
         )
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
-        decoded = sparse_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled)
-        error, dY = decoded.squared_error.mean(), decoded.residual
+        decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled, self._levels)
+        error, dY = decoded.squared_error.mean(), nested_gradient(decoded.residual)
         if config.objective == "log":
             dY = dY * reference.error_weight(error)
 
@@ -282,7 +293,7 @@ class FusedUpdate(Update):
         if capacity:
             aux, aux_gradients = aux_k_gradients(
                 scaled,
-                decoded.residual,
+                decoded.residual[-1],
                 W_enc.compute(),
                 b_enc.weight,
                 W_dec.compute(),
@@ -296,24 +307,23 @@ class FusedUpdate(Update):
             )
         self.updates += 1
         operand = W_enc.compute().dtype
-        inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / len(x)
+        inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / (len(dY) * len(x))
         clip = None
         if config.clip_norm is not None:
             norm = gradient_norm(
                 W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY,
-                dY_scale=dY_scale, aux_gradients=aux_gradients,
+                dY_scale=dY_scale, aux_gradients=aux_gradients, levels=self._levels,
             )  # fmt: skip
             clip = clip_factor(norm, config.clip_norm)
         fused_update_(
             W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-            dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip,
+            dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip, levels=self._levels,
         )  # fmt: skip
         self.activation.track(selection.threshold)
-        residual = x - sae.to_raw_units(scaled - decoded.residual, statistics)
         counts = csc.counts()
         self._count(len(x), counts)
         objective = reference.objective(error, aux, config.aux_weight, config.objective)
-        return UpdateResult(objective, error, aux, residual, counts)
+        return UpdateResult(objective, error, aux, decoded.residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         parts = {}

@@ -7,7 +7,13 @@ from .encode_topk import encode_batch_topk
 from .encoder import Encoded, encode_with_group_max
 from .selection import GroupMax, Selection, batch_topk, group_max, topk
 from .sparse import CSC, CSR
-from .sparse_decoder import DecodeLoss, sparse_decode, sparse_decode_loss
+from .sparse_decoder import (
+    DecodeLoss,
+    nested_decode_loss,
+    nested_gradient,
+    sparse_decode,
+    sparse_decode_loss,
+)
 from .transpose import csr_to_csc
 from .update import clip_factor, fused_update_, gradient_norm
 from .update.state import AuxGradients, BiasState, MatrixState
@@ -32,6 +38,8 @@ __all__ = [
     "fused_update_",
     "gradient_norm",
     "group_max",
+    "nested_decode_loss",
+    "nested_gradient",
     "normalize_rows",
     "normalize_rows_",
     "project_gradient",

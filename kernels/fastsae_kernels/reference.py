@@ -16,7 +16,9 @@ Sources: BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410); TopK and aux-k, Gao
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -140,8 +142,23 @@ def decode(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return z @ W_dec + b_dec
 
 
+def decode_levels(z: Tensor, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int]) -> Tensor:
+    """``x̂ [L, B, D]``: what the first ``levels[l]`` latents reconstruct without those after them.
+
+    ``x̂_l = x̂_{l-1} + z W_dec`` over the latents of level l that are not in the one before, and
+    ``x̂_0 = b_dec``. Source: Matryoshka SAEs, Bussmann et al. 2025 (arXiv:2503.17547).
+    """
+    x_hats = [b_dec]
+    for first, end in pairwise((0, *levels)):
+        x_hats.append(decode(z[..., first:end], W_dec[first:end], x_hats[-1]))
+    return torch.stack(x_hats[1:])
+
+
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """``mean_B ‖x - x̂‖²``: summed over the width, so that it is comparable between models."""
+    """``mean_B ‖x - x̂‖²``: summed over the width, so that it is comparable between models.
+
+    Of ``x̂ [L, B, D]``, the mean over the levels too: the error that nested training minimises.
+    """
     return (x - x_hat).square().sum(-1).mean()
 
 
@@ -213,6 +230,7 @@ def gradients(
     k_aux: int,
     normalization: AuxNormalization = "residual_variance",
     objective: Objective = "log",
+    levels: Sequence[int] = (),
 ) -> Gradients:
     """Gradients of :func:`objective` without autograd, for a given selection ``mask``.
 
@@ -220,20 +238,25 @@ def gradients(
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
     ``db_enc[f] = Σ dz`` and ``db_dec = Σ_b dY - Σ_f db_enc[f] W_enc[f]``. Aux-k adds terms of the same
     form to the dead latents' rows; its target is detached, so none of them reaches ``dY``, and its
-    pre-activations take ``b_dec`` as given, so none reaches ``db_dec``.
+    pre-activations take ``b_dec`` as given, so none reaches ``db_dec``. With ``levels`` there is a ``dY``
+    for each, the sum of the derivatives by its reconstruction and by those of the levels after it: all that
+    the latents which it adds are part of. ``b_dec`` is part of all, as the first level's latents are.
     """
     W_enc, b_enc, W_dec, b_dec = params
     centred = x - b_dec
     pre = centred @ W_enc + b_enc
     z = pre * mask
-    residual = x - (z @ W_dec + b_dec)
+    levels = levels or (len(W_dec),)
+    residuals = x - decode_levels(z, W_dec, b_dec, levels)
+    residual = residuals[-1]
 
-    dY = -2 * residual / len(x)
+    dY = -2 * residuals.flip(0).cumsum(0).flip(0) / (len(levels) * len(x))
     if objective == "log":
-        dY = dY * error_weight(squared_error(residual, torch.zeros_like(residual)))
-    dz = (dY @ W_dec.T) * mask
-    dW_dec = z.T @ dY
-    db_dec = dY.sum(0) - W_enc @ dz.sum(0)
+        dY = dY * error_weight(squared_error(residuals, torch.zeros_like(residuals)))
+    blocks = [slice(*ends) for ends in pairwise((0, *levels))]
+    dz = mask * torch.cat([d @ W_dec[f].T for d, f in zip(dY, blocks, strict=True)], 1)
+    dW_dec = torch.cat([z[:, f].T @ d for d, f in zip(dY, blocks, strict=True)])
+    db_dec = dY[0].sum(0) - W_enc @ dz.sum(0)
 
     n_dead = int(dead.sum())
     if n_dead and k_aux:
@@ -340,6 +363,7 @@ class Settings:
     objective: Objective = "log"
     max_gradient_norm: float | None = None
     quota: float = 0.0
+    levels: tuple[int, ...] = ()  # of Matryoshka; ends with F
 
 
 @dataclass(frozen=True)
@@ -369,8 +393,8 @@ def train_step(
     K = num_selected(settings.k, *pre.shape)
     if mask is None:
         mask = batch_topk_mask(pre, K, settings.quota)
-    x_hat = decode(pre * mask, W_dec, b_dec)
-    error = squared_error(x, x_hat)
+    x_hats = decode_levels(pre * mask, W_dec, b_dec, settings.levels or (len(W_dec),))
+    error, x_hat = squared_error(x, x_hats), x_hats[-1]
     dead = state.tokens_since_active >= settings.dead_after_tokens
     aux = aux_k_loss(pre, x - x_hat, W_dec, dead, settings.k_aux, settings.aux_normalization, x)
 
@@ -383,6 +407,7 @@ def train_step(
         k_aux=settings.k_aux,
         normalization=settings.aux_normalization,
         objective=settings.objective,
+        levels=settings.levels,
     )
     g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
     clip = clip_factor(g, settings.max_gradient_norm)

@@ -5,6 +5,12 @@
     dW_dec[f] = Σ_{j: i[j] = f} z[j] · dx̂[b(j)]                 the same sum, over the CSC
     db_dec   = Σ_b dx̂[b]
 
+Nested (Matryoshka), the first ``m_l`` latents reconstruct by themselves, for each level l:
+
+    x̂_l[b]   = x̂_{l-1}[b] + Σ_{j in row b, m_{l-1} <= i[j] < m_l} z[j] · W_dec[i[j]],   x̂_0 = b_dec
+
+so a row is cut at the levels into segments, each is summed once, and the sums add up over the levels.
+
 Shapes: ``values [K]``, ``indices [K]``, ``offsets [B + 1]``, ``W_dec [F, D]``, ``b_dec [D]``,
 ``x [B, D]``. Sums are in float32 (float64 for float64 tensors) and rounded once, at the store. Rows of
 more than 128 actives are summed in chunks (:mod:`.segments`). No atomics: bitwise reproducible.
@@ -120,25 +126,28 @@ def weighted_row_sums_kernel(
 def decode_loss_kernel(
     values_ptr, indices_ptr, offsets_ptr, table_ptr, bias_ptr, x_ptr, starts_ptr, sums_ptr,
     residual_ptr, squares_ptr,
-    D,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens, D,
+    LEVELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One token and one tile of columns a program; ``squares [B, tiles]``."""
+    """One token, with its segments, and one tile of columns a program; ``squares [L, B, tiles]``."""
     token = tl.program_id(0)
     tile = tl.program_id(1)
     columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
-    x_hat = _segment_sum(
-        values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
-        token, columns, D,
-        CHUNK, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    x_hat += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    at = token.to(tl.int64) * D + columns
     # Outside D all of x, x̂ and hence the residual are zero.
-    residual = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - x_hat
-    tl.store(residual_ptr + at, rounded(residual, residual_ptr.dtype.element_ty), mask=inside)
-    tl.store(squares_ptr + token * tl.num_programs(1) + tile, tl.sum(residual * residual, 0))
+    x_hat = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token.to(tl.int64) * D + columns, mask=inside, other=0.0).to(tl.float32)
+    for level in range(LEVELS):
+        x_hat += _segment_sum(
+            values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
+            token * LEVELS + level, columns, D,
+            CHUNK, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        residual = x - x_hat
+        row = tl.cast(level, tl.int64) * tokens + token
+        to = residual_ptr + row * D + columns
+        tl.store(to, rounded(residual, residual_ptr.dtype.element_ty), mask=inside)
+        tl.store(squares_ptr + row * tl.num_programs(1) + tile, tl.sum(residual * residual, 0))
 
 
 @jit
@@ -182,15 +191,15 @@ def launch_chunk_sums(
         )  # fmt: skip
 
 
-def _launch_segment_sums(kernel, values, indices, offsets, table, **others: Tensor | None) -> None:
-    """Launch ``kernel`` over (segments, column tiles), the long segments' chunks before it."""
-    segments, width = len(offsets) - 1, table.shape[1]
-    if not segments * width:
+def _launch_segment_sums(kernel, programs, values, indices, offsets, table, **others) -> None:
+    """Launch ``kernel`` over (programs, column tiles), the long segments' chunks before it."""
+    width = table.shape[1]
+    if not programs * width:
         return
     long, chunks = long_segments(offsets, len(indices)), chunk_capacity(len(indices))
     sums = torch.empty(chunks, width, dtype=torch.float32, device=table.device)
     launch_chunk_sums(values, indices, offsets, table, long, sums)
-    kernel[(segments, triton.cdiv(width, column_block(width)))](
+    kernel[(programs, triton.cdiv(width, column_block(width)))](
         values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, table_ptr=table,
         starts_ptr=long.starts, sums_ptr=sums,
         D=width,
@@ -265,8 +274,9 @@ def _weighted_row_sums(
     out = _fake_row_sums(values, indices, offsets, table, bias)
     bias = None if bias is None else bias.contiguous()
     _launch_segment_sums(
-        weighted_row_sums_kernel, values, indices, offsets, table, bias_ptr=bias, out_ptr=out
-    )
+        weighted_row_sums_kernel, len(out), values, indices, offsets, table,
+        bias_ptr=bias, out_ptr=out,
+    )  # fmt: skip
     return out
 
 
@@ -280,6 +290,39 @@ def _sparse_decode(
 def _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x):
     squared_error = x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format), squared_error
+
+
+def _fake_nested_decode_loss(values, indices, offsets, W_dec, b_dec, x, levels):
+    squared_error = x.new_empty(levels, x.shape[0], dtype=accumulator(x.dtype))
+    return x.new_empty(levels, *x.shape), squared_error
+
+
+@register(fake=_fake_nested_decode_loss)
+def _nested_decode_loss(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor,
+    levels: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``offsets [B * levels + 1]`` cut each token's row into the segments of its levels."""
+    values, W_dec, b_dec, x = (t.contiguous() for t in (values, W_dec, b_dec, x))
+    residual, squared_error = _fake_nested_decode_loss(
+        values, indices, offsets, W_dec, b_dec, x, levels
+    )
+    if implementation(W_dec) == "torch":
+        blocks = _row_sums_torch(values, indices, offsets, W_dec).view(len(x), levels, x.shape[1])
+        x_hat = b_dec
+        for level in range(levels):
+            x_hat = x_hat + blocks[:, level]
+            exact = x - x_hat
+            residual[level], squared_error[level] = exact, exact.square().sum(1)
+        return residual, squared_error
+    tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
+    squares = squared_error.new_empty(levels, len(x), tiles)
+    _launch_segment_sums(
+        decode_loss_kernel, len(x), values, indices, offsets, W_dec,
+        bias_ptr=b_dec, x_ptr=x, residual_ptr=residual, squares_ptr=squares,
+        tokens=len(x), LEVELS=levels,
+    )  # fmt: skip
+    return residual, squares.sum(2)
 
 
 def _save_decode_loss(ctx, inputs, output):
@@ -298,21 +341,25 @@ def _decode_loss_backward(ctx, dresidual, dsquared_error):
 def _sparse_decode_loss(
     values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    values, W_dec, b_dec, x = (t.contiguous() for t in (values, W_dec, b_dec, x))
-    if implementation(W_dec) == "torch":
-        residual = x - (_row_sums_torch(values, indices, offsets, W_dec) + b_dec)
-        return residual.to(x.dtype), residual.square().sum(1).to(accumulator(x.dtype))
-    residual, squared_error = _fake_decode_loss(values, indices, offsets, W_dec, b_dec, x)
-    tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
-    squares = squared_error.new_empty(len(x), tiles)
-    _launch_segment_sums(
-        decode_loss_kernel, values, indices, offsets, W_dec,
-        bias_ptr=b_dec, x_ptr=x, residual_ptr=residual, squares_ptr=squares,
-    )  # fmt: skip
-    return residual, squares.sum(1)
+    residual, squared_error = _nested_decode_loss(values, indices, offsets, W_dec, b_dec, x, 1)
+    return residual[0], squared_error[0]
 
 
-def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> None:
+def nested_gradient(residual: Tensor) -> Tensor:
+    """``[L, B, D]``: each level's residual and those of the levels after it, summed from the last on.
+
+    Times ``-2 / (L·B)``, the gradient of the mean of all levels' errors by what the latents that a level adds
+    (of the first, ``b_dec`` too) reconstruct. Of one level, the residual itself.
+    """
+    if len(residual) == 1:
+        return residual
+    sums = residual.clone()
+    for level in reversed(range(len(sums) - 1)):
+        sums[level] += sums[level + 1]
+    return sums
+
+
+def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor | None = None) -> None:
     if csr.values.shape != csr.indices.shape or csr.values.dim() != 1:
         raise ValueError(
             "csr.values and csr.indices: expected two vectors of one length, got "
@@ -327,6 +374,11 @@ def _check(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> None:
         raise ValueError(
             "W_dec and b_dec: expected [F, D] and [D], got "
             f"{list(W_dec.shape)} and {list(b_dec.shape)}"
+        )
+    if x is not None and x.shape != (len(csr.offsets) - 1, W_dec.shape[1]):
+        raise ValueError(
+            f"x: expected [B, D] = [{len(csr.offsets) - 1}, {W_dec.shape[1]}] of csr and W_dec, "
+            f"got {list(x.shape)}"
         )
 
 
@@ -355,10 +407,29 @@ def sparse_decode_loss(csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Dec
     takes the pair. The squares are those of the unrounded residual, summed tile by tile in fixed
     order. Differentiable in ``csr.values``, ``W_dec``, ``b_dec`` and ``x``.
     """
-    _check(csr, W_dec, b_dec)
-    if x.shape != (len(csr.offsets) - 1, W_dec.shape[1]):
-        raise ValueError(
-            f"x: expected [B, D] = [{len(csr.offsets) - 1}, {W_dec.shape[1]}] of csr and W_dec, "
-            f"got {list(x.shape)}"
-        )
+    _check(csr, W_dec, b_dec, x)
     return DecodeLoss(*_sparse_decode_loss(*csr, W_dec, b_dec, x))
+
+
+def nested_decode_loss(
+    csr: CSR, W_dec: Tensor, b_dec: Tensor, x: Tensor, levels: Tensor
+) -> DecodeLoss:
+    """:func:`sparse_decode_loss` of every prefix of the dictionary: residual ``[L, B, D]``, squares ``[L, B]``.
+
+    ``levels [L]`` (int32, on the device, not looked at) are the prefixes' latents, ascending; the last
+    is F, so the last residual is that of the whole. Each active latent's row is still gathered once.
+    With one level, the bits of :func:`sparse_decode_loss`. Not differentiable; :func:`nested_gradient` has
+    what ``fused_update_`` takes.
+    """
+    _check(csr, W_dec, b_dec, x)
+    offsets = csr.offsets
+    if len(levels) > 1:
+        # Entries ascend in (token, latent), and a level's segment ends where its first latent beyond
+        # would stand; the unused slots count to a token after the last.
+        latents, token = len(W_dec), torch.arange(len(x), device=x.device)
+        entries = csr.tokens() * latents + csr.indices
+        ends = torch.searchsorted(entries, (token[:, None] * latents + levels).flatten())
+        offsets = torch.cat([offsets[:1], ends.int()])
+    return DecodeLoss(
+        *_nested_decode_loss(csr.values, csr.indices, offsets, W_dec, b_dec, x, len(levels))
+    )

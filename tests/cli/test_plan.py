@@ -43,6 +43,17 @@ def test_quantized_moments_are_counted():
     assert plan.state_bytes(D, F, quantized=True) == 2 * one + 12 * (F + D) + 8 * F
 
 
+def test_levels_are_counted(capsys):
+    B, D, F, k = RECIPE
+    more = plan.step_bytes(B, D, F, k, levels=3) - plan.step_bytes(B, D, F, k)
+    assert more == 2 * 4 * 4 * B * D
+    plain, nested = (
+        printed(capsys, *flags) for flags in ((), ("--matryoshka", "2048", "8192", "24576"))
+    )
+    assert plain != nested and len(plain) == len(nested)
+    assert main(["plan", "--matryoshka", "2048", "8192"]) == 2
+
+
 def test_the_largest_dictionary_fits_and_the_next_does_not():
     B, D, _, k = RECIPE
     options = {"pool_tokens": 262_144, "dead_share": 0.38}

@@ -13,8 +13,9 @@ from fastsae_kernels import (
     clip_factor,
     fused_update_,
     gradient_norm,
+    nested_decode_loss,
+    nested_gradient,
     reference,
-    sparse_decode_loss,
 )
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
@@ -22,6 +23,7 @@ from fastsae_kernels.update import _fused_update_, _gradient_norm, _parts, torch
 from fastsae_kernels.update.state import Adam, Batch, Parameters
 
 TOKENS, LATENTS, WIDTH = 130, 11, 20
+LEVELS = (2, 7, LATENTS)  # a latent of two chunks and the long one are in the second
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
 FORMS = {
     "whole": {},
@@ -66,7 +68,7 @@ def start(seed: int = 0) -> tuple[reference.State, torch.Tensor, torch.Tensor]:
 class Fused:
     """The same state in the kernels' form."""
 
-    def __init__(self, state: reference.State, dtype, device, **form):
+    def __init__(self, state: reference.State, dtype, device, levels=(LATENTS,), **form):
         to = lambda t: t.to(device, dtype, copy=True).contiguous()
         p, m = state.params, state.moments
         self.W_enc = MatrixState.start(to(p.W_enc.T), **form)
@@ -78,26 +80,27 @@ class Fused:
                 rows.m.copy_(moments.m.T if transpose else moments.m)
                 rows.v.copy_(moments.v.T if transpose else moments.v)
         self.dtype, self.device, self.count = dtype, device, state.step
+        self.levels = torch.tensor(levels, dtype=torch.int32, device=device)
 
     def inputs(self, x, mask):
-        """csr, csc, x and the residual, from the masters."""
+        """csr, csc, x and the residual of each level, from the masters."""
         x = x.to(self.device, self.dtype)
         W_enc = self.W_enc.master().T
         pre = reference.pre_activations(x, W_enc, self.b_enc.weight, self.b_dec.weight)
         csr, csc = selection(mask.to(self.device), pre)
-        loss = sparse_decode_loss(csr, self.W_dec.master(), self.b_dec.weight, x)
+        loss = nested_decode_loss(csr, self.W_dec.master(), self.b_dec.weight, x, self.levels)
         return csr, csc, x, loss.residual
 
     def step(self, inputs, max_norm=None, aux=None, lr=3e-4):
         csr, csc, x, residual = inputs
         self.count += 1
-        scale = -2 / len(x)
-        aux_gradients = None if aux is None else self.aux_k(x, residual, aux)
-        clip, norm = None, None
-        options = {"dY_scale": scale, "aux_gradients": aux_gradients}
+        aux_gradients = None if aux is None else self.aux_k(x, residual[-1], aux)
+        clip, norm, dY = None, None, nested_gradient(residual)
+        scale = -2 / (len(x) * len(residual))
+        options = {"dY_scale": scale, "aux_gradients": aux_gradients, "levels": self.levels}
         if max_norm is not None:
             norm = gradient_norm(
-                self.W_enc, self.W_dec, self.b_dec.weight, csr, csc, x, residual, **options
+                self.W_enc, self.W_dec, self.b_dec.weight, csr, csc, x, dY, **options
             )
             clip = clip_factor(norm, max_norm)
         fused_update_(
@@ -108,7 +111,7 @@ class Fused:
             csr,
             csc,
             x,
-            residual,
+            dY,
             torch.tensor(lr, dtype=torch.float64, device=self.device),
             torch.tensor(self.count, device=self.device),
             clip=clip,
@@ -156,10 +159,14 @@ def assert_close(fused: Fused, state: reference.State, tolerance: float):
 
 
 @pytest.mark.parametrize("dead", [0, 3])
-@pytest.mark.parametrize("max_norm", [None, 1e-3, 1e3], ids=["no clip", "clipped", "below clip"])
+@pytest.mark.parametrize(
+    ("max_norm", "levels"),
+    [(None, ()), (1e-3, ()), (1e3, ()), (1e-3, LEVELS)],
+    ids=["no clip", "clipped", "below clip", "nested"],
+)
 @pytest.mark.usefixtures("poison")
 @pytest.mark.slow_interpreted
-def test_one_step_is_the_reference_step(device, max_norm, dead):
+def test_one_step_is_the_reference_step(device, max_norm, levels, dead):
     state, x, mask = start()
     since = state.tokens_since_active
     since[:dead] = since[EMPTY] = 100 if dead else 0  # some of the dead are selected, some are not
@@ -170,9 +177,10 @@ def test_one_step_is_the_reference_step(device, max_norm, dead):
         dead_after_tokens=100,
         max_gradient_norm=max_norm,
         aux_coefficient=0.5,
+        levels=levels,
     )
     expected = reference.train_step(state, x, settings, mask)
-    fused = Fused(state, torch.float32, device)
+    fused = Fused(state, torch.float32, device, levels or (LATENTS,))
     norm = fused.step(fused.inputs(x, mask), max_norm, (state, settings) if dead else None)
     assert_close(fused, expected.state, FUSED_STEP)
     if max_norm is not None:
@@ -184,6 +192,7 @@ def test_one_step_is_the_reference_step(device, max_norm, dead):
             aux_coefficient=0.5,
             k_aux=LATENTS if dead else 0,
             objective="plain",
+            levels=levels,
         )
         g = g._replace(W_dec=reference.project_gradient(state.params.W_dec, g.W_dec))
         exact = torch.stack([t.norm() for t in g]).norm()
@@ -219,8 +228,16 @@ def test_one_step_is_autograd_and_torch_adam(max_norm):
         torch.testing.assert_close(got, expected.detach(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("normalization", ["residual_variance", "total_variance", "none"])
-def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
+@pytest.mark.parametrize(
+    ("normalization", "levels"),
+    [
+        ("residual_variance", ()),
+        ("total_variance", ()),
+        ("none", ()),
+        ("residual_variance", LEVELS),
+    ],
+)
+def test_a_hundred_steps_in_float64_follow_the_reference(normalization, levels):
     state, x, _ = start(2)
     # Latents 0 to 3 are dead from the start and come back as aux-k moves them; Adam starts fresh.
     state.tokens_since_active[:4] = 1000
@@ -237,8 +254,9 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization):
         max_gradient_norm=0.05,
         aux_normalization=normalization,
         aux_coefficient=0.5,
+        levels=levels,
     )
-    fused = Fused(state, torch.float64, "cpu")
+    fused = Fused(state, torch.float64, "cpu", levels or (LATENTS,))
     ever_dead = 0
     for step in range(100):
         torch.manual_seed(step)
@@ -337,7 +355,7 @@ def test_runs_are_bitwise_equal(device):
     runs = []
     for _ in range(2 if device.type == "cpu" else 100):
         state, x, mask = start(7)
-        fused = Fused(state, torch.float32, device, split=True, quantized_moments=True)
+        fused = Fused(state, torch.float32, device, LEVELS, split=True, quantized_moments=True)
         fused.step(fused.inputs(x, mask), 1e-3)
         runs.append(fused.tensors())
     for run in runs[1:]:
@@ -399,7 +417,8 @@ def test_compiles_whole_without_recompiling_between_steps():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(W_enc, b_enc, W_dec, b_dec, csr, csc, x, residual, lr, count):
-        fused_update_(W_enc, b_enc, W_dec, b_dec, csr, csc, x, residual, lr, count, dY_scale=-0.01)
+        parameters = (W_enc, b_enc, W_dec, b_dec)
+        fused_update_(*parameters, csr, csc, x, residual[0], lr, count, dY_scale=-0.01)
 
     lrs = [torch.tensor(lr) for lr in (1e-3, 2e-3)]
     counts = [torch.tensor(n) for n in (6, 7)]
@@ -442,8 +461,8 @@ def test_refusals_come_before_anything_is_written():
     fused = Fused(state, torch.float32, "cpu")
     csr, csc, x, residual = fused.inputs(x, mask)
     before = fused.tensors()
-    with pytest.raises(ValueError, match=r"dY: expected shape \[130, 20\], got \[129, 20\]"):
-        fused.step((csr, csc, x, residual[1:]))
+    with pytest.raises(ValueError, match=r"dY: expected shape \[1, 130, 20\], got \[1, 129, 20\]"):
+        fused.step((csr, csc, x, residual[:, 1:]))
     with pytest.raises(ValueError, match=r"x: expected a contiguous tensor, got strides"):
         fused.step((csr, csc, x.T.contiguous().T, residual))
     with pytest.raises(ValueError, match=r"csc.offsets: expected shape"):

@@ -165,11 +165,13 @@ def autograd(
 ) -> ref.Gradients:
     params = ref.Gradients(*(p.clone().requires_grad_() for p in state.params))
     pre = ref.pre_activations(x, params.W_enc, params.b_enc, params.b_dec)
-    x_hat = ref.decode(pre * mask, params.W_dec, params.b_dec)
+    z, levels = pre * mask, s.levels or (len(params.W_dec),)
+    x_hats = [ref.decode(z[:, :m], params.W_dec[:m], params.b_dec) for m in levels]
+    x_hat = x_hats[-1]
     dead = state.tokens_since_active >= s.dead_after_tokens
     given = ref.pre_activations(x, params.W_enc, params.b_enc, params.b_dec.detach())
     aux = ref.aux_k_loss(given, x - x_hat, params.W_dec, dead, s.k_aux, s.aux_normalization, x)
-    error = ref.squared_error(x, x_hat)
+    error = torch.stack([ref.squared_error(x, each) for each in x_hats]).mean()
     loss = (error.log() if s.objective == "log" else error) + s.aux_coefficient * aux
     return ref.Gradients(*torch.autograd.grad(loss, list(params)))
 
@@ -190,8 +192,9 @@ class TestGradients:
     @pytest.mark.parametrize("normalization", ["residual_variance", "total_variance", "none"])
     @pytest.mark.parametrize("k_aux", [1, 3, 30])
     @pytest.mark.parametrize("objective", ["log", "plain"])
+    @pytest.mark.parametrize("levels", [(), (3, 17, 40)])
     def test_written_out_gradients_are_autograds(
-        self, normalization: str, k_aux: int, objective: str
+        self, normalization: str, k_aux: int, objective: str, levels: tuple[int, ...]
     ) -> None:
         state, x = small_problem(0)
         s = ref.Settings(
@@ -200,12 +203,14 @@ class TestGradients:
             aux_coefficient=0.7,
             aux_normalization=normalization,
             objective=objective,
+            levels=levels,
         )
         pre = ref.pre_activations(x, state.params.W_enc, state.params.b_enc, state.params.b_dec)
         mask = ref.batch_topk_mask(pre, 4 * len(x))
         written = ref.gradients(
             x, state.params, mask, state.tokens_since_active > 0,
             aux_coefficient=0.7, k_aux=k_aux, normalization=normalization, objective=objective,
+            levels=levels,
         )  # fmt: skip
         for name, a, b in zip(
             ref.Gradients._fields, written, autograd(state, x, mask, s), strict=True
@@ -330,13 +335,16 @@ class TestUpdate:
             torch.ones(2, 3, dtype=F64)
         )
 
-    @pytest.mark.parametrize("clip", [None, 0.05, 1e6])
+    @pytest.mark.parametrize(
+        ("clip", "levels"), [(None, ()), (0.05, ()), (1e6, ()), (0.05, (5, 40))]
+    )
     def test_whole_steps_are_autograd_projection_clip_adam_renormalisation(
-        self, clip: float | None
+        self, clip: float | None, levels: tuple[int, ...]
     ) -> None:
         state, x = small_problem(5)
         s = ref.Settings(
-            k=3.3, k_aux=3, lr=0.01, dead_after_tokens=60, max_gradient_norm=clip, aux_coefficient=18.75
+            k=3.3, k_aux=3, lr=0.01, dead_after_tokens=60, max_gradient_norm=clip, aux_coefficient=18.75,
+            levels=levels,
         )  # fmt: skip
         params = [p.clone().requires_grad_() for p in state.params]
         optimizer = torch.optim.Adam(params, lr=s.lr)

@@ -10,8 +10,10 @@ from fastsae_kernels.dispatch import use
 from fastsae_kernels.segments import CHUNK, chunk_capacity, long_segments
 from fastsae_kernels.sparse import CSR
 from fastsae_kernels.sparse_decoder import (
+    _nested_decode_loss,
     _sparse_decode,
     _sparse_decode_loss,
+    nested_decode_loss,
     sparse_decode,
     sparse_decode_loss,
 )
@@ -72,6 +74,36 @@ def test_loss_is_the_squared_residual(device, dtype):
     assert_sums(residual, exact, magnitudes, lengths)
     bound = 2 * (exact.abs() * magnitudes).sum(1) + exact.square().sum(1)
     assert_sums(squared_error, exact.square().sum(1), bound, lengths + WIDTH)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("poison")
+def test_every_level_reconstructs_by_its_own_latents(device, dtype):
+    csr, W_dec, b_dec, x, z = inputs(dtype, device)
+    levels = (1, 8, LATENTS)  # the last has more than a chunk of one token's entries
+    residual, squared_error = nested_decode_loss(
+        csr, W_dec, b_dec, x, torch.tensor(levels, dtype=torch.int32, device=device)
+    )
+    assert residual.dtype == dtype and squared_error.dtype == torch.float32
+    z, W, b, x = z.double(), W_dec.double(), b_dec.double(), x.double()
+    exact = x - reference.decode_levels(z, W, b, levels)
+    for level, m in enumerate(levels):
+        magnitudes = z[:, :m].abs() @ W[:m].abs() + b.abs() + x.abs()
+        lengths = csr.offsets.diff() + 3
+        assert_sums(residual[level], exact[level], magnitudes, lengths)
+        bound = 2 * (exact[level].abs() * magnitudes).sum(1) + exact[level].square().sum(1)
+        assert_sums(squared_error[level], exact[level].square().sum(1), bound, lengths + WIDTH)
+
+
+def test_one_level_is_the_plain_decoder_bit_for_bit(device):
+    csr, W_dec, b_dec, x, _ = inputs(device=device)
+    one = torch.tensor([LATENTS], dtype=torch.int32, device=device)
+    for got, expected in zip(
+        nested_decode_loss(csr, W_dec, b_dec, x, one),
+        sparse_decode_loss(csr, W_dec, b_dec, x),
+        strict=True,
+    ):
+        assert torch.equal(got[0], expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -136,6 +168,8 @@ def test_operations_are_well_registered(device):
     values, W_dec, b_dec = leaves
     torch.library.opcheck(_sparse_decode, (values, *csr[1:], W_dec, b_dec))
     torch.library.opcheck(_sparse_decode_loss, (values, *csr[1:], W_dec, b_dec, x.requires_grad_()))
+    plain = [t.detach() for t in (values, *csr[1:], W_dec, b_dec, x)]
+    torch.library.opcheck(_nested_decode_loss, (*plain, 1))
 
 
 def test_compiles_whole_with_dynamic_tokens():
@@ -190,9 +224,10 @@ def test_permuting_tokens_permutes_reconstructions_exactly(tokens, latents, dens
 def test_runs_are_bitwise_equal(device):
     csr, W_dec, b_dec, x, _ = inputs(device=device)
     runs = 2 if device.type == "cpu" else 100
-    first = sparse_decode_loss(csr, W_dec, b_dec, x)
+    levels = torch.tensor([8, LATENTS], dtype=torch.int32, device=device)
+    first = nested_decode_loss(csr, W_dec, b_dec, x, levels)
     for _ in range(runs):
-        again = sparse_decode_loss(csr, W_dec, b_dec, x)
+        again = nested_decode_loss(csr, W_dec, b_dec, x, levels)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

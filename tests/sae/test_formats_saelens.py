@@ -47,6 +47,33 @@ def test_saelens_loads_what_is_saved(tmp_path, normalize, inference):
     assert_same_function(theirs, sae, inference)
 
 
+@pytest.mark.parametrize("inference", ["topk", "threshold"])
+def test_saelens_loads_a_matryoshka_sae_and_keeps_its_levels(tmp_path, inference):
+    details = {"k": 3.6, "matryoshka_widths": [5, 17, 40]}
+    metadata = {"training_architecture": "matryoshka_batchtopk"}
+    sae = small_sae(metadata=MODEL | metadata | {"training_architecture_details": details})
+    fastsae.save(sae, tmp_path / "ours", inference)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    assert_same_function(theirs, sae, inference)
+    assert theirs.cfg.metadata.training_architecture_details == details
+    theirs.save_model(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = fastsae.load(tmp_path / folder)
+        assert again.levels == (5, 17, 40) and again.k == 3.6 and again.metadata == sae.metadata
+
+
+@pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
+def test_every_format_keeps_levels_and_refuses_impossible_ones(tmp_path, format):
+    details = {"matryoshka_widths": [5, 17, 40]}
+    sae = small_sae(metadata={"training_architecture_details": details})
+    fastsae.save(sae, tmp_path, format=format)
+    assert fastsae.load(tmp_path).levels == (5, 17, 40)
+    details["matryoshka_widths"] = [5, 17]
+    fastsae.save(sae, tmp_path, format=format)
+    with pytest.raises(fastsae.FormatError, match="ends with 17, but the dictionary has 40"):
+        fastsae.load(tmp_path)
+
+
 @pytest.mark.parametrize("k, per_token", [(0.3, 1), (2.5, 2), (3.6, 4), (40, 40)])
 def test_topk_form_keeps_k_rounded_latents_per_token(tmp_path, k, per_token):
     sae = small_sae(k=k)
@@ -201,6 +228,12 @@ def trained(config) -> "sae_lens.TrainingSAE":
             ),
             BatchTopK,
         ),
+        (
+            sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+                d_in=12, d_sae=40, k=4.5, matryoshka_widths=[5, 40]
+            ),
+            BatchTopK,
+        ),
     ],
 )
 def test_reads_what_saelens_trains(tmp_path, config, activation):
@@ -209,6 +242,7 @@ def test_reads_what_saelens_trains(tmp_path, config, activation):
     theirs, ours = sae_lens.SAE.load_from_disk(tmp_path), fastsae.load(tmp_path)
     assert type(ours.activation) is activation
     assert_same_function(theirs, ours)
+    assert ours.levels == tuple(getattr(config, "matryoshka_widths", (40,)))
     if activation is BatchTopK:
         assert ours.k == 4.5 and ours.inference == "threshold"
         assert ours.threshold > 0 and ours.threshold.dtype == torch.float32

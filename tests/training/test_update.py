@@ -19,6 +19,9 @@ CONFIG = fastsae.TrainConfig(
 )  # fmt: skip
 
 
+LEVELS = (4, 15, 40)
+
+
 @pytest.fixture(params=["fused", "autograd"])
 def way(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -26,7 +29,10 @@ def way(request: pytest.FixtureRequest) -> str:
 
 def new_step(way: str, config: fastsae.TrainConfig = CONFIG, dtype: torch.dtype = F64) -> Update:
     g = torch.Generator().manual_seed(0)
-    sae = fastsae.SAE(6, 40, config.k, normalize=config.normalize, dtype=dtype, generator=g)
+    nested = {"training_architecture_details": {"matryoshka_widths": list(config.matryoshka)}}
+    sae = fastsae.SAE(
+        6, 40, config.k, normalize=config.normalize, metadata=nested, dtype=dtype, generator=g
+    )
     with torch.no_grad():
         sae.b_dec.copy_(torch.randn(6, generator=g))
     return UPDATES[way](sae, config)
@@ -38,27 +44,30 @@ def batches(n: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "normalization", "quota"),
+    ("objective", "normalization", "quota", "levels"),
     [
-        ("log", "residual_variance", 0),
-        ("log", "total_variance", 0),
-        ("log", "none", 0),
-        ("plain", "residual_variance", 0),
-        ("log", "residual_variance", 0.6),  # of 40 entries, for 40 latents
+        ("log", "residual_variance", 0, ()),
+        ("log", "total_variance", 0, ()),
+        ("log", "none", 0, ()),
+        ("plain", "residual_variance", 0, ()),
+        ("log", "residual_variance", 0.6, ()),  # of 40 entries, for 40 latents
+        ("log", "residual_variance", 0, LEVELS),
+        ("plain", "total_variance", 0.3, LEVELS),
     ],
 )
 @pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_steps_are_the_definition(
-    way: str, objective: str, normalization: str, quota: float, steps: int
+    way: str, objective: str, normalization: str, quota: float, levels: tuple[int, ...], steps: int
 ) -> None:
     config = dataclasses.replace(
-        CONFIG, objective=objective, aux_normalization=normalization, latent_quota=quota
-    )
+        CONFIG, objective=objective, aux_normalization=normalization, latent_quota=quota,
+        matryoshka=levels,
+    )  # fmt: skip
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
     settings = ref.Settings(
         k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization,
-        aux_coefficient=config.aux_weight, objective=objective, quota=quota,
+        aux_coefficient=config.aux_weight, objective=objective, quota=quota, levels=levels,
     )  # fmt: skip
     aux_seen = 0
     for x in batches(steps):
@@ -122,6 +131,39 @@ def test_metrics_are_in_raw_units_and_touch_nothing(way: str) -> None:
     assert all(tensor.equal(before[name]) for name, tensor in step.state_dict().items())
 
 
+@pytest.mark.parametrize("normalize", ["scalar", "layer_norm"])
+def test_metrics_have_each_level_in_raw_units(way: str, normalize: str) -> None:
+    config = dataclasses.replace(
+        CONFIG, normalize=normalize, aux_coefficient=0, matryoshka=LEVELS
+    )
+    step = new_step(way, config)
+    step.sae.scale.fill_(0.25 if normalize == "scalar" else 1)
+    x, sae = batches(1)[0], step.sae
+    z = sae.eval().encode(x, "batch")
+    x_hats = [
+        sae.decode(z * (torch.arange(40) < m), sae.token_statistics(x)).detach() for m in LEVELS
+    ]
+    sae.train()
+    result = step(x)
+    metrics = step.metrics(x, result)
+    for m, x_hat in zip(LEVELS, x_hats, strict=True):
+        explained = float(ref.explained_variance(x, x_hat))
+        assert metrics[f"explained_variance_{m}"] == pytest.approx(explained, rel=1e-4)
+        assert metrics[f"mse_{m}"] == pytest.approx(float((x - x_hat).square().mean()), rel=1e-5)
+    assert metrics["explained_variance"] == metrics["explained_variance_40"]
+    levels = result.residuals.square().sum(2).mean(1)
+    assert metrics["objective"] == pytest.approx(float(levels.mean().log()), rel=1e-6)
+
+
+def test_one_level_is_the_plain_step_bit_for_bit(way: str) -> None:
+    plain = new_step(way, dtype=torch.float32)
+    nested = new_step(way, dataclasses.replace(CONFIG, matryoshka=(40,)), torch.float32)
+    for x in batches(30, torch.float32):
+        assert plain(x).objective.equal(nested(x).objective)
+    for name, tensor in plain.state_dict().items():
+        assert tensor.equal(nested.state_dict()[name]), name
+
+
 def test_latents_never_active_are_not_alive(way: str) -> None:
     step = new_step(way)
     for x in batches(3):
@@ -132,10 +174,12 @@ def test_latents_never_active_are_not_alive(way: str) -> None:
     assert metrics["alive_fraction"] == (step.tokens_since_active < 48).double().mean().item()
 
 
-@pytest.mark.parametrize("quota", [0, 0.5])
-def test_restored_state_continues_bit_for_bit(way: str, quota: float) -> None:
+@pytest.mark.parametrize(("quota", "levels"), [(0, ()), (0.5, ()), (0.5, LEVELS)])
+def test_restored_state_continues_bit_for_bit(
+    way: str, quota: float, levels: tuple[int, ...]
+) -> None:
     config = dataclasses.replace(
-        CONFIG, latent_quota=quota, latent_quota_until=0.8, tokens=30 * 16
+        CONFIG, latent_quota=quota, latent_quota_until=0.8, tokens=30 * 16, matryoshka=levels
     )  # it ends after the restart
     data = batches(30, torch.float32)
     whole = new_step(way, config, torch.float32)
@@ -159,11 +203,12 @@ def test_state_of_another_size_is_refused(way: str) -> None:
         step.load_state_dict(state)
 
 
-def test_schedules_and_clipping_are_the_definition(way: str) -> None:
+@pytest.mark.parametrize("levels", [(), LEVELS])
+def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         CONFIG, tokens=200 * 16, lr_warmup_tokens=30 * 16, lr_decay_tokens=50 * 16,
         k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=0.8, latent_quota=0.3,
-        latent_quota_until=0.75,
+        latent_quota_until=0.75, matryoshka=levels,
     )  # fmt: skip
     step = new_step(way, config)
     state = ref.initial_state(step.sae.W_dec.detach().clone(), step.sae.b_dec.detach().clone())
@@ -173,7 +218,7 @@ def test_schedules_and_clipping_are_the_definition(way: str) -> None:
         settings = ref.Settings(
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
             dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
-            quota=quotas[-1],
+            quota=quotas[-1], levels=levels,
         )  # fmt: skip
         selected = step(x).counts.sum()
         expected = ref.train_step(state, x, settings)
@@ -224,7 +269,7 @@ def test_eight_bit_moments_take_the_first_step_exactly_and_the_others_closely() 
 
 
 def test_eight_bit_moments_are_saved_and_restored_bit_for_bit() -> None:
-    config = dataclasses.replace(CONFIG, moments="8bit")
+    config = dataclasses.replace(CONFIG, moments="8bit", matryoshka=LEVELS)
     data = batches(20, torch.float32)
     whole = new_step("fused", config, torch.float32)
     for x in data[:10]:

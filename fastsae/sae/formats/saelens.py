@@ -24,6 +24,10 @@ SAE_LENS_VERSION = "6.54.12"
 """The version whose format is written. SAELens takes a config without one as older than 6.0."""
 
 
+_BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+"""How SAELens calls what it trains with one threshold for all latents and a k that is an average."""
+
+
 def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     """File names and contents."""
     tensors = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -74,7 +78,7 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     _fold_options(config, architecture, weights)
 
     provenance = portable.section(metadata, "fastsae")
-    if not provenance and metadata.get("training_architecture") == "batchtopk":
+    if not provenance and metadata.get("training_architecture") in _BATCH_TOPK:
         provenance = {"k": portable.section(metadata, "training_architecture_details").get("k")}
     if architecture == "topk":
         activation = portable.topk_activation(portable.positive_int(config, "k"), d_sae, provenance)

@@ -10,6 +10,9 @@ Per latent ``f``, with ``(b, z)`` its actives (its CSC segment) and ``dY = dL/dx
 and then
     db_dec   = Σ_b dY[b] - Σ_f db_enc[f] · W_enc[f]  (W_enc before its update);  Adam on b_dec
 
+Nested (Matryoshka), there is a ``dY`` for each prefix of the dictionary (:func:`..nested_gradient`), and a
+latent takes that of the first prefix it is in; ``b_dec``, that of the first of all.
+
 Aux-k's gradients of the dead rows are added to ``dW_dec``, ``dW_enc`` and ``db_enc``, and not to
 ``db_dec``: they move the latents they belong to and nothing that others share. Gradients are of the
 master weights; those of a row exist only while it is updated, the dense ``[F, D]`` gradient never does.
@@ -38,8 +41,9 @@ from .state import Adam, AuxGradients, Batch, BiasState, MatrixState, Parameters
 
 
 def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> Batch:
-    values, *csc, x, dY = batch
-    return Batch(values, CSC(*csc), x, dY, dY_scale, AuxGradients(*aux) if aux else None)
+    values, rows, positions, offsets, x, dY, *levels = batch
+    csc = CSC(rows, positions, offsets)
+    return Batch(values, csc, x, dY, dY_scale, AuxGradients(*aux) if aux else None, *levels or [None])
 
 
 def _parts(state: MatrixState) -> tuple[list[Tensor], str]:
@@ -81,7 +85,7 @@ def _fused_update_(
 
 def _checked(
     W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, biases: dict[str, Tensor],
-    csr: CSR, csc: CSC, x: Tensor, dY: Tensor, aux: AuxGradients | None,
+    csr: CSR, csc: CSC, x: Tensor, dY: Tensor, aux: AuxGradients | None, levels: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The tensors of the batch and of aux-k, after all that the kernels take for granted is checked."""
     latents, width = W_dec.weight.shape
@@ -89,7 +93,8 @@ def _checked(
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     expected |= {"csc.rows": (csc.rows, slots), "csc.positions": (csc.positions, slots)}
     expected |= {"csc.offsets": (csc.offsets, (latents + 1,))}
-    expected |= {"x": (x, (tokens, width)), "dY": (dY, (tokens, width))}
+    nested = () if levels is None else (len(levels),)
+    expected |= {"x": (x, (tokens, width)), "dY": (dY, (*nested, tokens, width))}
     for name, tensor in biases.items():
         expected[name] = (tensor, (width if name.startswith("b_dec") else latents,))
     for name, state in (("W_enc", W_enc), ("W_dec", W_dec)):
@@ -117,7 +122,9 @@ def _checked(
     if b_dec.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"b_dec: expected float32 or float64, got {b_dec.dtype}")
     # Without rows there is nothing to add, and no row to point at.
-    return [csr.values, *csc, x, dY], [] if aux is None or not len(aux.b_enc) else [*aux]
+    several = [] if levels is None or len(levels) == 1 else [levels]
+    batch = [csr.values, *csc, x, dY if nested else dY[None], *several]
+    return batch, [] if aux is None or not len(aux.b_enc) else [*aux]
 
 
 def gradient_norm(
@@ -131,6 +138,7 @@ def gradient_norm(
     *,
     dY_scale: float = 1.0,
     aux_gradients: AuxGradients | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """The joint 2-norm ``[]`` of the four gradients, the decoder's projected, before any clipping.
 
@@ -138,7 +146,9 @@ def gradient_norm(
     weights' rows (``2·F·D`` masters read) and the gathers. The arguments are the same. Float32
     (float64 for float64 weights); bitwise reproducible; nothing waits for the device.
     """
-    batch, aux = _checked(W_enc, W_dec, b_dec, {"b_dec": b_dec}, csr, csc, x, dY, aux_gradients)
+    batch, aux = _checked(
+        W_enc, W_dec, b_dec, {"b_dec": b_dec}, csr, csc, x, dY, aux_gradients, levels
+    )
     weights, remainders = [W_enc.weight, W_dec.weight], [W_enc.remainder, W_dec.remainder]
     return _gradient_norm(weights, remainders, b_dec, batch, dY_scale, aux)
 
@@ -165,6 +175,7 @@ def fused_update_(
     dY_scale: float = 1.0,
     aux_gradients: AuxGradients | None = None,
     clip: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> None:
     """One optimizer step in place: gradients, projection, clipping, Adam, renormalisation.
 
@@ -173,6 +184,7 @@ def fused_update_(
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
     float tensor and ``step []`` an int64 tensor that counts from 1, both on the device, as is the
     ``clip []`` that multiplies every gradient after the projection (:func:`clip_factor`).
+    With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``.
 
     All float tensors of the state are contiguous. Raises ValueError, before anything is written, on
     shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
@@ -180,7 +192,9 @@ def fused_update_(
     """
     biases = {f"b_enc.{part}": tensor for part, tensor in b_enc._asdict().items()}
     biases |= {f"b_dec.{part}": tensor for part, tensor in b_dec._asdict().items()}
-    batch, aux = _checked(W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients)
+    batch, aux = _checked(
+        W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients, levels
+    )
     if lr.numel() != 1 or step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(
             "lr and step: expected one-element tensors, step int64, got "

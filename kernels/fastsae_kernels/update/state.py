@@ -119,9 +119,10 @@ class Batch(NamedTuple):
     values: Tensor  # [K], the CSR's
     csc: CSC
     x: Tensor  # [B, D]
-    dY: Tensor  # [B, D], to be multiplied by dY_scale
+    dY: Tensor  # [L, B, D], to be multiplied by dY_scale
     dY_scale: float
     aux: AuxGradients | None
+    levels: Tensor | None = None  # [L] int32, where L > 1: latent f is of the first above it
 
 
 class Adam(NamedTuple):

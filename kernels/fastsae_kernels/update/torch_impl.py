@@ -29,8 +29,12 @@ def _gradient_blocks(
     W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch
 ) -> Iterator[_Block]:
     """The gradients, block by block of latents; ``w_enc`` and ``w_dec`` are masters to write."""
-    (values, csc, x, dY, dY_scale, aux), work = inputs, b_dec.dtype
-    centred, dY = x.to(work) - b_dec, dY.to(work) * dY_scale
+    (values, csc, x, dY, dY_scale, aux, levels), work = inputs, b_dec.dtype
+    centred, dY = x.to(work) - b_dec, dY.flatten(0, 1).to(work) * dY_scale
+    rows = csc.rows  # of dY, whose levels lie one after another
+    if levels is not None:
+        entry = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        rows = rows + torch.bucketize(entry, csc.offsets[levels[:-1]], right=True) * len(x)
     z = values[csc.positions].to(work)
     starts = [*csc.offsets[::BLOCK_LATENTS].tolist(), int(csc.offsets[-1])]
     latents = len(W_dec.weight)
@@ -40,8 +44,8 @@ def _gradient_blocks(
         tokens = csc.rows[entries]
         offsets = csc.offsets[at.start : at.stop + 1] - starts[i]
         w_enc, w_dec = (_rows(state, at).master() for state in (W_enc, W_dec))
-        dz = sampled_products(w_dec, dY, tokens, offsets)
-        dW_dec = row_sums(z[entries], tokens, offsets, dY)
+        dz = sampled_products(w_dec, dY, rows[entries], offsets)
+        dW_dec = row_sums(z[entries], rows[entries], offsets, dY)
         dW_enc = row_sums(dz, tokens, offsets, centred)
         # <dW_dec, w> is the same sum over z·<dY, w>, so the gradient need not be read for it.
         ends = offsets.long()
@@ -52,9 +56,9 @@ def _gradient_blocks(
             slots = aux.slots[at]
             here = (slots >= 0).nonzero().flatten()
             slots = slots[here].long()
-            rows = aux.W_dec[slots]
-            along[here] += (rows * w_dec[here]).sum(1)
-            dW_dec.index_add_(0, here, rows)
+            dead_rows = aux.W_dec[slots]
+            along[here] += (dead_rows * w_dec[here]).sum(1)
+            dW_dec.index_add_(0, here, dead_rows)
             dW_enc.index_add_(0, here, aux.W_enc[slots])
             db_enc.index_add_(0, here, aux.b_enc[slots])
         norm2 = torch.linalg.vector_norm(w_dec, dim=1).square().clamp_min(torch.finfo(work).tiny)
@@ -63,7 +67,7 @@ def _gradient_blocks(
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
-    db_dec = inputs.dY.sum(0, dtype=b_dec.dtype) * inputs.dY_scale
+    db_dec = inputs.dY[0].sum(0, dtype=b_dec.dtype) * inputs.dY_scale
     squares = b_dec.new_zeros(())
     for block in _gradient_blocks(W_enc, W_dec, b_dec, inputs):
         for gradient in (block.dW_enc, block.db_enc, block.dW_dec):
@@ -87,7 +91,7 @@ def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
         steps = [t] * len(weights)
         torch._fused_adam_(weights, gradients, m, v, [], steps, **options)  # pyright: ignore
 
-    db_dec = inputs.dY.sum(0, dtype=b_dec.weight.dtype) * inputs.dY_scale
+    db_dec = inputs.dY[0].sum(0, dtype=b_dec.weight.dtype) * inputs.dY_scale
     for block in _gradient_blocks(W_enc, W_dec, b_dec.weight, inputs):
         at, masters = block.at, (block.w_enc, block.w_dec)
         states = _rows(W_enc, at), _rows(W_dec, at)

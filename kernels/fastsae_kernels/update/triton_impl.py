@@ -33,6 +33,15 @@ MAX_REGISTERS = 128
 
 
 @jit
+def _level_of(f, levels_ptr, LEVELS: tl.constexpr):
+    """The first level that latent ``f`` is in."""
+    level = f * 0
+    for i in range(LEVELS - 1):
+        level += (f >= tl.load(levels_ptr + i)).to(tl.int64)
+    return level
+
+
+@jit
 def _decoder_segment(
     begin, end,
     rows_ptr, positions_ptr, values_ptr, dY_ptr, dz_ptr,
@@ -61,9 +70,9 @@ def _decoder_segment(
 def decoder_chunks_kernel(
     W_dec_ptr, W_dec_remainder_ptr,
     values_ptr, rows_ptr, positions_ptr, offsets_ptr, dY_ptr,
-    starts_ptr, owners_ptr, chunk_dW_dec_ptr, dz_ptr,
-    F, D, dY_scale,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    starts_ptr, owners_ptr, chunk_dW_dec_ptr, dz_ptr, levels_ptr,
+    F, D, level_stride, dY_scale,
+    LEVELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a long segment a program."""
     chunk = tl.program_id(0)
@@ -74,6 +83,7 @@ def decoder_chunks_kernel(
         begin = tl.load(offsets_ptr + f) + (chunk - tl.load(starts_ptr + f)) * CHUNK
         end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + f + 1))
         w = load_master(W_dec_ptr, W_dec_remainder_ptr, f.to(tl.int64) * D + columns, inside)
+        dY_ptr += _level_of(f.to(tl.int64), levels_ptr, LEVELS) * level_stride
         dW_dec = _decoder_segment(
             begin, end,
             rows_ptr, positions_ptr, values_ptr, dY_ptr, dz_ptr,
@@ -120,13 +130,14 @@ def decoder_kernel(
     W_dec_remainder_ptr, W_dec_copy_ptr, W_dec_m_scale_ptr, W_dec_v_scale_ptr,
     values_ptr, rows_ptr, positions_ptr, offsets_ptr, dY_ptr,
     starts_ptr, chunk_dW_dec_ptr, aux_slots_ptr, aux_dW_dec_ptr,
-    dz_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr,
-    D, dY_scale, eps,
+    dz_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr, levels_ptr,
+    D, level_stride, dY_scale, eps,
     BETA1: tl.constexpr, BETA2: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One latent a program. With ``squares_ptr`` only the projected gradient's norm is taken."""
     f = tl.program_id(0).to(tl.int64)
+    dY_ptr += _level_of(f, levels_ptr, LEVELS) * level_stride
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     at = f * D + columns
@@ -271,7 +282,7 @@ def _launch(
 
     With ``squares`` (``[F]`` and ``[tiles, F]``) they take the gradients' norms, else they update.
     """
-    values, csc, x, dY, dY_scale, aux = inputs
+    values, csc, x, dY, dY_scale, aux, levels = inputs
     latents, width = W_dec.weight.shape
     blocks, chunks = triton.cdiv(latents, LATENTS_PER_PROGRAM), chunk_capacity(len(csc.rows))
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -286,8 +297,8 @@ def _launch(
     }  # fmt: skip
     decoder = {
         "values_ptr": values, "positions_ptr": csc.positions, "dY_ptr": dY,
-        "chunk_dW_dec_ptr": chunk_sums,
-        "dY_scale": dY_scale,
+        "chunk_dW_dec_ptr": chunk_sums, "levels_ptr": levels,
+        "dY_scale": dY_scale, "level_stride": len(x) * width, "LEVELS": len(dY),
         **common, **row_blocks(width),
     }  # fmt: skip
     if chunks:
@@ -314,7 +325,7 @@ def _launch(
         LATENTS_PER_PROGRAM=LATENTS_PER_PROGRAM,
         **common, **tiles, **adam,
     )  # fmt: skip
-    return db_enc, dY.sum(0, dtype=torch.float32) * dY_scale - block_db_dec.sum(0)
+    return db_enc, dY[0].sum(0, dtype=torch.float32) * dY_scale - block_db_dec.sum(0)
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:

@@ -149,6 +149,7 @@
     const q = (m) => `${m.l0_quantiles["0.05"]} to ${m.l0_quantiles["0.95"]}`;
     const rows = [
       ["Explained variance", (m) => estimate(m.explained_variance)],
+      ...Object.keys(main.levels).slice(0, -1).map((n) => [`by the first ${whole.format(n)} latents`, (m) => estimate(m.levels[n])]),
       ["Normalised MSE", (m) => estimate(m.normalized_mse)],
       ["Cosine", (m) => estimate(m.cosine)],
       ["L0", (m) => estimate(m.l0)],
