@@ -73,7 +73,7 @@ class ActivationBuffer:
     """Serves batches of mixed activations; its state makes the next batch the same, bit for bit.
 
     ``pool_tokens`` is how many activations are mixed with each other, and kept on the source's device
-    in ``dtype`` for each layer; it is rounded to whole chunks, an even number of at least four.
+    in ``dtype`` for each site; it is rounded to whole chunks, an even number of at least four.
     ``ahead`` says whether to harvest while serving: on CUDA unless given.
 
     ``counts`` and ``harvest_seconds`` grow as the stream is read. On CUDA the latter is the time this
@@ -103,8 +103,8 @@ class ActivationBuffer:
         # any moment than what is left and what was served until then.
         slots = 2 * self.chunks_per_generation * source.chunk_tokens
         self._pools = [
-            torch.empty(slots, source.d_model, dtype=dtype, device=source.device)
-            for _ in range(source.num_streams)
+            torch.empty(slots, width, dtype=dtype, device=source.device)
+            for width in source.widths
         ]
         self._free = torch.arange(slots)
         self._free_count = slots
