@@ -474,8 +474,9 @@ T = TypeVar("T")
 
 def _values(name: str, default: T, given: Iterable[T] | T | None) -> tuple[T, ...]:
     given = (default,) if given is None else _plain(given)
-    one = isinstance(given, str) or not isinstance(given, Iterable)
-    values = tuple(map(_plain, (given,) if one else given))
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = (given,)
+    values = tuple(map(_plain, given))
     if not values or len(set(values)) < len(values):
         raise ConfigError(
             f"{name} = {values!r}: expected at least one {name}, and each of them once"

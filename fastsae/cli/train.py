@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import Sweep, TrainConfig
 from ..errors import ConfigError
@@ -43,7 +43,7 @@ class TrainFlags(TrainConfig):
     @classmethod
     def of(cls, config: TrainConfig) -> TrainFlags:
         """The flags that ask for ``config``."""
-        several = {name: (getattr(config, name),) for name in ("layer", "hook", "k", "seed")}
+        several: dict[str, Any] = {n: (getattr(config, n),) for n in ("layer", "hook", "k", "seed")}
         return cls(**vars(config) | several)
 
     def sweep(self) -> Sweep:

@@ -103,8 +103,7 @@ class ActivationBuffer:
         # any moment than what is left and what was served until then.
         slots = 2 * self.chunks_per_generation * source.chunk_tokens
         self._pools = [
-            torch.empty(slots, width, dtype=dtype, device=source.device)
-            for width in source.widths
+            torch.empty(slots, width, dtype=dtype, device=source.device) for width in source.widths
         ]
         self._free = torch.arange(slots)
         self._free_count = slots

@@ -26,7 +26,9 @@ def open_text_chunks(
     config: TrainConfig, sites: Sequence[Site], device: torch.device
 ) -> TextChunks:
     """The language model, hooked at ``sites``, and the text of ``config``, without a buffer."""
-    load_config(config.model, [site.layer for site in sites], config.context_length, config.revision)
+    load_config(
+        config.model, [site.layer for site in sites], config.context_length, config.revision
+    )
     text = open_text(config)
     model = CutModel.load(
         config.model,

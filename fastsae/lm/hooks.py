@@ -65,7 +65,7 @@ class Hook(NamedTuple):
             if args:
                 new = act(self._tensor(args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
-            name = next((n for n, value in kwargs.items() if isinstance(value, Tensor)), None)
+            name = next((n for n, value in kwargs.items() if isinstance(value, Tensor)), "")
             new = act(self._tensor(kwargs.get(name)))
             return None if new is None else (args, {**kwargs, name: new})
 

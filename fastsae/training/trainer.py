@@ -94,7 +94,9 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
         )
     sweep = config if isinstance(config, Sweep) else Sweep(config)
     if source is None and sweep.base.out is None:
-        return Sweep(replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds, sweep.hooks)
+        return Sweep(
+            replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds, sweep.hooks
+        )
     return sweep
 
 

@@ -18,6 +18,7 @@ from fastsae.lm.hooks import site_of
 LAYER = 1
 LLAMA = {"attn_out": "self_attn", "mlp_in": "mlp.input", "mlp_out": "mlp"}
 NORMED = LLAMA | {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+OPT = {"attn_out": "self_attn", "mlp_in": "fc1.input", "mlp_out": "fc2"}
 GPT = {"attn_out": "attn", "mlp_in": "mlp.input", "mlp_out": "mlp"}
 PLACES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "olmo", "mixtral", "granite"), LLAMA),
@@ -27,7 +28,7 @@ PLACES: dict[str, dict[str, str]] = {
     "glm4": LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},
     "mpt": {"attn_out": "attn", "mlp_in": "ffn.input", "mlp_out": "ffn.down_proj"},
     "bloom": {"attn_out": "self_attention.dense", "mlp_in": "mlp.input", "mlp_out": "mlp.dense_4h_to_h"},
-    **dict.fromkeys(("opt", "opt-350m"), {"attn_out": "self_attn", "mlp_in": "fc1.input", "mlp_out": "fc2"}),
+    **dict.fromkeys(("opt", "opt-350m"), OPT),
     "rwkv": {"attn_out": "attention", "mlp_in": "feed_forward.input", "mlp_out": "feed_forward"},
     "mamba": {},
 }  # fmt: skip
@@ -60,12 +61,19 @@ def whole(family: str) -> transformers.PreTrainedModel:
     torch.manual_seed(3)
     if family in BUILT:
         return transformers.AutoModelForCausalLM.from_pretrained(BUILT[family]()).eval()
-    special = {"vocab_size": models.VOCABULARY, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    special = {
+        "vocab_size": models.VOCABULARY,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
     if family == "gemma3-multimodal":
         vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                   "image_size": 16, "patch_size": 8}  # fmt: skip
         text = special | models.FAMILIES["gemma3"][1]
-        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4
+        )
         return transformers.Gemma3ForConditionalGeneration(config).eval()
     name, options = MORE.get(family) or models.FAMILIES[family]
     config = getattr(transformers, name)(**special | options)
@@ -120,7 +128,9 @@ def test_every_hook_is_a_plain_hook_on_the_whole_model(family: str) -> None:
         theirs = f"blocks.{LAYER}.{TRANSFORMER_LENS[hook]}"
         scaled = family == "granite" and hook.endswith("_out")
         assert spliced.hooks[0].name == (place if scaled else theirs)
-        assert site_of(spliced.hooks[0].name) == Site(LAYER, hook if not scaled else PLACES[family][hook])
+        assert site_of(spliced.hooks[0].name) == Site(
+            LAYER, hook if not scaled else PLACES[family][hook]
+        )
         # What comes behind it reads what was put there.
         same = spliced.logits(tokens(), expected[hook])[0]
         assert same.equal(clean) and not spliced.logits(tokens(), -expected[hook])[0].equal(clean)
@@ -238,8 +248,13 @@ def test_what_is_no_activation_of_each_token_is_refused() -> None:
     mlp.register_module("pooled", nn.Identity())
     mlp.register_module("keyed", nn.Identity())
     plain = mlp.forward
-    mlp.forward = lambda x: plain(x + 0 * mlp.pooled(x.mean(1, keepdim=True)) + mlp.keyed({"x": 0})["x"])
-    refused = {"mlp.pooled": r"is \[1, 1, 64\] of torch.float32 for 8 tokens", "mlp.keyed": "gives a dict, expected a tensor"}
+    mlp.forward = lambda x: plain(
+        x + 0 * mlp.pooled(x.mean(1, keepdim=True)) + mlp.keyed({"x": 0})["x"]
+    )
+    refused = {
+        "mlp.pooled": r"is \[1, 1, 64\] of torch.float32 for 8 tokens",
+        "mlp.keyed": "gives a dict, expected a tensor",
+    }
     for hook, message in refused.items():
         with pytest.raises(StreamError, match=message):
             _ = SplicedModel(model, models.tokenizer(), Site(1, hook)).width
