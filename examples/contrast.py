@@ -10,7 +10,7 @@ from itertools import product
 
 import fastsae
 from fastsae.evaluation.contrast import contrast, describe, pool
-from fastsae.lm.hooked import layer_of
+from fastsae.lm.hooks import site_of
 
 SUBJECTS = ("the parser", "the old server", "this function", "a new model", "the second test")
 VERBS = ("read", "write", "copy", "delete", "ignore", "open")
@@ -19,7 +19,7 @@ OBJECTS = ("the file", "every line", "its own input")
 
 def main(folder: str) -> dict:
     sae = fastsae.load(folder)
-    model = fastsae.SplicedModel.load(sae.metadata["model_name"], layer_of(sae.hook_name))
+    model = fastsae.SplicedModel.load(sae.metadata["model_name"], site_of(sae.hook_name))
     facts = list(product(SUBJECTS, VERBS, OBJECTS))
     questions = [f"Does {subject} {verb} {thing}?" for subject, verb, thing in facts]
     statements = [f"Now {subject} will {verb} {thing}." for subject, verb, thing in facts]

@@ -12,9 +12,68 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+
+TRANSFORMER_LENS = {
+    "resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "attn_out": "hook_attn_out",
+    "mlp_in": "mlp.hook_in", "mlp_out": "hook_mlp_out",
+}  # fmt: skip
+"""The hooks that have a name, by that name, and what TransformerLens calls them in a block."""
+_NAMES = {theirs: own for own, theirs in TRANSFORMER_LENS.items()}
+_NAMES |= {"input": "resid_pre", "output": "resid_post"}
+_IN_A_LAYER = re.compile(
+    r"(?:(?:[A-Za-z_]\w*\.)*?(?:layers|h|blocks)\.|resid_post_layer_)(\d+)(?:\.(.+))?"
+)
+
+
+class Site(NamedTuple):
+    """A place in a language model where activations are read: a hook, mostly of a decoder layer.
+
+    ``hook``: a name of ``TRANSFORMER_LENS``; or the path of a submodule, in the layer (``mlp.down_proj``) or
+    else in the model, for its output, or with ``.input`` behind it for its input.
+    """
+
+    layer: int
+    hook: str = "resid_post"
+
+    @classmethod
+    def of(cls, place: int | Site) -> Site:
+        """A place as it is, and a number as the residual stream after the layer."""
+        return place if isinstance(place, Site) else cls(place)
+
+    @classmethod
+    def parse(cls, hook: str, layer: int | None = None) -> Site:
+        """The place that a hook name or a path means: in the layer that it names, else in ``layer``.
+
+        Paths may be those of any model, ``transformer.h.17.mlp`` or ``model.layers.17.mlp``, and names
+        TransformerLens's, ``blocks.17.hook_mlp_out``. Raises ConfigError if it is none, or in no layer.
+        """
+        if found := _IN_A_LAYER.fullmatch(hook):
+            layer, hook = int(found[1]), found[2] or "resid_post"
+        hook = _NAMES.get(hook, hook).removesuffix(".output")
+        if layer is None or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", hook) or "hook_" in hook:
+            raise ConfigError(
+                f"{hook!r} is not a place in a decoder layer by any name known here; one is "
+                f"{', '.join(TRANSFORMER_LENS)}, or the path of a submodule (mlp.down_proj, or "
+                f"model.layers.17.mlp.down_proj.input), with --hook and --layer"
+            )
+        return cls(layer, hook)
+
+    @property
+    def key(self) -> str:
+        """``17``, or ``17.mlp_out``: what the place is called where its activations are kept."""
+        return str(self.layer) if self.hook == "resid_post" else f"{self.layer}.{self.hook}"
+
+    @classmethod
+    def of_key(cls, key: str) -> Site:
+        """The place of that :attr:`key`."""
+        layer, _, hook = key.partition(".")
+        return cls(int(layer), hook or "resid_post")
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" + (f", {self.hook}" if self.hook != "resid_post" else "")
 
 
 @dataclass(frozen=True)
@@ -29,7 +88,10 @@ class TrainConfig:
     model: str = "google/gemma-4-E2B"
     """Decoder language model: an id on the Hugging Face hub, or a local directory."""
     layer: int = 17
-    """Residual stream after this decoder layer (0 is the first)."""
+    """Decoder layer (0 is the first)."""
+    hook: str = "resid_post"
+    """What is read there: resid_post (the residual stream after the layer), resid_pre, attn_out, mlp_in, mlp_out; or
+    the path of a submodule, of the layer or of the model, for its output, or with .input behind it its input."""
     quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] = "nf4"
     """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
     dequantized once (faster, more memory); nf4 with bf16 compute, for models that overflow fp16; or as
@@ -181,6 +243,9 @@ class TrainConfig:
             valid = lambda value, least=least: isinstance(value, int) and value >= least
             self._require(name, valid, f"a whole number of at least {least}")
         object.__setattr__(self, "matryoshka", checked_levels(self.matryoshka, self.d_sae))
+        site = Site.parse(self.hook, self.layer)
+        for name in site._fields:
+            object.__setattr__(self, name, getattr(site, name))
         for name, bound in _ABOVE.items():
             valid = lambda value, bound=bound: _is_finite(value) and value > bound
             self._require(name, valid, f"a finite number above {bound}")
@@ -246,13 +311,23 @@ class TrainConfig:
         return -(-self.tokens // self.batch_size)
 
     @property
+    def site(self) -> Site:
+        """Where the activations are read."""
+        return Site(self.layer, self.hook)
+
+    @property
+    def place(self) -> str:
+        """``L17``, or ``L17-mlp_out``, in the names of runs."""
+        return f"L{self.site.key.replace('.', '-', 1)}"
+
+    @property
     def run_name(self) -> str:
         """``name``, or one made from the settings; the same settings give the same."""
         if self.name is not None:
             return self.name
         model = "demo" if self.demo else self.model.rstrip("/").rsplit("/", 1)[-1].lower()
         kind = "matryoshka" if self.matryoshka else "batchtopk"
-        return f"{model}-scope-v1-L{self.layer}-{kind}-k{self.k:g}-seed{self.seed}"
+        return f"{model}-scope-v1-{self.place}-{kind}-k{self.k:g}-seed{self.seed}"
 
     @property
     def stream_outlier_norm(self) -> float | None:
@@ -371,13 +446,15 @@ commit of a revision is; any other difference makes a resumed run inconsistent."
 
 
 class Sweep:
-    """Several SAEs on one pass of the stream: every layer with every k with every seed.
+    """Several SAEs on one pass of the stream: every layer with every hook with every k with every seed.
 
     Args:
         base: all that the SAEs have in common; its ``name`` is what their names begin with.
-        layers, ks, seeds: the values of ``layer``, ``k`` and ``seed``; that of ``base`` if absent.
+        layers, ks, seeds, hooks: the values of ``layer``, ``k``, ``seed`` and ``hook``; that of ``base`` if
+            absent. A hook that names its layer is taken there alone.
 
     Attributes:
+        sites: where activations are read, each once.
         runs: the settings of each SAE. It is the one that is trained on them alone.
 
     Raises:
@@ -390,18 +467,25 @@ class Sweep:
         layers: Iterable[int] | int | None = None,
         ks: Iterable[float] | float | None = None,
         seeds: Iterable[int] | int | None = None,
+        hooks: Iterable[str] | str | None = None,
     ) -> None:
         self.base = base
         self.layers = _values("layer", base.layer, layers)
         self.ks = _values("k", base.k, ks)
         self.seeds = _values("seed", base.seed, seeds)
+        self.hooks = _values("hook", base.hook, hooks)
         stream_seed = self.seeds[0] if base.stream_seed is None else base.stream_seed
         base = dataclasses.replace(base, stream_seed=stream_seed)
-        grid = list(itertools.product(self.layers, self.ks, self.seeds))
-        runs = [dataclasses.replace(base, layer=la, k=k, seed=seed) for la, k, seed in grid]
+        places = itertools.product(self.layers, self.hooks)
+        self.sites = tuple(dict.fromkeys(Site.parse(hook, layer) for layer, hook in places))
+        grid = list(itertools.product(self.sites, self.ks, self.seeds))
+        runs = [
+            dataclasses.replace(base, layer=layer, hook=hook, k=k, seed=seed)
+            for (layer, hook), k, seed in grid
+        ]
         if base.name is not None and len(runs) > 1:
             runs = [
-                dataclasses.replace(run, name=f"{base.name}-L{run.layer}-k{run.k:g}-seed{run.seed}")
+                dataclasses.replace(run, name=f"{base.name}-{run.place}-k{run.k:g}-seed{run.seed}")
                 for run in runs
             ]
         self.runs = tuple(runs)
@@ -418,7 +502,9 @@ T = TypeVar("T")
 
 def _values(name: str, default: T, given: Iterable[T] | T | None) -> tuple[T, ...]:
     given = (default,) if given is None else _plain(given)
-    values = tuple(map(_plain, given if isinstance(given, Iterable) else (given,)))
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = (given,)
+    values = tuple(map(_plain, given))
     if not values or len(set(values)) < len(values):
         raise ConfigError(
             f"{name} = {values!r}: expected at least one {name}, and each of them once"

@@ -16,7 +16,7 @@ from ..errors import ConfigError, FastsaeError, Interrupted
 from ..version import __version__
 
 COMMANDS = {
-    "train": "train SAEs on the residual stream of a language model",
+    "train": "train SAEs on the activations of a language model",
     "evaluate": "evaluate an SAE on text it was not trained on",
     "contrast": "find the latents that tell two sets of texts apart",
     "compare": "compare runs, finished or running",

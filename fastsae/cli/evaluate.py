@@ -32,7 +32,7 @@ class EvaluateOptions:
     modes: tuple[Literal["topk", "threshold", "batch"], ...] = ()
     """Inference modes. [all that the SAE has]"""
     losses: bool = True
-    """Cross-entropy and KL of the language model with its residual stream replaced."""
+    """Cross-entropy and KL of the language model with its activations replaced."""
     out: str | None = None
     """Folder for evaluation.json and report.html. [the SAE's own, if it is a folder]"""
     report: bool = True

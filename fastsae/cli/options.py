@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ..config import TrainConfig
+from ..config import Site, TrainConfig
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ class SaeFlags:
     model: str | None = None
     """The language model: an id on the hub or a directory. [what the SAE says]"""
     layer: int | None = None
-    """Decoder layer whose output the SAE reads (0 is the first). [what the SAE says]"""
+    """Decoder layer that the SAE reads at (0 is the first). [what the SAE says]"""
+    hook: str | None = None
+    """What it reads there, as in fastsae train. [what the SAE says; with --layer, resid_post]"""
     quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] | None = None
     """Weights of the language model. [what the SAE says, or none]"""
     context_length: int | None = None
@@ -67,19 +69,27 @@ class SaeFlags:
 
     def load_model(self, sae: SAE) -> SplicedModel:
         """The language model, on the SAE's device. Raises ConfigError or StreamError."""
-        from ..lm.hooked import SplicedModel, layer_of
+        from ..lm.hooked import SplicedModel
 
-        layer = layer_of(sae.hook_name) if self.layer is None else self.layer
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
         own = self.model in (None, sae.metadata.get("model_name"))
         return SplicedModel.load(
             self.model_name(sae),
-            layer,
+            self.site(sae),
             quantization=quantization,
             device=sae.W_dec.device,
             revision=self.revision or (sae.metadata.get("model_revision") if own else None),
             context_length=self.context(sae),
         )
+
+    def site(self, sae: SAE) -> Site:
+        """Where the SAE reads. Raises ConfigError if that is not known."""
+        from ..lm.hooks import site_of
+
+        if self.layer is None and self.hook is None:
+            return site_of(sae.hook_name)
+        layer = site_of(sae.hook_name).layer if self.layer is None else self.layer
+        return Site.parse(self.hook or TrainConfig.hook, layer)
 
     def outliers(self, sae: SAE) -> float | None:
         given = sae.metadata.get("outlier_norm") if self.outlier_norm is None else self.outlier_norm

@@ -1,4 +1,4 @@
-"""Train SAEs on the residual stream of a language model.
+"""Train SAEs on the activations of a language model.
 
     fastsae train --demo                            any machine, about a minute
     fastsae train --layer 17 --k 64                 Gemma 4 E2B on FineWeb-Edu: the recipe
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import Sweep, TrainConfig
 from ..errors import ConfigError
@@ -22,10 +22,14 @@ from .presets import card_config, demo_config
 
 @dataclass(frozen=True)
 class TrainFlags(TrainConfig):
-    """Train SAEs on the residual stream of a language model."""
+    """Train SAEs on the activations of a language model."""
 
     layer: tuple[int, ...] = (TrainConfig.layer,)  # type: ignore[assignment]
-    """Residual stream after this decoder layer (0 is the first); several share one forward pass."""
+    """Decoder layer (0 is the first); several share one forward pass."""
+    hook: tuple[str, ...] = (TrainConfig.hook,)  # type: ignore[assignment]
+    """What is read there: resid_post (the residual stream after the layer), resid_pre, attn_out, mlp_in, mlp_out; or
+    the path of a submodule, of the layer or of the model, for its output, or with .input behind it its input.
+    Several, with each layer, share one forward pass."""
     k: tuple[float, ...] = (TrainConfig.k,)  # type: ignore[assignment]
     """Mean active latents per token; may be fractional; several train one SAE each."""
     seed: tuple[int, ...] = (TrainConfig.seed,)  # type: ignore[assignment]
@@ -39,16 +43,16 @@ class TrainFlags(TrainConfig):
     @classmethod
     def of(cls, config: TrainConfig) -> TrainFlags:
         """The flags that ask for ``config``."""
-        several = {"layer": (config.layer,), "k": (config.k,), "seed": (config.seed,)}
+        several: dict[str, Any] = {n: (getattr(config, n),) for n in ("layer", "hook", "k", "seed")}
         return cls(**vars(config) | several)
 
     def sweep(self) -> Sweep:
         """The SAEs that the flags ask for. Raises ConfigError."""
-        several = {"layer": self.layer, "k": self.k, "seed": self.seed}
+        several = {"layer": self.layer, "hook": self.hook, "k": self.k, "seed": self.seed}
         first = {name: values[0] for name, values in several.items() if values}
         own = {*several, "preset"}
         settings = {name: value for name, value in vars(self).items() if name not in own}
-        return Sweep(TrainConfig(**settings | first), self.layer, self.k, self.seed)
+        return Sweep(TrainConfig(**settings | first), self.layer, self.k, self.seed, self.hook)
 
 
 def parse(arguments: Sequence[str], prog: str = "fastsae train") -> Sweep:

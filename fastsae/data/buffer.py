@@ -77,7 +77,7 @@ class ActivationBuffer:
     """Serves batches of mixed activations; its state makes the next batch the same, bit for bit.
 
     ``pool_tokens`` is how many activations are mixed with each other, and kept on the source's device
-    in ``dtype`` for each layer; it is rounded to ``reuse + 1`` generations of at least two whole chunks.
+    in ``dtype`` for each site; it is rounded to ``reuse + 1`` generations of at least two whole chunks.
     Each activation is served ``reuse`` times.
     ``ahead`` says whether to harvest while serving: on CUDA unless given.
 
@@ -110,8 +110,7 @@ class ActivationBuffer:
         # no more room at any moment than what is left and what was let go until then.
         slots = self._ages * self.chunks_per_generation * source.chunk_tokens
         self._pools = [
-            torch.empty(slots, source.d_model, dtype=dtype, device=source.device)
-            for _ in range(source.num_streams)
+            torch.empty(slots, width, dtype=dtype, device=source.device) for width in source.widths
         ]
         self._free = torch.arange(slots)
         self._free_count = slots

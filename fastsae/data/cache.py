@@ -1,8 +1,8 @@
 """Activations on disk: written once, then read in this run and others without the language model.
 
 A cache is a folder of shards, ``activations_00000.safetensors`` and on, with one tensor ``[rows, D]``
-for each hooked layer (``layer.17``), ``held_out.safetensors``, and ``manifest.json``: what the
-activations are of, and for every chunk its rows and a checksum of them for each layer. The manifest is
+for each site (``layer.17``, ``layer.17.mlp_out``), ``held_out.safetensors``, and ``manifest.json``: what the
+activations are of, and for every chunk its rows and a checksum of them for each site. The manifest is
 replaced after each shard, and the shard also holds the position in the text behind it: writing that
 was interrupted goes on there, and so does a later run that wants more.
 """
@@ -26,7 +26,7 @@ from filelock import Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import Site, TrainConfig
 from ..errors import CheckpointError, StreamError
 from ..files import (
     checksum,
@@ -52,11 +52,11 @@ _STATE = "state."
 _HELD_OUT = "held_out.safetensors"
 
 
-def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device) -> CachedChunks:
-    """The cache of ``config`` with ``layers``, complete: what is missing in it is harvested and written
+def open_cache(config: TrainConfig, sites: Sequence[Site], device: torch.device) -> CachedChunks:
+    """The cache of ``config`` with ``sites``, complete: what is missing in it is harvested and written
     first.
 
-    Raises StreamError if the folder holds something else: activations of another model, layer or text
+    Raises StreamError if the folder holds something else: activations of another model, place or text
     (it says which setting differs), a damaged cache, one that another process is writing; and if the
     disk is too small.
     """
@@ -65,10 +65,10 @@ def open_cache(config: TrainConfig, layers: Sequence[int], device: torch.device)
     wanted = -(-config.steps * config.batch_size // config.reuse) + config.pool_tokens
     manifest = _read_manifest(folder)
     if manifest is not None:
-        _refuse_foreign(manifest, config, layers)
+        _refuse_foreign(manifest, config, sites)
     if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
-        manifest = _write(folder, manifest, config, layers, device, wanted)
-    return CachedChunks(folder, manifest, config, layers, device)
+        manifest = _write(folder, manifest, config, sites, device, wanted)
+    return CachedChunks(folder, manifest, config, sites, device)
 
 
 class CachedChunks(ChunkSource):
@@ -83,15 +83,16 @@ class CachedChunks(ChunkSource):
         folder: Path,
         manifest: dict[str, Any],
         config: TrainConfig,
-        layers: Sequence[int],
+        sites: Sequence[Site],
         device: torch.device,
     ) -> None:
         self._folder = folder
-        self._layers = [str(layer) for layer in layers]
+        self._sites = [site.key for site in sites]
         self._manifest = manifest
         self._held_out_tokens = config.eval_tokens
-        self.d_model: int = manifest["d_model"]
-        self.num_streams = len(layers)
+        with safetensors.safe_open(folder / _HELD_OUT, "pt") as held_out:
+            found = (held_out.get_slice(f"layer.{key}").get_shape() for key in self._sites)
+            self.widths = tuple(width for _, width in found)
         self.device = device
         self._chunks: list[tuple[str, int, dict[str, Any]]] = []
         for shard in manifest["shards"]:
@@ -119,7 +120,7 @@ class CachedChunks(ChunkSource):
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
-        return tuple(self._manifest["metadata"][layer] for layer in self._layers)
+        return tuple(self._manifest["metadata"][layer] for layer in self._sites)
 
     def draw(self) -> int | None:
         if self._position == len(self._order):
@@ -135,7 +136,7 @@ class CachedChunks(ChunkSource):
         try:
             if name not in self._files:
                 self._files[name] = safetensors.safe_open(path, "pt")
-            for layer in self._layers:
+            for layer in self._sites:
                 rows = self._files[name].get_slice(f"layer.{layer}")[start:end]
                 if checksum(rows) != written["checksums"][layer]:
                     raise ValueError(f"the content of rows {start} and on is not what was written")
@@ -157,7 +158,7 @@ class CachedChunks(ChunkSource):
                 raise ValueError("the content is not what was written")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise _damaged(path, error) from error
-        rows = [tensors[f"layer.{layer}"][: self._held_out_tokens] for layer in self._layers]
+        rows = [tensors[f"layer.{layer}"][: self._held_out_tokens] for layer in self._sites]
         return tuple(layer.to(self.device).float() for layer in rows)
 
     def pack(self, chunks: Sequence[int]) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ class CachedChunks(ChunkSource):
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the cached activations depend on, but for the seed and the layers."""
+    """The settings that the cached activations depend on, but for the seed and the sites."""
     names = ["revision", "quantization", "context_length", "harvest_batch", "separate_documents"]
     names += ["activation_dtype", "eval_tokens", "text_column"]
     if not config.text_files:
@@ -231,17 +232,17 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_foreign(manifest: dict[str, Any], config: TrainConfig, layers: Sequence[int]) -> None:
+def _refuse_foreign(manifest: dict[str, Any], config: TrainConfig, sites: Sequence[Site]) -> None:
     now, then = plain(_identity(config)), manifest["identity"]
     found = [
         f"{name}: {then.get(name)!r} in the cache, {now.get(name)!r} now"
         for name in sorted({*now, *then})
         if then.get(name) != now.get(name)
     ]
-    missing = [layer for layer in layers if str(layer) not in manifest["metadata"]]
+    missing = [site.key for site in sites if site.key not in manifest["metadata"]]
     if missing:
         held = ", ".join(manifest["metadata"])
-        found.append(f"layer: {held} in the cache, {', '.join(map(str, missing))} wanted")
+        found.append(f"layer: {held} in the cache, {', '.join(missing)} wanted")
     if found:
         raise StreamError(
             f"the cache in {config.cache_dir} holds other activations:\n  "
@@ -264,22 +265,22 @@ def _write(
     folder: Path,
     manifest: dict[str, Any] | None,
     config: TrainConfig,
-    layers: Sequence[int],
+    sites: Sequence[Site],
     device: torch.device,
     wanted: int,
 ) -> dict[str, Any]:
     """Harvest and append shards until the cache holds ``wanted`` activations, or the text ends."""
     if manifest is not None:
-        # It was written in the order of its own seed and with all its layers, and goes on so.
+        # It was written in the order of its own seed and with all its sites, and goes on so.
         config = replace(config, stream_seed=manifest["stream_seed"])
-        layers = tuple(map(int, manifest["metadata"]))
-    source = open_text_chunks(config, layers, device)
+        sites = tuple(map(Site.of_key, manifest["metadata"]))
+    source = open_text_chunks(config, sites, device)
     dtype = _DTYPES[config.activation_dtype]
-    row_bytes = source.d_model * dtype.itemsize * source.num_streams
+    row_bytes = sum(source.widths) * dtype.itemsize
     missing = wanted - (_rows(manifest) if manifest else 0)
     _require_space(folder, missing * row_bytes)
     with _writing(folder), progress("writing the cache", missing) as advance:
-        names = [str(layer) for layer in layers]
+        names = [site.key for site in sites]
         if manifest is None:
             held_out = dict(zip(names, source.held_out(), strict=True))
             held_out = {f"layer.{n}": t.to(source.model.dtype).cpu() for n, t in held_out.items()}
@@ -288,7 +289,6 @@ def _write(
                 "identity": _identity(config),
                 "stream_seed": config.resolved_stream_seed,
                 "metadata": dict(zip(names, source.metadata, strict=True)),
-                "d_model": source.d_model,
                 "held_out": {
                     "bytes": _save(held_out, folder / _HELD_OUT),
                     "checksums": {name: checksum(rows) for name, rows in held_out.items()},

@@ -31,9 +31,9 @@ KEPT, NONFINITE, OUTLIER = 0, 1, 2
 class Harvest(NamedTuple):
     """The activations of a chunk, in order of row and position.
 
-    ``layers``: ``[n, D]`` for each hooked layer, all of the same tokens, in the model's dtype; padding
+    ``layers``: ``[n, D]`` for each site, all of the same tokens, in the model's dtype; padding
     and special tokens are left out. ``verdict`` uint8 [n]: ``KEPT``, or why the token is dropped from
-    every layer. ``special``: how many tokens were left out as special.
+    every site. ``special``: how many tokens were left out as special.
     """
 
     layers: tuple[Tensor, ...]
@@ -49,20 +49,19 @@ class Harvest(NamedTuple):
 class ChunkSource(ABC):
     """Where a buffer's chunks come from. A chunk is whatever ``harvest`` turns into activations.
 
-    Attributes: ``chunk_tokens``: the most activations a chunk may give; ``d_model``; ``num_streams``: how
-    many layers are hooked; ``device`` of the activations.
+    Attributes: ``chunk_tokens``: the most activations a chunk may give; ``widths`` of the activations at each
+    site; ``device`` that they are on.
     """
 
     chunk_tokens: int
-    d_model: int
-    num_streams: int
+    widths: tuple[int, ...]
     device: torch.device
     _told = False
 
     @property
     @abstractmethod
     def metadata(self) -> tuple[dict[str, Any], ...]:
-        """Where each layer's activations come from, under the names SAELens has for it."""
+        """Where each site's activations come from, under the names SAELens has for it."""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -193,12 +192,11 @@ class TextChunks(ChunkSource):
         self.model = model
         self.packer = packer
         self.chunk_tokens = harvest_batch * packer.context_length
-        self.d_model = model.d_model
-        self.num_streams = len(model.layers)
+        self.widths = model.widths
         self.device = model.device
         self._harvest_batch = harvest_batch
         self._outlier_norm = outlier_norm
-        self._norms = FirstNorms([f"layer {layer}" for layer in model.layers], outlier_norm)
+        self._norms = FirstNorms(list(map(str, model.sites)), outlier_norm)
         self._held_out_tokens = held_out_tokens
         self._held_out_rows = hold_out(packer, model, held_out_tokens) if held_out_tokens else None
 
@@ -229,7 +227,9 @@ class TextChunks(ChunkSource):
             "dataset_revision": self.packer.text.revision,
         }
         common |= {name: commit for name, commit in revisions.items() if commit}
-        return tuple({"hook_name": hook_name, **common} for hook_name in model.hook_names)
+        return tuple(
+            {"hook_name": hook.name, "hf_hook_name": hook.hf_name, **common} for hook in model.hooks
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -258,11 +258,11 @@ class TextChunks(ChunkSource):
             advice = "use --quantization none"
         if model.quantization in ("nf4", "nf4-dequantized"):
             advice = "use --quantization nf4-bf16, which computes in bf16, or --quantization none"
-        layers = ", ".join(map(str, model.layers))
+        places = " and ".join(map(str, model.sites))
         lost = int((verdict == NONFINITE).sum())
         share = "no activation" if lost == len(verdict) else "not every activation"
         return StreamError(
-            f"{share} of layer {layers} of {model.name} is finite ({lost:,} of {len(verdict):,} rows, "
+            f"{share} of {places} of {model.name} is finite ({lost:,} of {len(verdict):,} rows, "
             f"{lost / len(verdict):.1%}, are not; {model.dtype}, quantization {model.quantization}): the "
             f"model overflows; {advice}"
         )

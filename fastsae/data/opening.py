@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import TrainConfig
+from ..config import Site, TrainConfig
 from ..lm.hooked import CutModel
 from ..lm.loading import load_config
 from . import demo_text
@@ -23,14 +23,16 @@ log = logging.getLogger(__name__)
 
 
 def open_text_chunks(
-    config: TrainConfig, layers: Sequence[int], device: torch.device
+    config: TrainConfig, sites: Sequence[Site], device: torch.device
 ) -> TextChunks:
-    """The language model, hooked after ``layers``, and the text of ``config``, without a buffer."""
-    load_config(config.model, layers, config.context_length, config.revision)
+    """The language model, hooked at ``sites``, and the text of ``config``, without a buffer."""
+    load_config(
+        config.model, [site.layer for site in sites], config.context_length, config.revision
+    )
     text = open_text(config)
     model = CutModel.load(
         config.model,
-        layers,
+        sites,
         quantization=config.quantization,
         device=device,
         separate_documents=config.separate_documents,
@@ -40,7 +42,7 @@ def open_text_chunks(
     precision = str(model.dtype).removeprefix("torch.")
     log.info(
         "%s, first %d of %d layers, %s: %.2f GB",
-        model.name, max(model.layers) + 1, model.num_layers,
+        model.name, max(hook.layer for hook in model.hooks) + 1, model.num_layers,
         precision if model.quantization == "none" else model.quantization, model.memory_bytes / 1e9,
     )  # fmt: skip
     return TextChunks(

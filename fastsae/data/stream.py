@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import Site, TrainConfig
 from ..device import resolve_device
 from ..lm.held_out import HeldOutText
 from .buffer import ActivationBuffer
@@ -65,22 +65,23 @@ class Stream(ActivationSource):
         self.buffer.load_state_dict(state)
 
 
-def open_stream(config: TrainConfig, layers: Sequence[int] | None = None) -> Stream:
+def open_stream(config: TrainConfig, places: Sequence[int | Site] | None = None) -> Stream:
     """Open model and text, or the cache, and take the held-out rows.
 
     Args:
-        layers: the hooked layers, of one forward pass; ``config.layer`` alone if absent.
+        places: the sites (or layers, for the residual stream after them) of one forward pass; that of
+            ``config`` alone if absent.
 
     Raises ConfigError and StreamError for everything a user can get wrong about device, model, text
     and cache; what is quick to check is checked first. Nothing is written but a cache.
     """
     device = resolve_device(config.device)
-    layers = (config.layer,) if layers is None else layers
+    sites = (config.site,) if places is None else tuple(map(Site.of, places))
     source: ChunkSource
     if config.cache_dir is not None:
-        source = open_cache(config, layers, device)
+        source = open_cache(config, sites, device)
     else:
-        source = open_text_chunks(config, layers, device)
+        source = open_text_chunks(config, sites, device)
     buffer = ActivationBuffer(
         source,
         batch_size=config.batch_size,

@@ -51,7 +51,7 @@ class Evaluation:
     outliers: int = 0
     """Tokens left out, in the same way, because the norm of their activation is far from the others'."""
     losses: dict[str, Estimate] = field(default_factory=dict)
-    """Of the language model, if there was one: ``clean``, and ``zero`` (residual zero at every position)
+    """Of the language model, if there was one: ``clean``, and ``zero`` (activation zero at every position)
     and ``mean`` (mean activation at every position that is text): cross-entropy in nats per token; and
     ``kl_zero``, ``kl_mean``."""
 
@@ -89,8 +89,8 @@ def inference_modes(sae: SAE) -> tuple[Inference, ...]:
 
 
 def whole_passes(modes: Sequence[Inference]) -> int:
-    """How often :func:`evaluate` with ``losses`` runs the whole model on a token: clean, with the residual
-    stream ablated to zero and to the mean, and with the reconstruction of each mode."""
+    """How often :func:`evaluate` with ``losses`` runs the whole model on a token: clean, with the
+    activations ablated to zero and to the mean, and with the reconstruction of each mode."""
     return 3 + len(modes)
 
 
@@ -115,7 +115,7 @@ def evaluate(
         modes: inference modes; all the SAE has, its own first, if absent. ``"batch"`` selects within
             the tokens of each batch.
         losses: run the rest of the model too: clean, with the reconstruction of each mode in the place
-            of the residual stream, and ablated.
+            of the activations, and ablated.
         batch_size: tokens at a time, of activations.
         rows: rows of text at a time, at most; fewer where their logits would be too many.
         outlier_norm: leave out tokens of text whose activation has more than so many times the median
@@ -123,7 +123,7 @@ def evaluate(
             most of the variance.
         observers: called with every batch of text and its latents.
 
-    Special tokens are not measured, and keep their residual when others are replaced. Raises
+    Special tokens are not measured, and keep their activation when others are replaced. Raises
     ConfigError if widths do not fit or there is no such mode, StreamError if nothing is finite.
     """
     if not isinstance(source, (Tensor, HeldOutText)):
@@ -145,10 +145,10 @@ def evaluate(
             raise ConfigError(
                 "text needs the language model that turns it into activations: model="
             )
-        if model.d_model != sae.d_in:
+        if model.width != sae.d_in:
             raise ConfigError(
-                f"the SAE reads activations of width {sae.d_in}, but the residual stream of "
-                f"{model.name} has width {model.d_model}: they do not belong together"
+                f"the SAE reads activations of width {sae.d_in}, but {model.site} of {model.name} has width "
+                f"{model.width}: they do not belong together"
             )
         require_same_activations(sae, source, model)
     was_training = sae.training
@@ -227,7 +227,7 @@ def _evaluate_text(
         covariance.add(x.to(sae.W_dec.device), batch.documents_of(measured))
     if not covariance.count:
         raise StreamError(
-            f"no activation of layer {model.layer} of {model.name} is finite: the model overflows; "
+            f"no activation of {model.site} of {model.name} is finite: the model overflows; "
             f"use another precision, or an SAE of an earlier layer"
         )
     sums = {mode: ScoreSums(covariance.mean, sae.levels) for mode in modes}

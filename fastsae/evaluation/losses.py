@@ -1,4 +1,4 @@
-"""What the language model loses when its residual stream is replaced: cross-entropy and KL by document."""
+"""What the language model loses when its activations at a site are replaced: cross-entropy and KL by document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ gives back every time, and with a large vocabulary that takes longer than the pr
 
 
 class SplicedLosses:
-    """Cross-entropy and KL of the model with its residual stream replaced, summed by document.
+    """Cross-entropy and KL of the model with its activations replaced, summed by document.
 
     For each batch :meth:`begin`, then any of :meth:`ablate` and :meth:`replace`, then :meth:`measure`. Only the
     last forms logits: where there is text, and a block at a time.
@@ -28,7 +28,7 @@ class SplicedLosses:
         self._log_p, self._p, self._log_q = (torch.empty(0, device=model.device) for _ in range(3))
 
     def begin(self, batch: Batch) -> Tensor:
-        """Run the clean model; returns its residual stream."""
+        """Run the clean model; returns its activations."""
         self._batch, self._hidden = batch, dict[str, Tensor]()
         hidden, self._residual = self._model.hidden(batch.tokens)
         self._clean = hidden[batch.text]

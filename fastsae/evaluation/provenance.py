@@ -30,8 +30,8 @@ def require_same_activations(sae: SAE, text: HeldOutText, model: SplicedModel) -
         )
     if (head := metadata.get("hook_head_index")) is not None:
         raise ConfigError(
-            f"the SAE was trained on the output of attention head {head} (hook_head_index), and evaluated "
-            f"is the residual stream; {_ADVICE}"
+            f"the SAE was trained on the output of attention head {head} (hook_head_index), and no hook here "
+            f"gives that of one; {_ADVICE}"
         )
     bos, wanted = model.tokenizer.bos_token_id, metadata.get("prepend_bos")
     begin = sum(int(row[0]) == bos for row in text.rows) > len(text) / 2

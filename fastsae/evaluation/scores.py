@@ -43,7 +43,7 @@ class Scores:
     """``[F]`` int64: tokens on which each latent is active."""
     tokens: int
     cross_entropy: Estimate | None = None
-    """Of the language model with its residual stream replaced by the reconstruction; nats per token."""
+    """Of the language model with its activations replaced by the reconstruction; nats per token."""
     loss_recovered: Estimate | None = None
     """``(CE_zero - CE) / (CE_zero - CE_clean)``: 1 is the untouched model, 0 the zero-ablated one."""
     loss_recovered_from_mean: Estimate | None = None

@@ -1,10 +1,10 @@
-"""The frozen language model with its residual stream hooked: cut after the deepest layer, to harvest
-activations, or spliced, to read the stream and to replace it."""
+"""The frozen language model with hooks in it: cut after the deepest one, to harvest activations, or spliced, to
+read activations and to replace them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, StreamError
+from ..config import Site
+from ..errors import StreamError
 from . import loading
 from .held_out import special_ids
+from .hooks import Hook, find_hook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,16 +27,16 @@ class HookedModel:
     """What a frozen decoder language model has in common however it is hooked.
 
     Attributes: ``name``; ``tokenizer``; ``device``; ``dtype`` and ``d_model`` of the residual
-    stream; ``vocabulary``; ``num_layers`` of the whole model; ``hook_names``, the path of each hooked
-    module in it; ``weights``, what tells it apart from others (``weights_of``), if it was loaded.
+    stream; ``vocabulary``; ``num_layers`` of the whole model; ``sites`` and the ``hooks`` that they are in this
+    model; ``weights``, what tells it apart from others (``weights_of``), if it was loaded.
 
     Raises:
-        ConfigError: there is no such layer.
+        ConfigError: there is no such layer or hook.
         StreamError: not a decoder language model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, layers: Sequence[int], name: str
+        self, model: PreTrainedModel, tokenizer: Tokenizer, places: Sequence[int | Site], name: str
     ) -> None:
         self.weights: dict[str, str] = {}
         # Some models call a part of their head so.
@@ -43,9 +45,10 @@ class HookedModel:
         self._config = config = self._decoder.config.get_text_config(decoder=True)
         path, self._modules = find_layers(model, self._decoder, config.num_hidden_layers, name)
         self.num_layers = len(self._modules)
-        loading.require_layers(layers, self.num_layers, name)
+        self.sites = tuple(map(Site.of, places))
+        loading.require_layers([site.layer for site in self.sites], self.num_layers, name)
         self.name, self.tokenizer = name, tokenizer
-        self.hook_names = tuple(f"{path}.{layer}" for layer in layers)
+        self.hooks = tuple(find_hook(model, path, self._modules, site) for site in self.sites)
         self.d_model: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
         embedding = self._decoder.get_input_embeddings().weight
@@ -67,15 +70,14 @@ class HookedModel:
 
 
 class CutModel(HookedModel):
-    """A decoder language model up to the deepest of ``layers``; the rest is dropped from memory.
+    """A decoder language model up to the deepest of ``places``; the layers behind it are dropped from memory.
 
-    ``model`` is any transformers model with a decoder (``get_decoder()``); it is taken over and cut.
-    With ``separate_documents``, a token attends to its own document alone, and positions count from
+    ``model`` is any transformers model with a decoder (``get_decoder()``); it is taken over and cut. A place is
+    a :class:`Site`, or the number of a layer for the residual stream after it. With ``separate_documents``, a token attends to its own document alone, and positions count from
     the document's beginning, as if it had the row to itself. ``compile`` passes the model through
     ``torch.compile``.
 
-    Attributes besides those of :class:`HookedModel`: ``layers``; ``quantization``;
-    ``model_class_name``, the class to load the model with; ``special_ids``, int64 tensor of the tokens
+    Attributes besides those of :class:`HookedModel`: ``quantization``; ``model_class_name``, the class to load the model with; ``special_ids``, int64 tensor of the tokens
     that are not text.
     """
 
@@ -85,33 +87,33 @@ class CutModel(HookedModel):
         self,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
-        layers: Sequence[int],
+        places: Sequence[int | Site],
         *,
         name: str,
         quantization: str = "none",
         separate_documents: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__(model, tokenizer, layers, name)
-        decoder, modules = self._decoder, self._modules
-        self.layers = tuple(layers)
+        super().__init__(model, tokenizer, places, name)
+        decoder = self._decoder
         self.quantization = quantization
         self.special_ids = torch.tensor(special_ids(tokenizer))
         self._separate_documents = separate_documents
-        _truncate(decoder, modules, max(layers) + 1)
-        self._kept: dict[int, Tensor] = {}
-        for layer in layers:
-            modules[layer].register_forward_hook(self._keep(layer))
+        _truncate(decoder, self._modules, max(hook.layer for hook in self.hooks) + 1)
         decoder.eval().requires_grad_(False)
         if quantization == "nf4-dequantized":
             loading.dequantize(decoder)
+        self._kept: dict[int, Tensor] = {}
+        self._stops = not compile  # what is compiled runs to the end of the last layer
+        for index, hook in enumerate(self.hooks):
+            hook.register(model.get_submodule(hook.path), self._keep(index))
         self._run = torch.compile(decoder, dynamic=False) if compile else decoder
 
     @classmethod
     def load(
         cls,
         name: str,
-        layers: Sequence[int],
+        places: Sequence[int | Site],
         *,
         quantization: str = "none",
         device: torch.device | str = "cpu",
@@ -127,7 +129,7 @@ class CutModel(HookedModel):
         model, tokenizer = loading.load_pretrained(
             name, quantization=stored, device=device, head=False, revision=revision
         )
-        cut = cls(model, tokenizer, layers, name=name, quantization=quantization, **options)
+        cut = cls(model, tokenizer, places, name=name, quantization=quantization, **options)
         del model
         cut.weights = loading.weights_of(name, revision)
         cut._try_out()
@@ -146,17 +148,25 @@ class CutModel(HookedModel):
 
     @torch.inference_mode()
     def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The residual stream after each hooked layer, from one forward pass.
+        """The activations at each of the ``sites``, from one forward pass.
 
-        tokens ``[n, t]`` int64 to as many ``[n, t, d_model]`` as there are ``layers``, in ``dtype``.
-        Rows shorter than the others may be padded at the end with any token: attention is causal, so
+        tokens ``[n, t]`` int64 to as many ``[n, t, D]`` as there are ``sites``, in ``dtype``. Rows shorter than the others may be padded at the end with any token: attention is causal, so
         the padding changes nothing before it.
         """
         positions = self._positions(tokens) if self._separate_documents else None
-        self._run(input_ids=tokens.to(self.device), position_ids=positions, use_cache=False)
-        residuals = tuple(self._kept[layer] for layer in self.layers)
         self._kept.clear()
-        return residuals
+        with contextlib.suppress(_Stop):
+            self._run(input_ids=tokens.to(self.device), position_ids=positions, use_cache=False)
+        for index, hook in enumerate(self.hooks):
+            if index not in self._kept:
+                raise _does_not_run(hook, self.name)
+        return tuple(_by_token(self._kept.pop(index), tokens) for index in range(len(self.hooks)))
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """The width D of the activations at each of the ``sites``, found by a short forward pass."""
+        found = self.residuals(torch.zeros(1, 8, dtype=torch.int64))
+        return tuple(_width(self.name, *pair) for pair in zip(self.sites, found, strict=True))
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Positions that begin anew at each document: from them transformers masks the attention."""
@@ -168,16 +178,18 @@ class CutModel(HookedModel):
         begins[:, 0] = True
         return (index - torch.where(begins, index, 0).cummax(dim=1).values).to(self.device)
 
-    def _keep(self, layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._kept[layer] = _residual(output)
+    def _keep(self, index: int) -> Callable[[Tensor], None]:
+        def keep(x: Tensor) -> None:
+            self._kept[index] = x
+            if self._stops and len(self._kept) == len(self.hooks):
+                raise _Stop
 
-        return hook
+        return keep
 
     def _try_out(self) -> None:
         """One short forward pass, so that what cannot run fails here and not in the middle of a run."""
         try:
-            residuals = self.residuals(torch.zeros(1, 8, dtype=torch.int64))
+            _ = self.widths
             if self._separate_documents:
                 self._try_out_separation()
         except StreamError:
@@ -190,12 +202,6 @@ class CutModel(HookedModel):
                 f"the model {self.name!r} ({self.quantization}, {self.dtype}) does not run on "
                 f"{self.device}: {error}{remedy}"
             ) from error
-        for layer, residual in zip(self.layers, residuals, strict=True):
-            if residual.shape != (1, 8, self.d_model):
-                raise StreamError(
-                    f"layer {layer} of {self.name!r} gives {list(residual.shape)} for 8 tokens, expected "
-                    f"[1, 8, {self.d_model}]: not an ordinary residual stream; use another model"
-                )
 
     def _try_out_separation(self) -> None:
         """Raise StreamError unless a document looks the same behind another one as in front of it."""
@@ -219,24 +225,29 @@ class CutModel(HookedModel):
 
 
 class SplicedModel(HookedModel):
-    """``model``, untruncated and frozen, with a hook on the output of decoder layer ``layer``.
+    """``model``, untruncated and frozen, with a hook at ``place``: a :class:`Site`, or the number of a layer for
+    the residual stream after it.
 
-    Attributes besides those of :class:`HookedModel`: ``layer``.
+    Attributes besides those of :class:`HookedModel`: ``site``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, layer: int, name: str = "the model"
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        place: int | Site,
+        name: str = "the model",
     ) -> None:
-        super().__init__(model, tokenizer, (layer,), name)
-        self.layer = layer
+        super().__init__(model, tokenizer, (place,), name)
+        (self.site,), (self._hook,) = self.sites, self.hooks
         self._model = model.eval()
-        self._hooked = self._modules[layer]
+        self._hooked = model.get_submodule(self._hook.path)
 
     @classmethod
     def load(
         cls,
         name: str | os.PathLike[str],
-        layer: int,
+        place: int | Site,
         *,
         quantization: str = "none",
         device: torch.device | str = "cpu",
@@ -249,24 +260,24 @@ class SplicedModel(HookedModel):
         are too long for the model.
         """
         name = os.fspath(name)
-        loading.load_config(name, (layer,), context_length, revision)
+        loading.load_config(name, (Site.of(place).layer,), context_length, revision)
         model, tokenizer = loading.load_pretrained(
             name, quantization=quantization, device=device, revision=revision
         )
-        spliced = cls(model, tokenizer, layer, name)
+        spliced = cls(model, tokenizer, place, name)
         spliced.weights = loading.weights_of(name, revision)
         return spliced
 
     @torch.no_grad()
     def residual(self, tokens: Tensor) -> Tensor:
-        """The residual stream after the layer: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""
+        """The activations at the site: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""
         return self._run(self._decoder, tokens, None, stop=True)[0]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-token logits ``[n, t, V]`` and the residual stream ``[n, t, D]`` the layer gave.
+        """Next-token logits ``[n, t, V]`` and the activations ``[n, t, D]`` at the site.
 
-        With ``replacement [n, t, D]`` the layers after it read that instead.
+        With ``replacement [n, t, D]`` what comes after it reads that instead.
         """
         kept, output = self._run(self._model, tokens, replacement)
         return output.logits, kept
@@ -311,6 +322,11 @@ class SplicedModel(HookedModel):
             if own is not None:
                 decoder.forward = own
 
+    @cached_property
+    def width(self) -> int:
+        """The width D of the activations at the site, found by a short forward pass."""
+        return _width(self.name, self.site, self.residual(torch.zeros(1, 8, dtype=torch.int64)))
+
     @property
     def work(self) -> tuple[int, int]:
         """Weights that a token is multiplied by up to the hooked layer, and in the whole model."""
@@ -321,7 +337,7 @@ class SplicedModel(HookedModel):
         ]
         head = self._model.get_output_embeddings()
         whole = sum(layers) + (0 if head is None else head.weight.numel())
-        return sum(layers[: self.layer + 1]), whole
+        return sum(layers[: self._hook.layer + 1]), whole
 
     def _run(
         self, module: nn.Module, tokens: Tensor, replacement: Tensor | None, stop: bool = False
@@ -329,29 +345,29 @@ class SplicedModel(HookedModel):
         self.require_fitting(tokens)
         kept: list[Tensor] = []
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            residual = _residual(output)
-            kept.append(residual)
+        def act(x: Tensor) -> Tensor | None:
+            kept.append(_by_token(x, tokens))
             if stop:
                 raise _Stop
-            if replacement is None:
-                return None
-            new = replacement.to(residual.dtype)
-            return new if isinstance(output, Tensor) else (new, *output[1:])
+            return None if replacement is None else replacement.to(x.dtype).reshape(x.shape)
 
-        handle, output = self._hooked.register_forward_hook(hook), None
+        handle, output = self._hook.register(self._hooked, act), None
         try:
             output = module(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             pass
         finally:
             handle.remove()
+        if not kept:
+            raise _does_not_run(self._hook, self.name)
         return kept[0], output
 
     @torch.no_grad()
     def unembedding(self) -> tuple[Tensor, Tensor, bool] | None:
         """``[V, D]`` unembedding; ``[D]`` gain of the final norm; whether that norm subtracts the mean. None
-        if there is more than that between the residual stream and the logits."""
+        if there is more than that between the activations and the logits."""
+        if not self._hook.in_stream:
+            return None
         head = self._model.get_output_embeddings()
         behind = [
             child
@@ -390,12 +406,30 @@ class SplicedModel(HookedModel):
 
 
 class _Stop(Exception):
-    """The layers behind the hooked one need not run."""
+    """What is behind the last hook need not run."""
 
 
-def _residual(output: Any) -> Tensor:
-    """Of a decoder layer: its output is a tensor or, in older models, a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
+def _does_not_run(hook: Hook, name: str) -> StreamError:
+    return StreamError(
+        f"{hook.path} of {name!r} does not run: it holds other modules, or is no part of the decoder; give "
+        f"another --hook"
+    )
+
+
+def _by_token(x: Tensor, tokens: Tensor) -> Tensor:
+    """``x`` as ``[n, t, D]`` for tokens ``[n, t]``: some modules run on all tokens in a row, ``[n t, D]``."""
+    flat = x.dim() == 2 and len(x) == tokens.numel()
+    return x.unflatten(0, tokens.shape) if flat else x
+
+
+def _width(name: str, site: Site, x: Tensor) -> int:
+    """Of the activations of eight tokens. Raises StreamError if they are not one vector for each."""
+    if x.dim() == 3 and x.shape[:2] == (1, 8) and x.is_floating_point():
+        return x.shape[2]
+    raise StreamError(
+        f"{site} of {name!r} is {list(x.shape)} of {x.dtype} for 8 tokens, expected [1, 8, D]: not an activation "
+        f"for each token; give another --hook, or use another model"
+    )
 
 
 def find_layers(
@@ -431,25 +465,3 @@ def _truncate(decoder: nn.Module, layers: nn.ModuleList, count: int) -> None:
     projection.weight = nn.Parameter(projection.weight[:width].clone(), requires_grad=False)
     projection.out_features = width
     decoder.config.num_hidden_layers = count
-
-
-def layer_of(hook_name: str | None) -> int:
-    """The decoder layer whose output a hook name means, in the names that SAE programs use.
-
-    ``model.layers.17``, ``transformer.blocks.17`` and ``blocks.17.hook_resid_post`` are the output of layer 17;
-    ``blocks.17.hook_resid_pre`` is that of layer 16. Raises ConfigError for any other.
-    """
-    advice = "give the decoder layer whose output it reads with --layer"
-    if hook_name is None:
-        raise ConfigError(f"the SAE does not say which hook it reads; {advice}")
-    if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name):
-        layer = int(found[1]) - (found[2] == "pre")
-        if layer >= 0:
-            return layer
-    # An element of a list that is in no other one: layers, h, blocks, whatever the model calls it.
-    elif found := re.fullmatch(r"(?:(?:[A-Za-z_]\w*\.)+|resid_post_layer_)(\d+)", hook_name):
-        return int(found[1])
-    raise ConfigError(
-        f"the SAE reads {hook_name!r}, which is not the output of a decoder layer by any name known "
-        f"here; if it is, {advice}"
-    )

@@ -27,7 +27,7 @@ _UNTOLD = (
     "keep_checkpoints", "device", "report",
 )  # fmt: skip
 _OF_THE_STREAM = (
-    "model", "layer", "quantization", "context_length", "harvest_batch", "dataset", "dataset_config",
+    "model", "layer", "hook", "quantization", "context_length", "harvest_batch", "dataset", "dataset_config",
     "dataset_split", "text_column", "text_files", "stream_seed", "pool_tokens", "eval_tokens",
 )  # fmt: skip
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "datasets", "safetensors", "numpy")

@@ -17,7 +17,7 @@ from ..errors import FastsaeError
 from ..evaluation.evaluate import Evaluation, evaluate, inference_modes, whole_passes
 from ..files import write_json
 from ..lm.held_out import HeldOutText
-from ..lm.hooked import SplicedModel, layer_of
+from ..lm.hooked import SplicedModel
 from ..lm.loading import load_pretrained
 from ..sae.activation import Inference
 from ..sae.module import SAE
@@ -102,7 +102,7 @@ def report_run(
                     device=sae.W_dec.device,
                     revision=sae.metadata.get("model_revision", config.revision),
                 )
-                model = SplicedModel(*loaded, layer_of(sae.hook_name), config.model)
+                model = SplicedModel(*loaded, config.site, config.model)
                 affordable = summary["tokens_seen"] * _affordable_share(model, modes)
                 measured = text = held_out.part(affordable, FEWEST_ROWS)
                 log.info(

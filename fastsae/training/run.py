@@ -142,6 +142,7 @@ class Run:
 
     def refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise CheckpointError if the settings ``saved`` in ``path`` would compute something else."""
+        saved = {"hook": TrainConfig.hook} | saved  # of runs from before there was one
         changed = [
             f"{name}: {saved.get(name)!r} in the run, {value!r} now"
             for name, value in plain(self.config.to_dict()).items()

@@ -99,12 +99,14 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
             f"batches of your own are each taken once: give them as often as you want them trained on"
         )
     if source is None and sweep.base.out is None:
-        return Sweep(replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds)
+        return Sweep(
+            replace(sweep.base, out="runs"), sweep.layers, sweep.ks, sweep.seeds, sweep.hooks
+        )
     return sweep
 
 
 def _runs(sweep: Sweep) -> list[Run]:
-    return [Run(each, sweep.layers.index(each.layer)) for each in sweep.runs]
+    return [Run(each, sweep.sites.index(each.site)) for each in sweep.runs]
 
 
 def _signals(runs: Sequence[Run]) -> Signals:
@@ -166,13 +168,13 @@ class Trainer:
         fresh = not all(run.saved_steps() for run in self.runs)
         self._origin = load_origin(sweep) if self.config.init_from is not None and fresh else None
         if source is None:
-            source = open_stream(self.config, sweep.layers)
+            source = open_stream(self.config, sweep.sites)
         elif not isinstance(source, ActivationSource):
             factor = self.config.outlier_norm or math.inf
             kept = None if math.isinf(factor) else factor
-            source = IterableSource(source, len(sweep.layers), kept)
+            source = IterableSource(source, len(sweep.sites), kept)
         self.source = source
-        self._metadata = source.metadata or ({},) * len(sweep.layers)
+        self._metadata = source.metadata or ({},) * len(sweep.sites)
         self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
 
     @property
@@ -308,7 +310,7 @@ class Trainer:
                 where = "at the beginning" if step is None else f"at step {step}"
                 raise CheckpointError(
                     f"{path.parents[1]} has been trained to step {later} without the others, which stand "
-                    f"{where}. Finish it by itself first: the same command with its own --layer, --k and "
+                    f"{where}. Finish it by itself first: the same command with its own --layer, --hook, --k and "
                     f"--seed, and --stream-seed {self.config.resolved_stream_seed}. A finished run may be "
                     f"among the others. Or choose another --name"
                 )

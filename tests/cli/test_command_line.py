@@ -83,7 +83,7 @@ def test_the_right_command(run) -> None:
     assert wanted <= set(summary)
     assert summary["l0"] == 4 and summary["tokens_seen"] == 1280
     sae = fastsae.load(result.out / "run")
-    assert (sae.d_in, sae.d_sae, sae.hook_name) == (64, 128, "model.layers.2")
+    assert (sae.d_in, sae.d_sae, sae.hook_name) == (64, 128, "blocks.2.hook_resid_post")
     assert "fastsae.load(" in result.errors
 
 
@@ -247,7 +247,7 @@ def test_gemma_4_in_nf4(run, checkpoint_class: str) -> None:
     assert result.code == 0, result.errors
     sae = fastsae.load(result.out / "run")
     prefix = "model.layers" if checkpoint_class == "gemma4_text" else "model.language_model.layers"
-    assert sae.hook_name == f"{prefix}.5" and sae.d_in == 128
+    assert sae.metadata["hf_hook_name"] == f"{prefix}.5" and sae.d_in == 128
     assert sae.W_dec.isfinite().all() and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(128))
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastsae.config import Site
 from fastsae.data.buffer import ActivationBuffer
 from fastsae.data.harvest import Chunk, TextChunks, harvest
 from fastsae.data.text import TextSource
@@ -38,11 +39,12 @@ class FakeModel:
 
     name, quantization = "fake", "none"
     weights: dict[str, str] = {}  # noqa: RUF012
-    d_model, dtype, device = 3, torch.float32, torch.device("cpu")
+    dtype, device = torch.float32, torch.device("cpu")
     special_ids = torch.tensor([1, 2, 3])  # 0 pads short rows, and is a word in some vocabularies
 
     def __init__(self, poisoned: str = "", layers=(3,), poisoned_layer: int = 0) -> None:
-        self.layers, self.poisoned_layer = layers, poisoned_layer
+        self.sites, self.poisoned_layer = tuple(map(Site, layers)), poisoned_layer
+        self.widths = (3,) * len(layers)
         self.poisoned = torch.tensor([ids(c)[0] for c in poisoned] or [-1])
 
     def residuals(self, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +53,7 @@ class FakeModel:
         row = (tokens * (7919 * (position + 1) ** 5 % 8191)).sum(1, keepdim=True)
         columns = [tokens, position.expand(n, length), row.expand(n, length)]
         out = torch.stack(columns, dim=2).float()
-        layers = [out + 1e6 * i for i in range(len(self.layers))]
+        layers = [out + 1e6 * i for i in range(len(self.sites))]
         layers[self.poisoned_layer][torch.isin(tokens, self.poisoned)] = float("nan")
         return tuple(layers)
 

@@ -17,7 +17,6 @@ from fastsae.cli import main
 from fastsae.evaluation import losses
 from fastsae.evaluation.estimates import DocumentSums
 from fastsae.evaluation.evaluate import evaluate, inference_modes, whole_passes
-from fastsae.lm.hooked import layer_of
 
 SAELENS = 2e-5
 """Both sides sum the same float32 terms in another order; ours sums in float64."""
@@ -240,27 +239,6 @@ def test_agrees_with_the_evaluator_of_saelens(tmp_path) -> None:
     bound = SAELENS * ours.losses["zero"] / gap * 4
     assert mine.loss_recovered == pytest.approx(losses["ce_loss_score"], abs=bound)
     assert mine.density.tolist() == pytest.approx(features["feature_density"], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("hook", "layer"),
-    [
-        ("model.layers.17", 17),
-        ("model.language_model.layers.5", 5),
-        ("blocks.8.hook_resid_post", 8),
-        ("blocks.8.hook_resid_pre", 7),
-        ("layers.3", 3),
-        ("transformer.h.2", 2),
-    ],
-)
-def test_hook_names(hook: str, layer: int) -> None:
-    assert layer_of(hook) == layer
-
-
-@pytest.mark.parametrize("hook", [None, "blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "x"])
-def test_hooks_that_are_not_the_residual_stream(hook: str | None) -> None:
-    with pytest.raises(ConfigError, match="--layer"):
-        layer_of(hook)
 
 
 def test_a_model_of_another_width_is_refused() -> None:

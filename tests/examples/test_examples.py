@@ -55,7 +55,7 @@ def test_there_are_five_and_each_is_short() -> None:
 @pytest.mark.slow
 def test_train_on_a_model(run_folder: Path) -> None:
     sae = fastsae.load(run_folder)
-    assert (sae.d_in, sae.d_sae, sae.hook_name) == (64, 512, "model.layers.2")
+    assert (sae.d_in, sae.d_sae, sae.hook_name) == (64, 512, "blocks.2.hook_resid_post")
     summary = json.loads((run_folder / "summary.json").read_text())
     assert summary["tokens_seen"] >= 100_000 and summary["explained_variance"] > 0.5
 

@@ -135,7 +135,7 @@ def test_stream():
     (first,) = stream.next_batch()
     assert (first.shape, first.dtype) == ((256, 128), torch.float32)
     assert not first.is_inference()
-    assert stream.metadata[0]["hook_name"] == "model.layers.2"
+    assert stream.metadata[0]["hook_name"] == "blocks.2.hook_resid_post"
     assert stream.metadata[0]["model_name"] == "glassllm"
     assert stream.metadata[0]["prepend_bos"]
     assert stream.counts["special"] > 0
@@ -157,7 +157,7 @@ def test_other_text_or_model_with_the_demo(tmp_path: Path):
     tokenizer.save_pretrained(tmp_path / "model")
     stream = open_stream(small(model=str(tmp_path / "model"), layer=3))
     assert stream.metadata[0]["model_name"] == str(tmp_path / "model")
-    assert stream.metadata[0]["hook_name"] == "model.layers.3"
+    assert stream.metadata[0]["hook_name"] == "blocks.3.hook_resid_post"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fastsae import ConfigError, HeldOutText, StreamError, TrainConfig, Trainer
 from fastsae.cli import main
 from fastsae.evaluation.contrast import pool
 from fastsae.evaluation.evaluate import evaluate
-from fastsae.lm.hooked import CutModel, SplicedModel, layer_of
+from fastsae.lm.hooked import CutModel, SplicedModel
 from fastsae.lm.loading import load_config
 from fastsae.reporting.dashboard.geometry import logit_effects
 
@@ -47,10 +47,9 @@ def text_of(model: SplicedModel, length: int = 64) -> HeldOutText:
 def test_the_residual_stream_is_that_of_the_whole_model(family: str):
     tokens = torch.randint(4, 260, (2, 20), generator=torch.Generator().manual_seed(0))
     cut = CutModel.load(models.family(family), (1,))
-    assert layer_of(cut.hook_names[0]) == 1
     whole = AutoModelForCausalLM.from_pretrained(models.family(family)).eval()
     kept: list = []
-    layer = whole.get_submodule(cut.hook_names[0])
+    layer = whole.get_submodule(cut.hooks[0].path)
     layer.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
     with torch.inference_mode():
         whole(tokens, use_cache=False)

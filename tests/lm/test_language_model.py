@@ -78,7 +78,7 @@ def test_bit_equal_at_every_layer(checkpoint: str, quantization: str):
             copy.deepcopy(untouched), models.tokenizer(), (layer,), name=checkpoint,
             quantization=quantization,
         )  # fmt: skip
-        assert part.hook_names == (f"{path}.{layer}",)
+        assert part.hooks[0].path == f"{path}.{layer}"
         assert part.num_layers == num_layers
         (found,) = part.residuals(tokens())
         assert found.dtype == part.dtype
@@ -94,9 +94,9 @@ def test_loaded_from_disk(checkpoint: str, quantization: str):
     loaded = CutModel.load(build(), (layer,), quantization=quantization)
     expected = residuals(whole_model(build(), quantization), tokens())[layer]
     assert torch.equal(loaded.residuals(tokens())[0], expected)
-    assert (loaded.layers, loaded.d_model) == ((layer,), expected.shape[-1])
+    assert (loaded.sites, loaded.widths) == (((layer, "resid_post"),), (expected.shape[-1],))
     assert loaded.model_class_name == "AutoModelForCausalLM"
-    assert loaded.hook_names == (f"{path}.{layer}",)
+    assert loaded.hooks[0].hf_name == f"{path}.{layer}"
     assert loaded.special_ids.tolist() == [0, 1, 2, 3]
 
 
@@ -112,7 +112,7 @@ def test_several_layers_from_one_pass(checkpoint: str, quantization: str):
     part._decoder.register_forward_pre_hook(lambda *_: passes.append(1))
     found = part.residuals(tokens())
     assert len(passes) == 1
-    assert part.hook_names == tuple(f"{path}.{layer}" for layer in layers)
+    assert [hook.path for hook in part.hooks] == [f"{path}.{layer}" for layer in layers]
     for layer, residual in zip(layers, found, strict=True):
         assert torch.equal(residual, expected[layer]), layer
 
@@ -136,7 +136,7 @@ def test_hook_name_is_a_path_in_the_class_users_load(checkpoint: str):
     whole = whole_model(build(), "none")
     part = CutModel.load(build(), (1,))
     kept: list[Tensor] = []
-    module = dict(whole.named_modules())[part.hook_names[0]]
+    module = dict(whole.named_modules())[part.hooks[0].path]
     module.register_forward_hook(lambda _m, _i, out: kept.append(out))
     with torch.inference_mode():
         whole(tokens(), use_cache=False)

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, relu
 
 import fastsae
 from fastsae import SAE, BatchTopK, ConfigError, JumpReLU, TopK
-from fastsae.lm.hooked import layer_of
+from fastsae.lm.hooks import site_of
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,8 @@ def test_reads_dictionary_learning_by_definition(tmp_path, dict_class, threshold
     [
         ("resid_post_layer_3", "out", "resid_post_layer_3", 3),
         ("gpt_neox.layers.3", None, "gpt_neox.layers.3", 3),
-        ("gpt_neox.layers.3", "in", "blocks.3.hook_resid_pre", 2),
+        ("gpt_neox.layers.3", "in", "blocks.3.hook_resid_pre", 3),
+        ("gpt_neox.layers.3.mlp", "in", "gpt_neox.layers.3.mlp.input", 3),
         ("mlp_out_layer_3", "out", "mlp_out_layer_3", None),
         ("gpt_neox.layers.3", "in_and_out", "gpt_neox.layers.3, in_and_out", None),
     ],
@@ -173,10 +174,10 @@ def test_dictionary_learning_says_which_module_it_read(tmp_path, submodule, io, 
     sae = fastsae.load(tmp_path)
     assert sae.hook_name == hook
     if layer is None:
-        with pytest.raises(ConfigError, match="not the output of a decoder layer"):
-            layer_of(sae.hook_name)
+        with pytest.raises(ConfigError, match="is not a place in a decoder layer"):
+            site_of(sae.hook_name)
     else:
-        assert layer_of(sae.hook_name) == layer
+        assert site_of(sae.hook_name).layer == layer
 
 
 @pytest.mark.parametrize("dict_class", ["AutoEncoderTopK", "BatchTopKSAE"])

@@ -212,7 +212,7 @@ def test_layers_of_one_pass_are_those_of_two(
     ]
     for name in ("explained_variance", "pca_explained_variance", "threshold_l0", "alive_fraction"):
         assert summaries[0][name] == summaries[1][name]
-    assert fastsae.load(run).hook_name == "model.layers.3"
+    assert fastsae.load(run).hook_name == "blocks.3.hook_resid_post"
 
 
 @pytest.mark.slow

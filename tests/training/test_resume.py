@@ -174,7 +174,7 @@ def test_gemma_4_in_nf4_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert "resumed at" in printed
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     config = json.loads((tmp_path / "whole" / "cfg.json").read_text())
-    assert config["metadata"]["hook_name"] == "model.language_model.layers.17"
+    assert config["metadata"]["hf_hook_name"] == "model.language_model.layers.17"
 
 
 @pytest.mark.slow

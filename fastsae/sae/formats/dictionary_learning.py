@@ -44,8 +44,8 @@ def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     if threshold is None or (sae.k is not None and not sae.provenance["threshold_updates"]):
         threshold = torch.tensor(-1.0)  # not known
     d_in, d_sae = sae.W_enc.shape
-    hook_name = sae.metadata.get("hook_name")
-    layer = re.search(r"\.(\d+)$", str(hook_name))
+    hook_name = sae.metadata.get("hf_hook_name", sae.metadata.get("hook_name"))
+    layer = re.search(r"\.(\d+)(\.|$)", str(hook_name))
     config = {
         "trainer": {
             "trainer_class": _TRAINERS[dict_class],
@@ -79,7 +79,7 @@ def _hook_name(submodule: object, io: object) -> str | None:
     layer = re.fullmatch(r"resid_post_layer_(\d+)|(?:[A-Za-z_]\w*\.)+(\d+)", submodule)
     if io == "in" and layer:
         return f"blocks.{layer[1] or layer[2]}.hook_resid_pre"
-    return f"{submodule}, {io}" if io in ("in", "in_and_out") else submodule
+    return f"{submodule}, {io}" if io == "in_and_out" else submodule + ".input" * (io == "in")
 
 
 def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
