@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,9 @@ class Update(ABC):
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
         self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
-        result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
+        # Events are recorded and graphs captured on the current device, which need not be this one.
+        with torch.cuda.device_of(self.lr):
+            result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         return result
 
@@ -89,6 +91,10 @@ class Update(ABC):
         """Note which latents were active: ``counts [F]`` tokens of the step's."""
         self.tokens_since_active += tokens
         self.tokens_since_active.masked_fill_(counts > 0, 0)
+
+    def mark_dead(self, latents: Tensor) -> None:
+        """Count the latents ``[F]`` (bool) as dead from the next step on, as if they had long been."""
+        self.tokens_since_active.masked_fill_(latents, self.config.dead_after)
 
     @property
     def dead(self) -> Tensor:
@@ -228,9 +234,9 @@ class FusedUpdate(Update):
     is one CUDA graph, one for each number of dead latents that buffers are made for.
     """
 
-    AUX_LAG_STEPS = 4
-    """On CUDA, aux-k's buffers are sized by the number of dead latents this many steps ago: that count
-    has arrived without anybody waiting, and a fixed lag keeps runs reproducible."""
+    AUX_LAG_STEPS: ClassVar = {"cuda": 4}
+    """By type of device, 0 elsewhere: aux-k's buffers are sized by the number of dead latents this many
+    steps ago. That count has arrived without anybody waiting, and a fixed lag keeps runs reproducible."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
@@ -245,8 +251,12 @@ class FusedUpdate(Update):
         self._biases = {
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
-        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, sae.W_dec.device)
+        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
+
+    def mark_dead(self, latents: Tensor) -> None:
+        super().mark_dead(latents)
+        self._dead_counts.fill(int(self.dead.sum()))
 
     @torch.no_grad()
     def _step(self, x: Tensor, budget: int) -> UpdateResult:
@@ -370,13 +380,13 @@ class Graphs:
 
 
 class _LaggedCount:
-    """How many latents were dead some steps ago, rounded up, without waiting for the device.
+    """How many latents were dead ``lag`` steps ago, rounded up, without waiting for the device.
 
-    On a CPU there is nothing to wait for, and the count is today's.
+    With ``lag = 0`` the count is today's: on a CPU there is nothing to wait for.
     """
 
-    def __init__(self, lag: int, device: torch.device) -> None:
-        self._lag = lag if device.type == "cuda" else 0
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
         self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def update(self, dead: Tensor) -> int:
@@ -384,10 +394,12 @@ class _LaggedCount:
         count = dead.sum()
         if self._lag == 0:
             return int(count)
-        host = torch.empty((), dtype=count.dtype, pin_memory=True)
-        host.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        host, event = count, None
+        if count.is_cuda:
+            host = torch.empty((), dtype=count.dtype, pin_memory=True)
+            host.copy_(count, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self._pending.append((host, event))
         if len(self._pending) <= self._lag:
             return 0
@@ -403,6 +415,10 @@ class _LaggedCount:
             if arrived is not None:
                 arrived.synchronize()
         return torch.tensor([int(count) for count, _ in self._pending], dtype=torch.int64)
+
+    def fill(self, count: int) -> None:
+        """Let it be as if ``count`` had been dead all along."""
+        self.restore(torch.full((self._lag,), count))
 
     def restore(self, counts: Tensor) -> None:
         self._pending = [(count, None) for count in counts.cpu()]
