@@ -6,6 +6,7 @@ process killed at its time limit leaves all that it found; pytest's own reports 
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def pytest_configure(config):
 
 class Lines:
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w", encoding="utf-8", buffering=1)
+        self._path = Path(path)
+        self._path.write_text("")
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -36,7 +38,8 @@ class Lines:
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
         if not report.passed:
             line["why"] = report.longreprtext[-2000:] or str(report.longrepr)[-2000:]
-        print(json.dumps(line), file=self._file)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @pytest.hookimpl(trylast=True)
