@@ -99,6 +99,8 @@ class ActivationBuffer:
         cuda = source.device.type == "cuda"
         self._ahead = cuda if ahead is None else ahead
         self._beside = torch.cuda.Stream(source.device) if cuda else None
+        if self._beside is not None:  # what was done to the model's weights must have been done
+            self._beside.wait_stream(torch.cuda.current_stream(source.device))
         # One and a half generations are live when a stage begins. The next one needs no more room at
         # any moment than what is left and what was served until then.
         slots = 2 * self.chunks_per_generation * source.chunk_tokens

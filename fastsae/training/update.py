@@ -347,36 +347,39 @@ class Graphs:
     """A function of one batch, replayed as a CUDA graph for each combination of its other arguments.
 
     The first calls of a combination run eagerly (kernels compile, libraries make their plans); then it
-    is captured, and from there on a call copies the batch in and replays. Results stand until the next
-    call. Graphs share one pool of memory: they run one after another.
+    is captured, and from there on a call replays. All of them on a copy of the batch: what is captured
+    has run before on the very same memory. Results stand until the next call. Graphs share one pool of
+    memory: they run one after another.
     """
 
     EAGER_CALLS = 3
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._calls: dict[Any, int] = {}
-        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        self._calls: dict[Any, tuple[int, Tensor]] = {}
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         key = (x.shape, x.dtype, *arguments)
-        if key not in self._captured:
-            calls = self._calls[key] = self._calls.get(key, 0) + 1
-            if calls <= self.EAGER_CALLS:
-                return self._function(x, *arguments)
-            self._captured[key] = self._capture(x, arguments)
-        graph, static_x, result = self._captured[key]
+        calls, static_x = self._calls.get(key) or (0, torch.empty_like(x))
+        self._calls[key] = calls + 1, static_x
         static_x.copy_(x)
+        if calls < self.EAGER_CALLS:
+            return self._function(static_x, *arguments)
+        if key not in self._captured:
+            self._captured[key] = self._capture(static_x, arguments)
+        graph, result = self._captured[key]
         graph.replay()
         return result
 
-    def _capture(self, x: Tensor, arguments: tuple[Any, ...]) -> Any:
-        graph, static_x = torch.cuda.CUDAGraph(), x.clone()
-        with torch.cuda.graph(graph, pool=self._pool):
+    def _capture(self, static_x: Tensor, arguments: tuple[Any, ...]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may use the device meanwhile: a loader pins memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._function(static_x, *arguments)
         self._pool = graph.pool()
-        return graph, static_x, result
+        return graph, result
 
 
 class _LaggedCount:
