@@ -19,7 +19,7 @@ def bench_op(request, report, rates, shape, device, name, dtype, provider):
     about = {
         "kind": "op", "group": op.group, "stage": name, "trainer": provider,
         "peak_mib": memory.mib, **rates,
-        "roofline_seconds": op.roofline_seconds(rates) if provider == "fastsae" else None,
+        "roofline_seconds": op.roofline_seconds(rates) if rates and provider == "fastsae" else None,
     }  # fmt: skip
     if device.startswith("cuda"):
         times, about["graph"] = call_seconds(call, ops.VARIANTS, device)

@@ -63,7 +63,7 @@ def bench_step(request, report, shape, device, name, dead):
     if name in (OURS, *WAYS) and device != "cpu":
         rates = request.getfixturevalue("rates")
         sizes = {"dead": round(dead * shape.F), "moment_bytes": 1 if "8-bit" in name else 4}
-        about["roofline_seconds"] = least_seconds(shape, rates, **sizes)
+        about["roofline_seconds"] = least_seconds(shape, rates, **sizes) if rates else None
     group = f"training step | {shape} {options['precision']}, {dead:.0%} dead"
     add(report, found, name, kind="step", group=group, **about)
 

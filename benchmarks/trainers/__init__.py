@@ -11,7 +11,8 @@ from .saelens import SAELens
 from .sparsify import Sparsify
 
 __all__ = [
-    "DEAD_AFTER", "OURS", "TRAINERS", "WAYS", "Problem", "Trained", "Trainer", "Weights", "missing",
+    "DEAD_AFTER", "OURS", "TRAINERS", "WAYS", "Graphed", "Problem", "Trained", "Trainer", "Weights",
+    "missing",
 ]  # fmt: skip
 
 TRAINERS: dict[str, type[Trainer]] = {

@@ -134,6 +134,7 @@ class Trainer(ABC):
     package: str | None = None  # what must be installed
     per_token = False  # whether it selects k latents of each token instead of k on average
     exact = False  # whether a step is the reference's, to rounding
+    rounded_moments = False  # whether moments are kept in 8 bits
     coarse_selection = False  # whether bf16 rounds the pre-activations that it selects among
     counts: Tensor | None = None  # tokens [F] of each latent in the last step, where it knows
 

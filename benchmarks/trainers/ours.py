@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae.training.update import UPDATES
+from fastsae_kernels.update.state import decode_moment
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights
 
@@ -37,7 +38,16 @@ class Fastsae(Trainer):
         self.step = UPDATES[config.step](sae, config)
 
     def mark_dead(self, dead: Tensor) -> None:
-        self.step.tokens_since_active.masked_fill_(dead, DEAD_AFTER)
+        self.step.mark_dead(dead)
+
+    @classmethod
+    def eager(cls) -> type[Fastsae]:
+        """The same without graphs."""
+        settings = cls.settings | {"cuda_graph": False}
+        return type(cls.__name__, (cls,), {"settings": settings})
+
+    def state(self) -> dict[str, Tensor]:
+        return self.step.state_dict()
 
     def train(self, batches: Iterator[Tensor], steps: int) -> None:
         for x in batches:
@@ -50,6 +60,9 @@ class Fastsae(Trainer):
     def moments(self) -> tuple[Tensor, Tensor]:
         state, rows = self.step.state_dict(), self.step.sae.W_dec.shape
         W_enc, W_dec = (state[f"adam.{name}.m"] for name in ("W_enc", "W_dec"))
+        if self.rounded_moments:
+            scales = (state[f"adam.{name}.m_scale"] for name in ("W_enc", "W_dec"))
+            W_enc, W_dec = map(decode_moment, (W_enc, W_dec), scales)
         return (W_enc if W_enc.shape == rows else W_enc.T), W_dec
 
     @classmethod
@@ -112,6 +125,6 @@ class Graphed(Fastsae):
     settings: ClassVar = {"cuda_graph": True}
 
 
-class Quantized(Fastsae):
-    exact = False  # moments round when they are stored
+class Quantized(Graphed):
+    rounded_moments = True  # when they are stored: the first step is exact
     settings: ClassVar = {"cuda_graph": True, "moments": "8bit"}

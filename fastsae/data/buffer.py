@@ -106,6 +106,8 @@ class ActivationBuffer:
         cuda = source.device.type == "cuda"
         self._ahead = cuda if ahead is None else ahead
         self._beside = torch.cuda.Stream(source.device) if cuda else None
+        if self._beside is not None:  # what was done to the model's weights must have been done
+            self._beside.wait_stream(torch.cuda.current_stream(source.device))
         # All generations are live when a stage begins, but for a part of the oldest. The next one needs
         # no more room at any moment than what is left and what was let go until then.
         slots = self._ages * self.chunks_per_generation * source.chunk_tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,9 @@ class Update(ABC):
         """Train on ``x [B, D]`` in raw units."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
         quota = self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
-        result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
+        # Events are recorded and graphs captured on the current device, which need not be this one.
+        with torch.cuda.device_of(self.lr):
+            result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         plain_next = not quota_at(self.config, self.tokens_seen)
         if quota and plain_next and self.tokens_seen < self.config.tokens:
@@ -95,6 +97,10 @@ class Update(ABC):
         """Note which latents were active: ``counts [F]`` tokens of the step's."""
         self.tokens_since_active += tokens
         self.tokens_since_active.masked_fill_(counts > 0, 0)
+
+    def mark_dead(self, latents: Tensor) -> None:
+        """Count the latents ``[F]`` (bool) as dead from the next step on, as if they had long been."""
+        self.tokens_since_active.masked_fill_(latents, self.config.dead_after)
 
     @property
     def dead(self) -> Tensor:
@@ -242,9 +248,9 @@ class FusedUpdate(Update):
     is one CUDA graph, one for each number of dead latents that buffers are made for.
     """
 
-    AUX_LAG_STEPS = 4
-    """On CUDA, aux-k's buffers are sized by the number of dead latents this many steps ago: that count
-    has arrived without anybody waiting, and a fixed lag keeps runs reproducible."""
+    AUX_LAG_STEPS: ClassVar = {"cuda": 4}
+    """By type of device, 0 elsewhere: aux-k's buffers are sized by the number of dead latents this many
+    steps ago. That count has arrived without anybody waiting, and a fixed lag keeps runs reproducible."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
@@ -259,10 +265,13 @@ class FusedUpdate(Update):
         self._biases = {
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
-        device = sae.W_dec.device
-        self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=device)
-        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS, device)
+        self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
+        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
+
+    def mark_dead(self, latents: Tensor) -> None:
+        super().mark_dead(latents)
+        self._dead_counts.fill(int(self.dead.sum()))
 
     @torch.no_grad()
     def _step(self, x: Tensor, budget: int) -> UpdateResult:
@@ -352,46 +361,49 @@ class Graphs:
     """A function of one batch, replayed as a CUDA graph for each combination of its other arguments.
 
     The first calls of a combination run eagerly (kernels compile, libraries make their plans); then it
-    is captured, and from there on a call copies the batch in and replays. Results stand until the next
-    call. Graphs share one pool of memory: they run one after another.
+    is captured, and from there on a call replays. All of them on a copy of the batch: what is captured
+    has run before on the very same memory. Results stand until the next call. Graphs share one pool of
+    memory: they run one after another.
     """
 
     EAGER_CALLS = 3
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._calls: dict[Any, int] = {}
-        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        self._calls: dict[Any, tuple[int, Tensor]] = {}
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         key = (x.shape, x.dtype, *arguments)
-        if key not in self._captured:
-            calls = self._calls[key] = self._calls.get(key, 0) + 1
-            if calls <= self.EAGER_CALLS:
-                return self._function(x, *arguments)
-            self._captured[key] = self._capture(x, arguments)
-        graph, static_x, result = self._captured[key]
+        calls, static_x = self._calls.get(key) or (0, torch.empty_like(x))
+        self._calls[key] = calls + 1, static_x
         static_x.copy_(x)
+        if calls < self.EAGER_CALLS:
+            return self._function(static_x, *arguments)
+        if key not in self._captured:
+            self._captured[key] = self._capture(static_x, arguments)
+        graph, result = self._captured[key]
         graph.replay()
         return result
 
-    def _capture(self, x: Tensor, arguments: tuple[Any, ...]) -> Any:
-        graph, static_x = torch.cuda.CUDAGraph(), x.clone()
-        with torch.cuda.graph(graph, pool=self._pool):
+    def _capture(self, static_x: Tensor, arguments: tuple[Any, ...]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may use the device meanwhile: a loader pins memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._function(static_x, *arguments)
         self._pool = graph.pool()
-        return graph, static_x, result
+        return graph, result
 
 
 class _LaggedCount:
-    """How many latents were dead some steps ago, rounded up, without waiting for the device.
+    """How many latents were dead ``lag`` steps ago, rounded up, without waiting for the device.
 
-    On a CPU there is nothing to wait for, and the count is today's.
+    With ``lag = 0`` the count is today's: on a CPU there is nothing to wait for.
     """
 
-    def __init__(self, lag: int, device: torch.device) -> None:
-        self._lag = lag if device.type == "cuda" else 0
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
         self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def update(self, dead: Tensor) -> int:
@@ -399,10 +411,12 @@ class _LaggedCount:
         count = dead.sum()
         if self._lag == 0:
             return int(count)
-        host = torch.empty((), dtype=count.dtype, pin_memory=True)
-        host.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        host, event = count, None
+        if count.is_cuda:
+            host = torch.empty((), dtype=count.dtype, pin_memory=True)
+            host.copy_(count, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self._pending.append((host, event))
         if len(self._pending) <= self._lag:
             return 0
@@ -418,6 +432,10 @@ class _LaggedCount:
             if arrived is not None:
                 arrived.synchronize()
         return torch.tensor([int(count) for count, _ in self._pending], dtype=torch.int64)
+
+    def fill(self, count: int) -> None:
+        """Let it be as if ``count`` had been dead all along."""
+        self.restore(torch.full((self._lag,), count))
 
     def restore(self, counts: Tensor) -> None:
         self._pending = [(count, None) for count in counts.cpu()]

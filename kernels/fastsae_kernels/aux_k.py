@@ -120,7 +120,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` accumulated in float32 (float64 for float64) and returned in it."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+    if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

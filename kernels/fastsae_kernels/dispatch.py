@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
     # A kernel is compiled from its syntax and launched by its name: to a type checker it is anything.
     triton: Any = ...
+    knobs: Any = ...
     jit: Any = ...
 else:
     try:
         import triton
         import triton.language as tl
+        from triton import knobs  # since 3.4: an older one is as none
 
         jit = triton.jit
     except ImportError:
@@ -44,8 +46,7 @@ else:
 
 
 HAS_TRITON = triton is not None
-INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
-
+INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 
 Implementation = Literal["triton", "torch"]
 Choice = Literal["auto", "triton", "torch"]
@@ -87,7 +88,7 @@ def implementation(tensor: Tensor) -> Implementation:
     if _choice == "triton" and not can:
         raise RuntimeError(
             f"Triton was asked for but cannot run on a {tensor.dtype} tensor on {tensor.device}: "
-            "it needs an installed triton and a CUDA tensor (or TRITON_INTERPRET=1 and a CPU "
+            "it needs an installed triton >= 3.4 and a CUDA tensor (or TRITON_INTERPRET=1 and a CPU "
             "tensor), and no float64; use 'auto' or 'torch'"
         )
     # The interpreter is for tests, which ask for it by name.
@@ -99,7 +100,7 @@ def implementation(tensor: Tensor) -> Implementation:
 
 @functools.cache
 def _log_once(picked: Implementation, device: str) -> None:
-    reason = " (triton is not installed)" if device == "cuda" and not HAS_TRITON else ""
+    reason = " (no triton >= 3.4 is installed)" if device == "cuda" and not HAS_TRITON else ""
     logger.info("kernels on %s tensors: %s%s", device, picked, reason)
 
 
@@ -122,13 +123,24 @@ def register(
 
     def decorate(function: Callable) -> Callable:
         name = f"fastsae::{function.__name__.lstrip('_')}"
-        op = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        op = torch.library.custom_op(name, _on_its_device(function), mutates_args=mutates_args)
         op.register_fake(fake)
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
         return op
 
     return decorate
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """``function`` with the device of its first tensor as the current one, where Triton launches."""
+
+    @functools.wraps(function)
+    def guarded(first, *rest, **options):
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
+            return function(first, *rest, **options)
+
+    return guarded
 
 
 def save_inputs(ctx, inputs, output) -> None:

@@ -1,8 +1,10 @@
 import ast
 import logging
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,53 @@ def test_no_float_atomics_and_no_waiting_in_launchers():
 
 def test_public_names_exist():
     assert set(fastsae_kernels.__all__) <= set(dir(fastsae_kernels))
+
+
+@pytest.mark.slow
+def test_a_triton_that_is_too_old_is_as_none(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("def jit(function): return function\n")
+    (tmp_path / "triton" / "language.py").write_text("")
+    code = "import fastsae_kernels\nassert not fastsae_kernels.dispatch.HAS_TRITON"
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    result = run_python(code, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_versions_asked_for_are_those_that_hold_what_is_used():
+    """Before Triton 3.4 there is no ``triton.knobs``, before torch 2.8 no product with a dtype of its own."""
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["project"]
+    least = dict(re.findall(r"(\w+)>=([\d.]+)", ",".join(project["dependencies"])))
+    number = lambda version: tuple(map(int, version.split(".")))
+    assert number(least["triton"]) >= (3, 4) and number(least["torch"]) >= (2, 8)
+
+
+def test_an_operation_runs_with_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    current, seen = [], []
+
+    class Device:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.append(self.tensor)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+
+    @dispatch.register(fake=lambda x: torch.empty_like(x))
+    def _where_it_runs(x: torch.Tensor) -> torch.Tensor:
+        seen.extend(current)
+        return x.clone()
+
+    @dispatch.register(fake=lambda *_: None, mutates_args=("state",))
+    def _where_it_changes_(state: list[torch.Tensor], x: torch.Tensor) -> None:
+        seen.extend(current)
+
+    x, state = torch.zeros(2), torch.ones(1)
+    _where_it_runs(x)
+    _where_it_changes_([state], x)
+    assert [t.data_ptr() for t in seen] == [x.data_ptr(), state.data_ptr()] and not current
