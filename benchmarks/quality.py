@@ -33,7 +33,7 @@ from trainers import OURS, TRAINERS, Problem, missing
 from fastsae import SAE, BatchTopK, evaluate
 from fastsae.cli.presets import demo_config
 
-RUNS = "quality_runs.csv"
+RUNS = "quality_study.csv"
 SEEDS, CHOOSING = (0, 1, 2), 100
 POINTS = (0.1, 0.2, 0.5, 1.0)
 """Shares of the run at which learning curves are measured."""

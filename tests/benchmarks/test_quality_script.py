@@ -63,7 +63,7 @@ def test_a_run_is_measured_on_its_way(tiny):
 
 def test_the_rate_is_chosen_on_a_seed_that_is_not_published(tiny, monkeypatch, tmp_path, capsys):
     run(tiny, monkeypatch, "--out", str(tmp_path), "--seeds", "0", "1")
-    path = tmp_path / "quality_runs.csv"
+    path = tmp_path / "quality_study.csv"
     done = [key[1:] for key in tiny.finals(tiny.read_runs(path))]
     grid = [(lr, seed) for name, lr, seed in done if name == "grid"]
     assert grid[:3] == [("", 100), ("0.01", 100), ("1e-07", 100)]
