@@ -35,6 +35,7 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 # Multiples of 16 like the sizes of a training run, so that Triton specialises to the same.
 TOKENS, LATENTS, ACTIVE = 32, 512, 16
+LEVELS = torch.tensor([16, 64, LATENTS], dtype=torch.int32)  # of Matryoshka, at the first width
 # Kernels that need not load 128 bits at a time: they scatter, or a thread has too little to do.
 NARROW = {"bias update", "count latents", "long segments", "scatter latents", "step scalars"}
 NARROW_IN_16_BITS = {"batch emit", "row emit"}
@@ -166,6 +167,9 @@ def _decoder(cases: _Cases, width: int) -> None:
             sparse_decoder._value_gradients(x, *csr, W)
             kernels.project_gradient(W, W)
             kernels.normalize_rows(W)
+        if width == WIDTHS[0]:
+            with cases.record(f", nested, D={width} {name}"):
+                kernels.nested_decode_loss(csr, W, W[0], x, LEVELS)
 
 
 def _update(cases: _Cases, width: int) -> None:
@@ -185,5 +189,9 @@ def _update(cases: _Cases, width: int) -> None:
             if more or "8-bit" not in form:
                 with cases.record(f"{label}, D={width} {form}", chosen):
                     kernels.fused_update_(*parameters, csr, csc, x, x, one, one.long(), **more)
+        if width == WIDTHS[0]:
+            dY = x.expand(len(LEVELS), -1, -1).contiguous()
+            with cases.record(f", nested, D={width} {form}"):
+                kernels.fused_update_(*parameters, csr, csc, x, dY, one, one.long(), levels=LEVELS)
         with cases.record(f", gradient norm, D={width} {form}", chosen):
             kernels.gradient_norm(W_enc, W_dec, biases[1].weight, csr, csc, x, x, aux_gradients=aux)

@@ -134,16 +134,18 @@ def decode_loss_kernel(
     tile = tl.program_id(1)
     columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
-    # Outside D all of x, x̂ and hence the residual are zero.
-    x_hat = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + token.to(tl.int64) * D + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
     for level in range(LEVELS):
-        x_hat += _segment_sum(
+        total += _segment_sum(
             values_ptr, indices_ptr, offsets_ptr, table_ptr, starts_ptr, sums_ptr,
             token * LEVELS + level, columns, D,
             CHUNK, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        residual = x - x_hat
+        # Read here: kept from level to level they would occupy registers all through the sums. Outside D
+        # all of x, x̂ and hence the residual are zero.
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token.to(tl.int64) * D + columns, mask=inside, other=0.0)
+        residual = x.to(tl.float32) - (total + bias)
         row = tl.cast(level, tl.int64) * tokens + token
         to = residual_ptr + row * D + columns
         tl.store(to, rounded(residual, residual_ptr.dtype.element_ty), mask=inside)

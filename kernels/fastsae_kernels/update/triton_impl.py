@@ -36,8 +36,9 @@ MAX_REGISTERS = 128
 def _level_of(f, levels_ptr, LEVELS: tl.constexpr):
     """The first level that latent ``f`` is in."""
     level = f * 0
-    for i in range(LEVELS - 1):
-        level += (f >= tl.load(levels_ptr + i)).to(tl.int64)
+    if LEVELS > 1:
+        for i in range(LEVELS - 1):
+            level += (f >= tl.load(levels_ptr + i)).to(tl.int64)
     return level
 
 
