@@ -237,6 +237,8 @@ def test_the_commands_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.Monke
                 small = SMALL.get(arguments[0], ())
                 if arguments[0] == "evaluate" and "--text-files" in arguments:
                     small = ("--tokens", "256", *small)  # a run has few held-out tokens of its own
+                if "--matryoshka" in arguments:  # which ends where the dictionary does
+                    small = (*small, "--matryoshka", "16", "128")
                 assert main([*arguments, *small]) == 0, where
     # What later readers look for is there, and has the names that the pages give it.
     metrics = (tmp_path / "runs/first/metrics.jsonl").read_text().splitlines()
