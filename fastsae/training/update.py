@@ -45,7 +45,9 @@ class UpdateResult(NamedTuple):
     objective: Tensor  # what is minimised: reference.objective of the next two
     error: Tensor  # mean over tokens and levels of ‖x - x̂‖², after input scaling
     aux: Tensor
-    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling; the last is the SAE's own
+    residuals: (
+        Tensor  # [L, B, D], x - x̂ of each level, after input scaling; the last is the whole's
+    )
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
@@ -233,8 +235,8 @@ class AutogradUpdate(Update):
             normalize_rows_(sae.W_dec)
             counts = (loss.latents > 0).sum(0)
             self._count(len(x), counts)
-        seen = (loss.loss, loss.error, loss.aux, loss.residuals)
-        return UpdateResult(*(tensor.detach() for tensor in seen), counts)
+        objective, error, aux, *_, residuals = (tensor.detach() for tensor in loss)
+        return UpdateResult(objective, error, aux, residuals, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         states = {name: self._optimizer.state[p] for name, p in self._parameters.items()}

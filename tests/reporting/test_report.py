@@ -95,7 +95,8 @@ def test_a_report_is_repeated_with_the_same_numbers(tmp_path: Path) -> None:
     run = tmp_path / "runs/run"
     inner = json.loads((run / "evaluation.json").read_text())["modes"]["topk"]["levels"]
     by_level = summary_of(run)["explained_variance_by_level"]
-    assert by_level == {m: level["value"] for m, level in inner.items()} and [*by_level] == ["16", "128"]
+    assert by_level == {m: level["value"] for m, level in inner.items()}
+    assert [*by_level] == ["16", "128"]
     before, page = summary_of(run), (run / "report.html").read_bytes()
     for name in ("report.html", "training.png", "evaluation.json"):
         (run / name).unlink()

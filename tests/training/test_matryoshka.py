@@ -23,9 +23,7 @@ CONFIG = fastsae.TrainConfig(
 
 def batches(seed: int = 0) -> Iterator[torch.Tensor]:
     """Sparse mixtures of 48 directions, of which the first are frequent and the last are rare."""
-    directions = ref.normalize_rows(
-        torch.randn(48, 16, generator=torch.Generator().manual_seed(7))
-    )
+    directions = ref.normalize_rows(torch.randn(48, 16, generator=torch.Generator().manual_seed(7)))
     g = torch.Generator().manual_seed(seed)
     rate = 0.4 / torch.arange(1, 49)
     while True:

@@ -133,9 +133,7 @@ def test_metrics_are_in_raw_units_and_touch_nothing(way: str) -> None:
 
 @pytest.mark.parametrize("normalize", ["scalar", "layer_norm"])
 def test_metrics_have_each_level_in_raw_units(way: str, normalize: str) -> None:
-    config = dataclasses.replace(
-        CONFIG, normalize=normalize, aux_coefficient=0, matryoshka=LEVELS
-    )
+    config = dataclasses.replace(CONFIG, normalize=normalize, aux_coefficient=0, matryoshka=LEVELS)
     step = new_step(way, config)
     step.sae.scale.fill_(0.25 if normalize == "scalar" else 1)
     x, sae = batches(1)[0], step.sae

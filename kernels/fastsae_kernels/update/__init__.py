@@ -42,8 +42,8 @@ from .state import Adam, AuxGradients, Batch, BiasState, MatrixState, Parameters
 
 def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> Batch:
     values, rows, positions, offsets, x, dY, *levels = batch
-    csc = CSC(rows, positions, offsets)
-    return Batch(values, csc, x, dY, dY_scale, AuxGradients(*aux) if aux else None, *levels or [None])
+    csc, dead = CSC(rows, positions, offsets), AuxGradients(*aux) if aux else None
+    return Batch(values, csc, x, dY, dY_scale, dead, *levels)
 
 
 def _parts(state: MatrixState) -> tuple[list[Tensor], str]:
