@@ -45,9 +45,7 @@ class UpdateResult(NamedTuple):
     objective: Tensor  # what is minimised: reference.objective of the next two
     error: Tensor  # mean over tokens and levels of ‖x - x̂‖², after input scaling
     aux: Tensor
-    residuals: (
-        Tensor  # [L, B, D], x - x̂ of each level, after input scaling; the last is the whole's
-    )
+    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
