@@ -22,6 +22,7 @@ from fastsae.data.buffer import ActivationBuffer
 from fastsae.data.harvest import Chunk, ChunkSource, Harvest, harvest
 from fastsae.data.stream import Stream
 from fastsae.errors import StreamError
+from fastsae.training.initialize import new_sae
 from fastsae.training.update import FusedUpdate
 
 pytest.importorskip("triton")
@@ -51,7 +52,7 @@ class Model:
 class Chunks(ChunkSource):
     """Random tokens, read by :class:`Model`."""
 
-    chunk_tokens, d_model, num_streams = 4 * CONTEXT, D, 2
+    chunk_tokens, widths = 4 * CONTEXT, (D, D)
 
     def __init__(self, model: Model) -> None:
         self.model, self.device, self.drawn = model, model.device, 0
@@ -123,6 +124,7 @@ def trained(stand_in: Device, grid: Any = None, **changes: Any) -> tuple[list[Te
 
 DYING = {"dead_after_tokens": B * 3, "k": 1}
 """Settings with which aux-k appears in the tenth step or so, and has more latents later."""
+LEVELS = (16, 48, F)
 SETTINGS = {
     "plain": {},
     "objective and scaling": {"objective": "plain", "normalize": "layer_norm"},
@@ -130,7 +132,10 @@ SETTINGS = {
     "clipped": {"clip_norm": 0.5},
     "8-bit": {"moments": "8bit"},
     "aux-k": DYING,
-    "all of it": {**DYING, "clip_norm": 0.5, "moments": "8bit", "latent_quota": 0.4},
+    "matryoshka": {"matryoshka": LEVELS},
+    "all of it": {
+        **DYING, "clip_norm": 0.5, "moments": "8bit", "latent_quota": 0.4, "matryoshka": LEVELS,
+    },
 }
 
 
@@ -210,9 +215,7 @@ def test_a_run_resumes_on_the_device(device, tmp_path: Path):
 
 
 def update(config: fastsae.TrainConfig) -> FusedUpdate:
-    sae = fastsae.SAE(D, F, config.k, normalize="scalar", device=config.device)
-    sae.precision = "bf16"
-    return FusedUpdate(sae, config)
+    return FusedUpdate(new_sae(config, D, F), config)
 
 
 def launches_of_a_step(**changes: Any) -> Counter[str]:
@@ -231,11 +234,12 @@ def launches_of_a_step(**changes: Any) -> Counter[str]:
 
 
 BUDGETS = {
-    "plain": ({}, 87),
-    "quota": ({"latent_quota": 0.4}, 100),
-    "clipped": ({"clip_norm": 1.0}, 109),
-    "8-bit": ({"moments": "8bit"}, 87),
-    "aux-k": ({"k_aux": 8}, 141),
+    "plain": ({}, 84),
+    "quota": ({"latent_quota": 0.4}, 97),
+    "clipped": ({"clip_norm": 1.0}, 106),
+    "8-bit": ({"moments": "8bit"}, 84),
+    "aux-k": ({"k_aux": 8}, 138),
+    "matryoshka": ({"matryoshka": LEVELS}, 100),
     "replayed": ({"cuda_graph": True}, 6),
 }
 """Settings, and how many kernels a step of them launches, Triton's and torch's: whoever needs fewer lowers
