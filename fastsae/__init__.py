@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import Sweep, TrainConfig
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
     from .evaluation.evaluate import Evaluation, evaluate
+    from .lm.attached import Lens, attach
     from .lm.held_out import HeldOutText
     from .lm.hooked import SplicedModel
     from .sae.activation import BatchTopK, JumpReLU, TopK
@@ -28,6 +29,7 @@ __all__ = [
     "FormatError",
     "HeldOutText",
     "JumpReLU",
+    "Lens",
     "Loss",
     "SplicedModel",
     "StreamError",
@@ -36,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "attach",
     "evaluate",
     "load",
     "save",
@@ -46,6 +49,7 @@ _MODULES = {
     "config": ("Sweep", "TrainConfig"),
     "errors": ("CheckpointError", "ConfigError", "FastsaeError", "FormatError", "StreamError"),
     "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "lm.attached": ("Lens", "attach"),
     "lm.held_out": ("HeldOutText",),
     "lm.hooked": ("SplicedModel",),
     "sae.activation": ("BatchTopK", "JumpReLU", "TopK"),
