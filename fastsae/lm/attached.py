@@ -128,7 +128,9 @@ class Lens:
     def _edit(self, latents: Any, factor: Any, shift: Any) -> Lens:
         for number in (factor, shift):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise ConfigError(f"an edit takes a number, got {type(number).__name__}: {number!r}")
+                raise ConfigError(
+                    f"an edit takes a number, got {type(number).__name__}: {number!r}"
+                )
             if not math.isfinite(number):
                 raise ConfigError(f"an edit takes a finite number, got {number!r}")
         if isinstance(latents, Tensor):
