@@ -48,7 +48,16 @@ SMALL = {
 def put_stand_ins(folder: Path) -> None:
     """A language model of 20 layers, and text of the kinds that the pages name."""
     shutil.copytree(models.llama(20), folder / "my-model")
+    shutil.copytree(models.llama(20), folder / "my-chat-model")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+    (folder / "my-chat-model/chat_template.jinja").write_text(template)
     documents = [page for _, page in sorted(topics.items())]
+    chats = [
+        [{"role": "user", "content": page[:80]}, {"role": "assistant", "content": page[80:2000]}]
+        for page in documents[:20]
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(documents[:30]), encoding="utf-8")
     for name, part in {
         "more.jsonl": documents[30:40],
