@@ -20,8 +20,10 @@ def cfg_of(sae: Any) -> Cfg:
     path, known = sae.hook_name, sae.metadata
     hook_name = transformer_lens_name(path) or path
     layer = re.search(r"\d+", hook_name or "")
+    architecture = type(sae.activation).__name__.lower()
     return Cfg(
-        architecture=type(sae.activation).__name__.lower(),
+        architecture=architecture,
+        architecture_str=architecture,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
         dtype=str(sae.dtype).removeprefix("torch."),
@@ -43,10 +45,10 @@ def cfg_of(sae: Any) -> Cfg:
     )
 
 
-def transformer_lens_name(path: str | None) -> str | None:
+def transformer_lens_name(path: Any) -> str | None:
     """The hook of TransformerLens that gives what the module at ``path`` gives; None if there is none.
 
     ``model.layers.17`` is ``blocks.17.hook_resid_post``.
     """
-    layer = re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h|blocks)\.(\d+)", path or "")
+    layer = re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h|blocks)\.(\d+)", str(path))
     return f"blocks.{layer[1]}.hook_resid_post" if layer else None
