@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from .config import Sweep, TrainConfig
     from .errors import CheckpointError, ConfigError, FastsaeError, FormatError, StreamError
     from .evaluation.evaluate import Evaluation, evaluate
+    from .lm.attached import Lens, attach
     from .lm.held_out import HeldOutText
     from .lm.hooked import SplicedModel
     from .sae.activation import BatchTopK, JumpReLU, TopK
@@ -28,6 +31,7 @@ __all__ = [
     "FormatError",
     "HeldOutText",
     "JumpReLU",
+    "Lens",
     "Loss",
     "SplicedModel",
     "StreamError",
@@ -36,6 +40,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "attach",
     "evaluate",
     "load",
     "save",
@@ -46,6 +51,7 @@ _MODULES = {
     "config": ("Sweep", "TrainConfig"),
     "errors": ("CheckpointError", "ConfigError", "FastsaeError", "FormatError", "StreamError"),
     "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "lm.attached": ("Lens", "attach"),
     "lm.held_out": ("HeldOutText",),
     "lm.hooked": ("SplicedModel",),
     "sae.activation": ("BatchTopK", "JumpReLU", "TopK"),
@@ -61,6 +67,17 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+class _Package(ModuleType):
+    """nnsight gives every object a method ``save``, modules too, and what an object has is not looked for."""
+
+    @property
+    def save(self) -> Any:
+        return __getattr__("save")
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -123,6 +123,8 @@ class TrainConfig:
     """Split of the data set."""
     text_column: str = "text"
     """Column that holds the text; or chats, for the tokenizer's chat template; or token ids."""
+    train_on: Literal["all", "assistant", "user"] = "all"
+    """Of chats, train on what this role says alone; the model reads all of it."""
     text_files: tuple[str, ...] = ()
     """Local .txt, .jsonl (also .gz) or .parquet files, or folders of them, instead of the data set."""
     dataset_revision: str | None = None

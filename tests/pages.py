@@ -13,7 +13,7 @@ PAGES = tuple(
     ROOT / name
     for name in (
         "README.md", "docs/guide.md", "docs/recipe.md", "docs/stream.md", "docs/evaluation.md",
-        "docs/sharing.md", "docs/mathematics.md", "docs/performance.md", "docs/quality.md",
+        "docs/attach.md", "docs/sharing.md", "docs/mathematics.md", "docs/performance.md", "docs/quality.md",
         "docs/limits.md", "CONTRIBUTING.md",
     )
 )  # fmt: skip

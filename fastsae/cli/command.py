@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train SAEs on the activations of a language model",
     "evaluate": "evaluate an SAE on text it was not trained on",
     "contrast": "find the latents that tell two sets of texts apart",
+    "export": "write the dashboards of an SAE for Neuronpedia",
     "compare": "compare runs, finished or running",
     "plan": "count the memory of a run, and predict its time from a machine's rates",
 }

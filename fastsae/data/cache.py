@@ -197,6 +197,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         "text_files": [_content(Path(path)) for path in config.text_files],
         **{name: getattr(config, name) for name in names},
         "outlier_norm": config.stream_outlier_norm,
+        **({} if config.train_on == "all" else {"train_on": config.train_on}),
     }
 
 

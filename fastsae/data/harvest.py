@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, StreamError
 from ..files import differences
-from ..lm.held_out import HeldOutText
+from ..lm.held_out import HeldOutText, is_text
 from ..lm.hooked import CutModel
 from ..lm.norms import FirstNorms, is_outlier
 from ..progress import progress
@@ -125,7 +125,8 @@ class ChunkSource(ABC):
 class Chunk:
     """Rows of text for one forward pass.
 
-    ``tokens`` [n, context] int32, of which row i uses the first ``lengths[i]``; the rest is padding.
+    ``tokens`` [n, context] int32, of which row i uses the first ``lengths[i]``; the rest is padding. Those
+    marked as :func:`~fastsae.lm.encoding.unread` give no activation.
     """
 
     tokens: Tensor
@@ -153,9 +154,10 @@ def harvest(model: CutModel, chunk: Chunk, outlier_norm: float | None = None) ->
     there exceeds ``outlier_norm`` times the median norm of the chunk.
     """
     tokens = chunk.tokens.to(torch.int64)
-    text = torch.arange(tokens.shape[1]) < chunk.lengths[:, None]
-    index = (text & ~torch.isin(tokens, model.special_ids)).flatten().nonzero().squeeze(1)
-    special = int(chunk.lengths.sum()) - len(index)
+    read = (torch.arange(tokens.shape[1]) < chunk.lengths[:, None]) & (tokens >= 0)
+    index = (read & is_text(tokens, model.special_ids)).flatten().nonzero().squeeze(1)
+    special = int(read.sum()) - len(index)
+    tokens = torch.where(tokens < 0, ~tokens, tokens)
     residuals = model.residuals(to_device(tokens, model.device))
     index = to_device(index, model.device)
     layers = tuple(residual.flatten(0, 1).index_select(0, index) for residual in residuals)
@@ -222,6 +224,8 @@ class TextChunks(ChunkSource):
             "quantization": model.quantization,
             "outlier_norm": self._outlier_norm,
         }
+        if self.packer.role is not None:
+            common["train_on"] = self.packer.role
         revisions = {
             "model_revision": model.weights.get("commit"),
             "dataset_revision": self.packer.text.revision,
@@ -336,7 +340,7 @@ def hold_out(packer: TokenPacker, model: CutModel, tokens: int) -> Chunk:
         raise StreamError(f"the text is empty: {packer.text.name}; give text with words in it")
     while found < tokens and not packer.exhausted:
         rows.append(next(packer))
-        found += len(rows[-1]) - int(torch.isin(rows[-1], model.special_ids).sum())
+        found += int(is_text(rows[-1], model.special_ids).sum())
     if packer.exhausted:
         raise StreamError(
             f"the text ({packer.text.name}) holds only {found:,} tokens, and the first {tokens:,} are held "

@@ -45,8 +45,11 @@ def open_text_chunks(
         model.name, max(hook.layer for hook in model.hooks) + 1, model.num_layers,
         precision if model.quantization == "none" else model.quantization, model.memory_bytes / 1e9,
     )  # fmt: skip
+    role = None if config.train_on == "all" else config.train_on
     return TextChunks(
-        TokenPacker(text, model.tokenizer, config.context_length, embeddings=model.embeddings),
+        TokenPacker(
+            text, model.tokenizer, config.context_length, role=role, embeddings=model.embeddings
+        ),
         model,
         harvest_batch=config.harvest_batch,
         held_out_tokens=config.eval_tokens,

@@ -44,7 +44,9 @@ class TokenPacker:
 
     ``separator`` is ``bos``, ``eos`` or None; ``seconds`` were spent so far on waiting for text to be
     read and tokenised; ``counts`` are those of the text and of its :class:`Encoder`, as far as tokens
-    were taken. ``embeddings``, if given, is how many token ids the language model knows. ``text`` belongs to the packer once the first row was asked for.
+    were taken. ``embeddings``, if given, is how many token ids the language model knows; of chats, with
+    ``role``, what other roles say is marked as unread. ``text`` belongs to the packer once the first row was
+    asked for.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class TokenPacker:
         context_length: int,
         *,
         documents_per_batch: int = 64,
+        role: str | None = None,
         embeddings: int | None = None,
     ) -> None:
         self.text = text
+        self.role = role
         self.context_length = context_length
         self.seconds = 0.0
         self._tokenizer = tokenizer
@@ -100,8 +104,9 @@ class TokenPacker:
         if self._ahead is None:
             text = self.text
             encoder = Encoder(
-                self._tokenizer, text.name, skip=text.skip_bad_lines, embeddings=self._embeddings
-            )
+                self._tokenizer, text.name, skip=text.skip_bad_lines, role=self.role,
+                embeddings=self._embeddings,
+            )  # fmt: skip
             encoder.counts.update(self._counts)
             batches = _tokenised(text, encoder, self._prefix, self._suffix, self._at_once)
             self._ahead = _ReadAhead(batches)

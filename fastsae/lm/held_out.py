@@ -40,7 +40,8 @@ class HeldOutText:
     """Token ids of text to evaluate on. Ids alone are kept; activations are never all in memory.
 
     Args:
-        rows: token ids, one tensor a row; no row is empty.
+        rows: token ids, one tensor a row; no row is empty. Nothing is measured at those that are marked as
+            :func:`~fastsae.lm.encoding.unread`.
         documents: the document each row belongs to, for statistics over documents.
         special_ids: tokens that are not text: nothing is measured at them.
         documents_are: what a document is, for messages and tables.
@@ -56,12 +57,13 @@ class HeldOutText:
     ) -> None:
         if not rows:
             raise StreamError(f"there is no text to evaluate on: {name} is empty")
-        self.rows = [row.to(torch.int32) for row in rows]
+        self.marked_rows = [row.to(torch.int32) for row in rows]
+        self.rows = [torch.where(row < 0, ~row, row) for row in self.marked_rows]
         self.documents = list(documents)
         self.special_ids = torch.tensor(sorted(special_ids), dtype=torch.int64)
         self.name = name
         self.documents_are = documents_are
-        self.tokens = sum(int((~torch.isin(row, self.special_ids)).sum()) for row in self.rows)
+        self.tokens = sum(int(is_text(row, self.special_ids).sum()) for row in self.marked_rows)
         if not self.tokens:
             raise StreamError(f"there is no text to evaluate on: {name} holds special tokens alone")
 
@@ -111,7 +113,7 @@ class HeldOutText:
         if count >= len(self):
             return self
         kept = [i * len(self) // count for i in range(count)]
-        rows, documents = [self.rows[i] for i in kept], [self.documents[i] for i in kept]
+        rows, documents = [self.marked_rows[i] for i in kept], [self.documents[i] for i in kept]
         return HeldOutText(
             rows, documents, self.special_ids.tolist(), self.name, self.documents_are
         )
@@ -119,16 +121,22 @@ class HeldOutText:
     def batches(self, rows: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """The text in order, ``rows`` rows at a time, each batch as long as its longest row."""
         for first in range(0, len(self.rows), rows):
-            part = self.rows[first : first + rows]
+            part = self.marked_rows[first : first + rows]
             longest = max(map(len, part))
             tokens = torch.zeros(len(part), longest, dtype=torch.int64)
             for i, row in enumerate(part):
                 tokens[i, : len(row)] = row
             lengths = torch.tensor([len(row) for row in part])
             inside = torch.arange(longest) < lengths[:, None]
-            text = inside & ~torch.isin(tokens, self.special_ids)
+            text = inside & is_text(tokens, self.special_ids)
+            tokens = torch.where(tokens < 0, ~tokens, tokens)
             documents = torch.tensor(self.documents[first : first + rows])
             yield Batch(tokens.to(device), text.to(device), lengths, documents, first)
+
+
+def is_text(tokens: Tensor, special_ids: Tensor) -> Tensor:
+    """Which of ``tokens`` are neither special nor marked as unread."""
+    return (tokens >= 0) & ~torch.isin(tokens, special_ids)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

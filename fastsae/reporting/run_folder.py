@@ -165,7 +165,7 @@ class RunFolder:
         if isinstance(held_out, HeldOutText):
             text = {"name": held_out.name, "documents_are": held_out.documents_are}
             tensors = {
-                "tokens": torch.cat(held_out.rows),
+                "tokens": torch.cat(held_out.marked_rows),
                 "lengths": torch.tensor([len(row) for row in held_out.rows]),
                 "documents": torch.tensor(held_out.documents),
                 "special_ids": held_out.special_ids,

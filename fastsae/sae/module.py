@@ -13,6 +13,7 @@ from fastsae_kernels.reference import AuxNormalization, Objective, TokenStatisti
 from ..config import AUX_WEIGHTS, checked_levels
 from ..errors import ConfigError
 from .activation import BatchTopK, Inference
+from .cfg import Cfg, cfg_of
 
 Normalize = Literal["scalar", "none", "layer_norm"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -90,6 +91,7 @@ class SAE(nn.Module):
         self.precision: Precision = "fp32"
         self.activation = activation
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self._cfg: Cfg | None = None
         details = self.metadata.get("training_architecture_details")
         widths = details.get("matryoshka_widths") if isinstance(details, dict) else None
         self.levels = checked_levels(widths or (d_sae,), d_sae)
@@ -130,6 +132,24 @@ class SAE(nn.Module):
     def hook_name(self) -> str | None:
         """The submodule of the language model whose output this SAE reads, if known."""
         return self.metadata.get("hook_name")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of latents and reconstructions."""
+        return self.W_dec.dtype
+
+    @property
+    def cfg(self) -> Cfg:
+        """The settings under SAELens's names, made when first asked for, for other programs to read and set.
+        fastsae itself does not read them."""
+        if self._cfg is None:
+            self._cfg = cfg_of(self)
+        return self._cfg
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, normalize={self.normalize!r}"

@@ -2,7 +2,8 @@
 
 What :func:`fastsae.load` gives takes raw activations, with any scaling folded into its biases. A run
 scales its inputs by a constant of its own, so the SAE is unfolded by that constant first; either way
-the run's first reconstructions are those of the SAE it came from.
+the run's first reconstructions are those of the SAE it came from. Unless its scale and bias are those of
+other activations, as of a base model's where an instruct model's come: then they are estimated anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 
 LEAST_SPREAD = 1e-6
 """Activations that differ by less than this share of their norm differ by rounding alone."""
+REFIT_GAIN = 0.01
+"""What a new scale and bias must add to the explained variance to be taken."""
+REFIT_SCALES = [2.0**i for i in range(-6, 7)]
+"""What the activations of the origin may be, as multiples of the run's."""
+REFIT_ROWS = 1024
 UNIT_NORM_TOLERANCE = 1e-5
 """Decoder rows whose norm is this close to 1 are taken as they are: they differ by rounding alone."""
 
@@ -54,7 +60,9 @@ def initialize_sae(
     _estimate_scaling(sae, rows)
     if origin is not None:
         assert config.init_from is not None
+        center = sae.b_dec.detach().clone()
         _continue_from(origin, sae, config.init_from)
+        _refit(sae, rows[:REFIT_ROWS], center)
     return sae
 
 
@@ -205,6 +213,46 @@ def _continue_from(origin: SAE, sae: SAE, source: str) -> None:
         else "; its weights are taken, its threshold is not: selection is "
         f"BatchTopK, k = {sae.k:g}",
     )
+
+
+@torch.no_grad()
+def _refit(sae: SAE, rows: Tensor, center: Tensor) -> None:
+    """Give a warm start the scale and the bias of its own activations ``rows [n, D]``, where its
+    reconstructions are then nearer to them; in place.
+
+    If the origin's activations were, up to rounding, ``s (x - center) + b_dec`` of the run's x, then all it
+    said of them is said of x with ``b_dec = center`` and ``b_enc / s``, whatever its weights. ``s`` is the
+    best of ``REFIT_SCALES``.
+    """
+    x = rows.to(sae.device, sae.dtype)
+    spread = (x - x.mean(0)).square().sum()
+    b_dec, b_enc = sae.b_dec.clone(), sae.b_enc.clone()
+
+    def explained(scale: float) -> float:
+        sae.b_dec.copy_(center)
+        sae.b_enc.copy_(b_enc / scale)
+        return float(1 - (x - sae(x, "batch")).square().sum() / spread)
+
+    before = float(1 - (x - sae(x, "batch")).square().sum() / spread)
+    found = {scale: explained(scale) for scale in REFIT_SCALES}
+    best = max(found, key=lambda scale: found[scale])
+    told = sae.metadata["warm_start"]
+    told["explained_variance"] = before
+    if not found[best] > before + REFIT_GAIN:
+        sae.b_dec.copy_(b_dec)
+        sae.b_enc.copy_(b_enc)
+        log.info("warm start: it explains %.3f of the variance of the first activations", before)
+        return
+    explained(best)
+    assert isinstance(sae.activation, BatchTopK)
+    sae.activation.threshold.zero_()
+    sae.activation.threshold_updates.zero_()
+    told |= {"refitted_scale": best, "refitted_explained_variance": found[best]}
+    log.info(
+        "warm start: it explains %.3f of the variance of the first activations as it is, and %.3f with scale "
+        "(1 / %g) and bias estimated on them: these are taken, and the threshold is tracked anew",
+        before, found[best], best,
+    )  # fmt: skip
 
 
 def _provenance(origin: SAE, source: str, kind: str) -> dict[str, Any]:

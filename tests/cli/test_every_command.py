@@ -76,6 +76,7 @@ WRONG = {
         ["contrast", "nowhere", "--positive", "a", "--negative", "b", "--out", f"{__file__}/x/y"],
         ["cannot write to", "is a file", "--out"],
     ),
+    "nowhere to export to": (["export", "nowhere"], ["give a folder with --neuronpedia"]),
     "no tokens": (["evaluate", "nowhere", "--tokens", "0"], ["tokens must be at least 1, got 0"]),
 }  # fmt: skip
 

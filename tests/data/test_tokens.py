@@ -17,6 +17,7 @@ from torch import Tensor
 from fastsae.data.text import TextSource
 from fastsae.data.tokens import BATCHES_AHEAD, TokenPacker
 from fastsae.errors import StreamError
+from fastsae.lm.encoding import token_id
 from fastsae.lm.held_out import HeldOutText
 
 BOS, EOS = 2, 1
@@ -262,6 +263,61 @@ def test_chats_are_written_with_the_template():
     assert row.tolist() == [BOS, *encode("<user>ab<assistant>cd"), BOS, *encode("plain")]
     with pytest.raises(StreamError, match="no chat template.*--text-column"):
         next(packer([CHAT], 64))
+
+
+def roles(row: Tensor) -> tuple[str, str]:
+    """A row as text, and of it what is trained on."""
+    ids = [token_id(i) for i in row.tolist()]
+    read = [i for i in row.tolist() if i >= 0 and i != BOS]
+    return tokenizer().decode(ids), tokenizer().decode(read)
+
+
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_what_one_role_says_is_told_from_the_rest(role: str, caplog):
+    chat = [
+        {"role": "user", "content": "a user"},  # the template writes the same word
+        {"role": "assistant", "content": " é assistant "},
+        {"role": "user", "content": "a user"},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": "cd"},
+    ]
+    source = TextSource([[chat]], iter, name="test", seed=0)
+    one = TokenPacker(source, with_template(), 256, role=role)
+    (row,) = one
+    text, read = roles(row)
+    assert read == {"assistant": " é assistant cd", "user": "a usera user"}[role]
+    plain = TextSource([[chat]], iter, name="test", seed=0)
+    (whole,) = TokenPacker(plain, with_template(), 256)
+    assert [token_id(i) for i in row.tolist()] == whole.tolist() and text.startswith("<bos><user>")
+    assert one.counts["other_roles"] == int((row < 0).sum()) > 0
+    assert sum("other_roles" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_template_that_trims_is_followed_and_one_that_changes_more_is_refused():
+    chat = [{"role": "user", "content": "ab "}, {"role": "assistant", "content": " cd\n"}]
+    found = with_template()
+    found.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+    )
+    source = TextSource([[chat]], iter, name="test", seed=0)
+    (row,) = TokenPacker(source, found, 64, role="assistant")
+    assert roles(row)[1] == "cd"
+    for content in ("m.content | upper", "m.content ~ m.content", "''"):
+        found.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ " + content + " }}{% endfor %}"
+        )
+        with pytest.raises(StreamError, match=r"does not write what is said as it stands"):
+            next(TokenPacker(TextSource([[chat]], iter, name="t", seed=0), found, 64, role="user"))
+
+
+def test_a_role_is_told_in_chats_alone():
+    for document in ("plain text", [5, 6]):
+        source = TextSource([[document]], iter, name="test", seed=0)
+        with pytest.raises(StreamError, match=r"no chat, and --train-on assistant takes what"):
+            next(TokenPacker(source, with_template(), 64, role="assistant"))
+    source = TextSource([["plain", CHAT]], iter, name="test", seed=0, skip_bad_lines=True)
+    one = TokenPacker(source, with_template(), 64, role="assistant")
+    assert roles(next(one))[1] == "cd" and one.counts["skipped_records"] == 1
 
 
 def test_a_chat_that_the_template_refuses_is_named_or_left_out(caplog):

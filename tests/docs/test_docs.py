@@ -37,6 +37,7 @@ SMALL = {
     ),
     "evaluate": ("--device", "cpu"),
     "contrast": ("--device", "cpu"),
+    "export": ("--device", "cpu", "--tokens", "256"),
 }  # fmt: skip
 """Flags given after those of a page, so that its command runs in seconds."""
 
@@ -47,7 +48,16 @@ SMALL = {
 def put_stand_ins(folder: Path) -> None:
     """A language model of 20 layers, and text of the kinds that the pages name."""
     shutil.copytree(models.llama(20), folder / "my-model")
+    shutil.copytree(models.llama(20), folder / "my-chat-model")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+    (folder / "my-chat-model/chat_template.jinja").write_text(template)
     documents = [page for _, page in sorted(topics.items())]
+    chats = [
+        [{"role": "user", "content": page[:80]}, {"role": "assistant", "content": page[80:2000]}]
+        for page in documents[:20]
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(documents[:30]), encoding="utf-8")
     for name, part in {
         "more.jsonl": documents[30:40],
@@ -65,7 +75,9 @@ def namespace() -> dict[str, object]:
     x = torch.randn(2816, 16, generator=generator) @ torch.randn(16, 64, generator=generator) + 1
     batches = list(x[:2560].split(256))
     config = fastsae.TrainConfig(d_sae=256, k=8, lr=1e-3, tokens=2560)
-    return {"batches": batches, "x": x[2560:], "sae": fastsae.train(batches, config)}
+    sae = fastsae.train(batches, config)
+    sae.metadata["hook_name"] = "model.layers.10"
+    return {"batches": batches, "x": x[2560:], "sae": sae}
 
 
 # --- snippets ---
@@ -211,7 +223,7 @@ def test_a_command_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch)
     for wrong in (
         "fastsae train --layers 3",
         "fastsae train --k many",
-        "fastsae export runs/first",
+        "fastsae export runs/first --sae-vis elsewhere",
         "python -m fastsae evaluate",
         "python benchmarks/quality.py --sizes 3",
         "pip install -c constraints.txt fastsae",
@@ -262,7 +274,7 @@ def test_the_commands_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.Monke
 def known_flags() -> dict[str, set[str]]:
     """The flags of each command, read off its own help."""
     found = {}
-    for command in ("train", "evaluate", "contrast", "compare", "plan"):
+    for command in ("train", "evaluate", "contrast", "export", "compare", "plan"):
         with pytest.MonkeyPatch.context() as patch:
             lines: list[str] = []
             patch.setattr("sys.stdout.write", lines.append)

@@ -9,8 +9,10 @@ from pydoc_data.topics import topics
 
 import models
 import pytest
+import torch
 
 import fastsae
+from fastsae.evaluation.evaluate import text_activations
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -44,8 +46,8 @@ def run_folder(folder: Path) -> Path:
         return folder / found
 
 
-def test_there_are_five_and_each_is_short() -> None:
-    assert len(SCRIPTS) == 5
+def test_there_are_six_and_each_is_short() -> None:
+    assert len(SCRIPTS) == 6
     for name in SCRIPTS:
         lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
         assert len(lines) < 60, name
@@ -101,6 +103,22 @@ def test_contrast(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["documents"] == {"positive": 90, "negative": 90}
     assert result["probes"]["sparse"] > 0.9  # a question mark is easily told from a full stop
     assert "latents tested differ" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_steer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the demo's language model, with an SAE of its layer that saw little."""
+    model = fastsae.SplicedModel.load("glassllm", 2)
+    pages = (folder / "training.txt").read_text(encoding="utf-8").splitlines()
+    text = fastsae.HeldOutText.tokenize(pages, model.tokenizer, 128, tokens=30_000)
+    x = torch.cat([x for _, _, x in text_activations(model, text)])
+    config = fastsae.TrainConfig(d_sae=256, k=8, lr=1e-3, tokens=len(x), device="cpu")
+    sae = fastsae.train(x.split(512), config)
+    sae.metadata |= {"model_name": "glassllm", "hook_name": "model.layers.2"}
+    found = load("steer").main(str(fastsae.save(sae, folder / "steered")))
+    assert 0 < found["clean"] < 1 and 0 < found["random"] < found["largest_random"]
+    assert abs(found["clamped"] - found["clean"]) > 1e-4
+    assert "probability of plot, figure, axis" in capsys.readouterr().out
 
 
 def test_what_an_example_takes_is_what_its_command_gives() -> None:

@@ -112,7 +112,8 @@ def test_metadata_reaches_saelens(tmp_path, inference):
     sae = small_sae(normalize="scalar")
     fastsae.save(sae, tmp_path, inference)
     metadata = sae_lens.SAE.load_from_disk(tmp_path).cfg.metadata
-    for name, value in MODEL.items():
+    expected = MODEL | {"hook_name": "blocks.3.hook_resid_post", "hf_hook_name": "model.layers.3"}
+    for name, value in expected.items():
         assert metadata[name] == value
     assert metadata.training_architecture == "batchtopk"
     assert metadata.training_architecture_details == {"k": 3.6}
@@ -124,6 +125,29 @@ def test_metadata_reaches_saelens(tmp_path, inference):
     assert metadata.fastsae["threshold_updates"] == 123
     assert metadata.fastsae["inference"] == inference
     assert metadata.fastsae["fastsae_version"] == fastsae.__version__
+
+
+@pytest.mark.parametrize(
+    ("hook", "written"),
+    [
+        ("model.language_model.layers.17", "blocks.17.hook_resid_post"),
+        ("transformer.h.2", "blocks.2.hook_resid_post"),
+        ("blocks.4.hook_resid_pre", "blocks.4.hook_resid_pre"),
+        ("model.layers.17.mlp", "model.layers.17.mlp"),
+    ],
+)
+def test_the_hook_has_transformerlens_name_and_comes_back_as_the_path(tmp_path, hook, written):
+    fastsae.save(small_sae(metadata={"hook_name": hook}), tmp_path)
+    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == written
+    assert metadata.get("hf_hook_name", hook) == hook
+    assert fastsae.load(tmp_path).metadata == {"hook_name": hook}
+    # What was written before has the path alone; what is edited since has the last word.
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    for edited in ({"hook_name": hook}, {"hook_name": "blocks.9.hook_resid_post"}):
+        config["metadata"] = metadata | edited
+        (tmp_path / "cfg.json").write_text(json.dumps(config))
+        assert fastsae.load(tmp_path).hook_name == edited["hook_name"]
 
 
 @pytest.mark.parametrize("inference", ["topk", "threshold"])

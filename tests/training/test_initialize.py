@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,13 @@ def started(config: fastsae.TrainConfig, rows: torch.Tensor) -> fastsae.SAE:
     return initialize_sae(config, rows, origin, {"model_name": "another/model"}).eval()
 
 
+@pytest.fixture
+def not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random SAEs fit no activations: what a test sees is the origin as it is."""
+    monkeypatch.setattr("fastsae.training.initialize.REFIT_GAIN", math.inf)
+
+
+@pytest.mark.usefixtures("not_refitted")
 @pytest.mark.parametrize("normalize", ["scalar", "none"])
 @pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
 def test_first_outputs_are_those_of_the_origin(tmp_path: Path, format: str, normalize: str) -> None:
@@ -65,6 +73,7 @@ def standard_sae(directory: Path) -> sae_lens.SAE:
     return theirs
 
 
+@pytest.mark.usefixtures("not_refitted")
 def test_decoder_rows_of_any_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = standard_sae(tmp_path / "sae")
     # With k = d_sae every positive pre-activation is kept, as a ReLU keeps them.
@@ -112,6 +121,32 @@ class Mixtures:
     def __iter__(self) -> Iterator[torch.Tensor]:
         while True:
             yield self.rows(64)
+
+
+@pytest.mark.parametrize("normalize", ["scalar", "none"])
+def test_other_activations_get_a_scale_and_a_bias_of_their_own(
+    tmp_path: Path, normalize: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The origin's activations, 40 times as large and elsewhere: as it is it explains less than nothing."""
+    trained = fastsae.train(Mixtures(0, 0), dataclasses.replace(CONFIG, d_sae=48))
+    fastsae.save(trained, tmp_path / "sae")
+    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae"), normalize=normalize)
+    x = Mixtures(0, 1).rows(800)
+    before = evaluate(trained, x, "batch")["batch"].explained_variance
+    with caplog.at_level(logging.INFO):
+        same = started(config, x)
+    assert "refitted_scale" not in same.metadata["warm_start"]
+    assert largest_difference(same(x), trained(x)) < OTHER_PROGRAM
+    moved = 40 * x + 300
+    with caplog.at_level(logging.INFO):
+        sae = started(config, moved)
+    told = sae.metadata["warm_start"]
+    assert told["explained_variance"] < 0 < before - 0.05 < told["refitted_explained_variance"]
+    assert told["refitted_scale"] in (1 / 32, 1 / 64) and "estimated on them" in caplog.text
+    assert sae.activation.threshold_updates == 0
+    found = evaluate(sae, moved, "batch")["batch"].explained_variance
+    assert found == pytest.approx(told["refitted_explained_variance"], abs=1e-4)
+    torch.testing.assert_close(sae.W_dec, trained.W_dec, rtol=0, atol=UNIT_NORM)
 
 
 @pytest.mark.slow
@@ -177,6 +212,7 @@ def test_another_width_names_both(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("not_refitted")
 def test_layer_norm_goes_on_as_layer_norm(tmp_path: Path) -> None:
     origin = small_sae(k=4, normalize="layer_norm")
     fastsae.save(origin, tmp_path / "sae")

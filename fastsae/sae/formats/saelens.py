@@ -14,11 +14,15 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ..activation import JumpReLU
+from ..cfg import transformer_lens_name
 from ..module import SAE
 from . import portable
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt")
+
+HF_HOOK_NAME = "hf_hook_name"
+"""Where the path of the hooked module stands, beside TransformerLens's name of it."""
 
 SAE_LENS_VERSION = "6.54.12"
 """The version whose format is written. SAELens takes a config without one as older than 6.0."""
@@ -57,6 +61,10 @@ def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     own: dict[str, Any] = {"sae_lens_version": SAE_LENS_VERSION}
     own |= {"fastsae": {**sae.provenance, "filled_in": filled_in}}
     settings["metadata"] = defaults | sae.metadata | own
+    # SAELens attaches an SAE by TransformerLens's name of its hook, and passes over one it does not know.
+    path = sae.metadata.get("hook_name")
+    if (name := transformer_lens_name(path)) is not None:
+        settings["metadata"] |= {"hook_name": name, HF_HOOK_NAME: path}
     return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
 
 
@@ -90,6 +98,9 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     filled_in = provenance.get("filled_in")
     own = {"sae_lens_version", "fastsae", *(filled_in if isinstance(filled_in, list) else ())}
     kept = {name: value for name, value in metadata.items() if name not in own}
+    path = kept.pop(HF_HOOK_NAME, None)
+    if path is not None and kept.get("hook_name") == transformer_lens_name(path):
+        kept["hook_name"] = path
     return portable.build(weights, activation, kept, _normalize(config))
 
 
