@@ -16,6 +16,7 @@ from fastsae.cli import main
 from fastsae.data.stream import Stream
 from fastsae.lm import loading
 from fastsae.reporting import report
+from fastsae.reporting.model_card import model_card
 from fastsae.reporting.run_folder import RunFolder
 from fastsae.training import trainer
 
@@ -97,6 +98,10 @@ def test_a_report_is_repeated_with_the_same_numbers(tmp_path: Path) -> None:
     by_level = summary_of(run)["explained_variance_by_level"]
     assert by_level == {m: level["value"] for m, level in inner.items()}
     assert [*by_level] == ["16", "128"]
+    folder = RunFolder.read(run)
+    card = model_card(folder.config, fastsae.load(run), folder.history, [], summary_of(run))
+    assert "active latents per token; its first 16 latents reconstruct by themselves" in card
+    assert f"| by the first 16 latents | {by_level['16']:.4g}" in card
     before, page = summary_of(run), (run / "report.html").read_bytes()
     for name in ("report.html", "training.png", "evaluation.json"):
         (run / name).unlink()

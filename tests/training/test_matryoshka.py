@@ -11,6 +11,7 @@ import torch
 
 import fastsae
 from fastsae.evaluation.evaluate import evaluate
+from fastsae.evaluation.table import describe
 from fastsae.reporting.tracking import read_metrics
 from fastsae_kernels import reference as ref
 
@@ -81,7 +82,9 @@ def test_runs_side_by_side_that_stopped_go_on_bit_for_bit(
 def test_a_run_is_evaluated_by_level(tmp_path: Path) -> None:
     sae = fastsae.train(batches(), dataclasses.replace(CONFIG, out=str(tmp_path), name="run"))
     x = torch.cat([*itertools.islice(batches(99), 30)])
-    scores = evaluate(sae, x, "topk")["topk"]
+    evaluation = evaluate(sae, x, "topk")
+    scores = evaluation["topk"]
+    assert "by the first 24" in describe(evaluation)
     assert [*scores.levels] == [*LEVELS]
     for m, found in scores.levels.items():
         assert found == pytest.approx(explained(sae, m), abs=1e-5)

@@ -134,7 +134,11 @@ SETTINGS = {
     "aux-k": DYING,
     "matryoshka": {"matryoshka": LEVELS},
     "all of it": {
-        **DYING, "clip_norm": 0.5, "moments": "8bit", "latent_quota": 0.4, "matryoshka": LEVELS,
+        **DYING,
+        "clip_norm": 0.5,
+        "moments": "8bit",
+        "latent_quota": 0.4,
+        "matryoshka": LEVELS,
     },
 }
 
