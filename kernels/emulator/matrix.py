@@ -42,7 +42,9 @@ def store_matrices(
         program.shared.bytes[at[:, i, :, None] + np.arange(ROW)] = rows
 
 
-def _rows(program: Program, address: Register, count: int, line: int, *, writes: bool) -> np.ndarray:
+def _rows(
+    program: Program, address: Register, count: int, line: int, *, writes: bool
+) -> np.ndarray:
     lanes = program.warps(address)[:, : 8 * count].astype(np.int64)
     if (lanes % ROW).any():
         raise Fault(f"{program.kernel}, line {line}: rows of a matrix that are not aligned")
@@ -65,7 +67,9 @@ def copy_async(
     vector = max(1, size // 4)
     words = program.load(of, size // vector, vector, there, line)
     zero = np.zeros(program.threads, np.uint32)
-    values = [zero if w is None else np.where(there, program.all(_whole(w, there)), 0) for w in words]
+    values = [
+        zero if w is None else np.where(there, program.all(_whole(w, there)), 0) for w in words
+    ]
     program.store_shared(to, values, size // vector, active, line)
 
 

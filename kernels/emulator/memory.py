@@ -133,7 +133,9 @@ class Memory:
         spans = []
         for name, tensor in tensors:
             if tensor.numel():
-                ends = sum((s - 1) * by for s, by in zip(tensor.shape, tensor.stride(), strict=True))
+                ends = sum(
+                    (s - 1) * by for s, by in zip(tensor.shape, tensor.stride(), strict=True)
+                )
                 element = tensor.element_size()
                 spans.append((tensor.data_ptr(), (ends + 1) * element, name, element))
         merged: list[tuple[int, int, str, int]] = []

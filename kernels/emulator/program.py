@@ -43,7 +43,9 @@ class Program:
             self.special[f"%nctaid.{axis}"] = np.uint32(grid[i])
         self.stretch = 0  # since the last barrier
         self.barriers: dict[int, Any] = {}  # mbarriers, by address
-        self.descriptors: dict[int, Any] = {}  # of tensors, by the number that stands for the address
+        self.descriptors: dict[
+            int, Any
+        ] = {}  # of tensors, by the number that stands for the address
         self.count = 0
 
     # --- registers ---
@@ -123,7 +125,9 @@ class Program:
         for buffer, here, offsets in self._located(addresses, width, line):
             elements, skip = buffer.view(size)
             places = [(offsets - skip) // size + i for i in range(len(new))]
-            same = np.all([elements[p] == v[here] for p, v in zip(places, new, strict=True)], axis=0)
+            same = np.all(
+                [elements[p] == v[here] for p, v in zip(places, new, strict=True)], axis=0
+            )
             for words in buffer.words(offsets, width):
                 warp = self.warp[active][here]
                 kinds = buffer.ledger.write(words, self.number, warp, self.stretch, same)
@@ -149,7 +153,9 @@ class Program:
                 self._races(kinds, buffer.name, line)
             elements, skip = buffer.view(size)
             places = np.nonzero(active)[0][here]
-            found = _change(elements.view(dtype), (offsets - skip) // size, values[here].view(dtype), how)
+            found = _change(
+                elements.view(dtype), (offsets - skip) // size, values[here].view(dtype), how
+            )
             before[places] = found.view(UNSIGNED[8 * size])  # fmt: skip
         return before
 

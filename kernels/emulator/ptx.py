@@ -42,7 +42,9 @@ def parse(text: str) -> Kernel:
     first_line = text.count("\n", 0, begin) + 1
     code: list[str | Instruction] = []
     widths: dict[str, int] = {}
-    scopes: list[dict[str, str]] = []  # of the blocks around, what their own names are called outside
+    scopes: list[
+        dict[str, str]
+    ] = []  # of the blocks around, what their own names are called outside
     blocks = 0
     for line, statement in _statements(text[begin + 1 :], first_line):
         if statement == "{":

@@ -23,7 +23,12 @@ def translate(kernel: Kernel) -> Callable[[Any], None]:
     """The function that runs a :class:`Program`. Raises Unknown for an instruction it does not know."""
     translator = _Translator(kernel)
     source = translator.source()
-    names: dict[str, Any] = {"merge": arithmetic.merge, "widen": arithmetic.widen, "matrix": matrix, "np": arithmetic.np}
+    names: dict[str, Any] = {
+        "merge": arithmetic.merge,
+        "widen": arithmetic.widen,
+        "matrix": matrix,
+        "np": arithmetic.np,
+    }
     names |= {f"u{bits}": dtype for bits, dtype in UNSIGNED.items()} | {"u1": arithmetic.np.bool_}
     names |= translator.operations
     file = f"<{kernel.name}>"
@@ -237,7 +242,9 @@ class _Translator:
     def _reduce(self, i: Instruction) -> None:
         _, _, how, name = i.opcode.split(".")
         dtype = f"np.{arithmetic.numpy_type(name).__name__}"
-        self._set(i, i.operands[0], f"program.reduce('{how}', {self._value(i.operands[1])}, {dtype})")
+        self._set(
+            i, i.operands[0], f"program.reduce('{how}', {self._value(i.operands[1])}, {dtype})"
+        )
 
     def _elect(self, i: Instruction) -> None:
         self._set_all(i, i.operands[0].split("|"), "(u32(0), program.lane == 0)")
