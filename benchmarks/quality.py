@@ -124,6 +124,7 @@ levels = lambda case: list(case.levels)
 VARIANTS = {
     OURS: Variant(),
     "fastsae, a third of the tokens": Variant(share=1 / 3),
+    "fastsae, Matryoshka": Variant(options={"matryoshka": levels}),
     "fastsae, first version's defaults": Variant(options=FORMER),
     "SAELens": Variant("SAELens", rates=RATES),
     "SAELens, started at the mean": Variant("SAELens", {"start_at_mean": True}, rates=RATES),
