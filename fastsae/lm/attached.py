@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, StreamError
 from ..sae.module import SAE
 from . import loading
-from .hooked import find_layers, layer_of
+from .hooked import by_token, find_layers
+from .hooks import Hook, find_hook, site_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,13 +61,12 @@ class Lens:
         self,
         model: PreTrainedModel,
         sae: SAE,
-        module: nn.Module,
-        side: Literal["input", "output"],
+        hook: Hook,
         replace: bool,
         skip: Tensor,
     ) -> None:
-        self.sae, self.replace = sae, replace
-        self._model, self._module, self._side = model, module, side
+        self.sae, self.hook, self.replace = sae, hook, replace
+        self._model = model
         self._signature = inspect.signature(model.forward)
         self._skip = skip
         self._scope = ExitStack()
@@ -151,15 +151,10 @@ class Lens:
     # --- hooks ---
 
     def __enter__(self) -> Lens:
-        register = (
-            self._module.register_forward_hook(self._on_output)
-            if self._side == "output"
-            else self._module.register_forward_pre_hook(self._on_input, with_kwargs=True)
-        )
         for handle in (
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._end),
-            register,
+            self.hook.register(self._model.get_submodule(self.hook.path), self._apply),
         ):
             self._scope.callback(handle.remove)
         return self
@@ -201,6 +196,7 @@ class Lens:
             text = ~torch.isin(ids, self._skip.to(ids.device))
             mask = text if mask is None else text & mask[:, -ids.shape[1] :].bool()
         self._mask, self._running = mask, True
+        self._shape = (ids if ids is not None else given["inputs_embeds"]).shape[:2]
 
     def _end(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._running = False
@@ -218,19 +214,6 @@ class Lens:
             tokens -= seen.mask.shape[1]
         return kept
 
-    def _on_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._apply(output)
-        new = self._apply(output[0])
-        return None if new is None else (new, *output[1:])
-
-    def _on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "hidden_states"
-        new = self._apply(args[0] if args else kwargs[name])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {name: new})
-
     def _apply(self, x: Tensor) -> Tensor | None:
         """Read the activations ``x [n, t, D]``; what is to stand in their place, if anything is."""
         sae = self.sae
@@ -239,10 +222,11 @@ class Lens:
                 "a part of the model ran by itself, and so without its attention mask; call the model that "
                 "was given to attach"
             )
+        given, x = x, by_token(x, self._shape)
         if x.dim() != 3 or x.shape[-1] != sae.d_in:
             raise ConfigError(
-                f"the SAE reads activations of width {sae.d_in}, and the model gives {list(x.shape)} there: "
-                f"they do not belong together"
+                f"the SAE reads activations of width {sae.d_in}, and the model gives {list(x.shape)} at "
+                f"{self.hook.hf_name}: they do not belong together"
             )
         read = self._read(x)
         rows = x[read].to(sae.device)
@@ -257,7 +241,8 @@ class Lens:
         self._seen.append(_Seen(read.to(sae.device), torch.cat(latents)))
         if not new:
             return None
-        return x.masked_scatter(read[..., None], torch.cat(new).to(x.device, x.dtype))
+        edited = x.masked_scatter(read[..., None], torch.cat(new).to(x.device, x.dtype))
+        return edited.reshape(given.shape)
 
     def _read(self, x: Tensor) -> Tensor:
         """bool ``[n, t]``: text, finite and no outlier."""
@@ -315,8 +300,8 @@ def attach(
         model: a causal language model of transformers, whole and in any dtype, on any device.
         sae: its own ``inference`` says how latents are selected.
         replace: put the reconstruction in the place of the activation: what the SAE does not explain is gone.
-        hook: the place, if not the one that the SAE names: the path of a module, or a name that
-            ``layer_of`` knows.
+        hook: the place, if not the one that the SAE names: the path of a module in the model, for its output
+            or with ``.input`` behind it its input, or TransformerLens's name (``blocks.17.hook_mlp_out``).
         skip: token ids. By default the model's BOS, EOS and padding where the SAE was trained without special
             tokens. ``tokenizer.all_special_ids`` has those of a chat template too.
 
@@ -338,34 +323,25 @@ def attach(
             "inference = 'batch' selects among all tokens of a pass, and in a generation passes differ; set "
             "sae.inference to 'topk' or 'threshold'"
         )
-    module, side = find_hook(model, hook or sae.hook_name)
+    place = _find(model, hook or sae.hook_name)
     trained, here = sae.metadata.get("model_name"), getattr(model, "name_or_path", "")
     if trained and here and PurePath(trained).name.lower() != PurePath(here).name.lower():
         log.warning("the SAE was trained on %s, and is attached to %s", trained, here)
     if skip is None:
         left_out = sae.metadata.get("exclude_special_tokens")
         skip = left_out if isinstance(left_out, list) else _special(model) if left_out else ()
-    return Lens(model, sae, module, side, replace, torch.tensor(list(skip), dtype=torch.int64))
+    return Lens(model, sae, place, replace, torch.tensor(list(skip), dtype=torch.int64))
 
 
-def find_hook(
-    model: PreTrainedModel, name: str | None
-) -> tuple[nn.Module, Literal["input", "output"]]:
-    """The module of ``model`` that a hook name means, and which side of it.
-
-    Raises ConfigError if there is none, StreamError if ``model`` is no decoder language model.
-    """
-    modules = dict(model.named_modules())
-    if name in modules:
-        return modules[name], "output"
+def _find(model: PreTrainedModel, hook_name: str | None) -> Hook:
+    site = site_of(hook_name)
     decoder = model.get_decoder()
     decoder = decoder if hasattr(decoder, "config") else model.base_model
     count = decoder.config.get_text_config(decoder=True).num_hidden_layers
-    called = getattr(model, "name_or_path", "") or type(model).__name__
-    _, layers = find_layers(model, decoder, count, called)
-    layer = layer_of(name)
-    loading.require_layers((layer,), len(layers), called)
-    return layers[layer], "output"
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    path, layers = find_layers(model, decoder, count, name)
+    loading.require_layers((site.layer,), len(layers), name)
+    return find_hook(model, path, layers, site)
 
 
 def _special(model: PreTrainedModel) -> list[int]:

@@ -160,7 +160,9 @@ class CutModel(HookedModel):
         for index, hook in enumerate(self.hooks):
             if index not in self._kept:
                 raise _does_not_run(hook, self.name)
-        return tuple(_by_token(self._kept.pop(index), tokens) for index in range(len(self.hooks)))
+        return tuple(
+            by_token(self._kept.pop(index), tokens.shape) for index in range(len(self.hooks))
+        )
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -346,7 +348,7 @@ class SplicedModel(HookedModel):
         kept: list[Tensor] = []
 
         def act(x: Tensor) -> Tensor | None:
-            kept.append(_by_token(x, tokens))
+            kept.append(by_token(x, tokens.shape))
             if stop:
                 raise _Stop
             return None if replacement is None else replacement.to(x.dtype).reshape(x.shape)
@@ -416,10 +418,10 @@ def _does_not_run(hook: Hook, name: str) -> StreamError:
     )
 
 
-def _by_token(x: Tensor, tokens: Tensor) -> Tensor:
-    """``x`` as ``[n, t, D]`` for tokens ``[n, t]``: some modules run on all tokens in a row, ``[n t, D]``."""
-    flat = x.dim() == 2 and len(x) == tokens.numel()
-    return x.unflatten(0, tokens.shape) if flat else x
+def by_token(x: Tensor, shape: torch.Size) -> Tensor:
+    """``x`` as ``[n, t, D]`` for tokens of ``shape [n, t]``: some modules run on all in a row, ``[n t, D]``."""
+    flat = x.dim() == 2 and len(x) == shape.numel()
+    return x.unflatten(0, shape) if flat else x
 
 
 def _width(name: str, site: Site, x: Tensor) -> int:

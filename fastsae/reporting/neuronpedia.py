@@ -24,7 +24,6 @@ from ..files import replacing, write_text
 from ..lm.held_out import HeldOutText
 from ..lm.hooked import SplicedModel
 from ..progress import progress
-from ..sae.cfg import transformer_lens_name
 from ..sae.module import SAE
 from .dashboard.collect import BEFORE, Collector, Passages
 from .dashboard.geometry import Ranked, TokenNames, logit_effects, neighbours
@@ -75,7 +74,7 @@ def export(
 
     Files appear whole. Ids of rows are made of what the rows are of, so that exporting again replaces them.
     """
-    source = f"{model.layer}-{names.source_set}"
+    source = f"{model.site.layer}-{names.source_set}"
     folder = directory / names.model / source
     for part in ("features", "activations"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,7 @@ def export(
     for name, row in _tables(sae, model, text, names, source).items():
         write_text(folder / f"{name}.jsonl", json.dumps(row | of) + "\n")
     of |= {"modelId": names.model, "layer": source}
-    hook = transformer_lens_name(sae.hook_name) or sae.hook_name
+    hook = model.hooks[0].name
     with progress("neuronpedia", sae.d_sae, "latents") as advance:
         for number, start in enumerate(range(0, sae.d_sae, LATENTS_PER_BATCH)):
             part = slice(start, min(sae.d_sae, start + LATENTS_PER_BATCH))
@@ -108,7 +107,7 @@ def _tables(
     sae: SAE, model: SplicedModel, text: HeldOutText, names: Names, source: str
 ) -> dict[str, dict[str, Any]]:
     """The rows that each of a release, a model, a source set and a source have."""
-    about = f"BatchTopK SAE of {model.name}, layer {model.layer}: {sae.d_sae} latents"
+    about = f"BatchTopK SAE of {model.name}, {model.site}: {sae.d_sae} latents"
     if sae.k is not None:
         about += f", k = {sae.k:g}"
     public = {"visibility": "PUBLIC"}

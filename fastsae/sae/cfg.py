@@ -6,6 +6,9 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+from ..config import TRANSFORMER_LENS, Site
+from ..errors import ConfigError
+
 
 class Cfg(SimpleNamespace):
     """Attributes under SAELens's names, for programs that read and set them, such as SAEBench."""
@@ -32,7 +35,7 @@ def cfg_of(sae: Any) -> Cfg:
         apply_b_dec_to_input=True,
         model_name=known.get("model_name"),
         hook_name=hook_name,
-        hf_hook_name=path,
+        hf_hook_name=known.get("hf_hook_name", path),
         hook_layer=int(layer[0]) if layer else None,
         hook_head_index=known.get("hook_head_index"),
         context_size=known.get("context_size"),
@@ -45,10 +48,14 @@ def cfg_of(sae: Any) -> Cfg:
     )
 
 
-def transformer_lens_name(path: Any) -> str | None:
-    """The hook of TransformerLens that gives what the module at ``path`` gives; None if there is none.
+def transformer_lens_name(hook_name: Any) -> str | None:
+    """TransformerLens's name of a hook that a name or the path of a decoder layer means; None if neither does.
 
     ``model.layers.17`` is ``blocks.17.hook_resid_post``.
     """
-    layer = re.fullmatch(r"(?:[A-Za-z_]\w*\.)*(?:layers|h|blocks)\.(\d+)", str(path))
-    return f"blocks.{layer[1]}.hook_resid_post" if layer else None
+    try:
+        site = Site.parse(str(hook_name))
+    except ConfigError:
+        return None
+    theirs = TRANSFORMER_LENS.get(site.hook)
+    return theirs and f"blocks.{site.layer}.{theirs}"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastsae
 from fastsae import ConfigError, SplicedModel, StreamError
-from fastsae.lm.attached import find_hook
+from fastsae.config import Site
 
 slow = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "bloom", "rwkv")}
 each_family = pytest.mark.parametrize(
@@ -202,13 +202,12 @@ def test_several_at_once_each_read_what_the_one_before_leaves(llama: PreTrainedM
     second = sae_for(seed=1, metadata={"hook_name": "blocks.3.hook_resid_pre"})  # after layer 2
     with fastsae.attach(llama, first, replace=True), fastsae.attach(llama, second) as lens:
         llama(ids)
-    early, late = (SplicedModel.load(models.llama(), layer) for layer in (1, 2))
+    early = SplicedModel.load(models.llama(), 1)
     stream: list[Tensor] = []
-    handle = late._modules[2].register_forward_hook(lambda _m, _i, output: stream.append(output))
-    early_logits = SplicedModel(late._model, late.tokenizer, 1)
-    early_logits.logits(ids, first(early.residual(ids)))
+    handle = early._modules[2].register_forward_hook(lambda _m, _i, output: stream.append(output))
+    early.logits(ids, first(early.residual(ids)))
     handle.remove()
-    close(lens.latents, second.encode(stream[0]))
+    close(lens.latents, second.encode(stream[-1]))
 
 
 def test_an_sae_in_another_dtype_than_the_model(llama: PreTrainedModel) -> None:
@@ -236,9 +235,7 @@ def test_the_input_of_a_module_can_be_the_place(llama: PreTrainedModel) -> None:
     handle = mlp.register_forward_hook(lambda _m, _i, y: kept.append(y) or sae(y))
     assert llama(ids).logits.equal(by_output)
     handle.remove()
-    lens = fastsae.attach(llama, sae, replace=True)
-    lens._module, lens._side = mlp, "input"
-    with lens:
+    with fastsae.attach(llama, sae, hook="model.layers.2.mlp.input", replace=True):
         by_input = llama(ids).logits
     handle = mlp.register_forward_pre_hook(lambda _m, inputs: (sae(inputs[0]),))
     assert llama(ids).logits.equal(by_input)
@@ -279,7 +276,7 @@ def test_another_width_or_another_model_is_said(
 ) -> None:
     with fastsae.attach(llama, sae_for(32)), pytest.raises(ConfigError) as refused:
         llama(tokens(1, 4))
-    assert "width 32, and the model gives [1, 4, 64] there" in str(refused.value)
+    assert "width 32, and the model gives [1, 4, 64] at model.layers.1" in str(refused.value)
     with caplog.at_level(logging.WARNING):
         fastsae.attach(llama, sae_for())
         assert not caplog.records
@@ -325,4 +322,31 @@ def test_the_place_is_found_in_both_ways_of_wrapping() -> None:
         for hook in (
             "model.layers.1", "model.language_model.layers.1", "blocks.1.hook_resid_post",
         ):  # fmt: skip
-            assert find_hook(model, hook) == (model.get_submodule(f"{path}.layers.1"), "output")
+            lens = fastsae.attach(model, sae_for(128), hook=hook)
+            assert (lens.hook.path, lens.hook.reads_input) == (f"{path}.layers.1", False)
+
+
+@pytest.mark.parametrize("hook", ["resid_pre", "attn_out", "mlp_in", "mlp_out"])
+def test_every_hook_can_be_the_place(llama: PreTrainedModel, hook: str) -> None:
+    sae, ids = sae_for(), tokens(2, 9)
+    spliced = SplicedModel.load(models.llama(), Site(2, hook))
+    with fastsae.attach(llama, sae, hook=spliced.hooks[0].name, replace=True) as lens:
+        found = llama(ids).logits
+    x = spliced.residual(ids)
+    assert lens.latents.equal(sae.encode(x))
+    close(found, spliced.logits(ids, sae(x))[0])
+
+
+def test_a_module_that_runs_on_all_tokens_in_a_row() -> None:
+    """OPT's MLP, whose layers flatten batch and tokens."""
+    model, sae, ids = model_at(models.family("opt")), sae_for(), tokens(2, 9)
+    spliced = SplicedModel.load(models.family("opt"), Site(1, "mlp_out"))
+    with fastsae.attach(model, sae, hook=spliced.hooks[0].name) as lens:
+        lens.clamp(3, 5.0)
+        found = model(ids).logits
+    x = spliced.residual(ids)
+    z = sae.encode(x)
+    edited = z.clone()
+    edited[..., 3] = 5
+    assert lens.latents.equal(z)
+    close(found, spliced.logits(ids, x + sae.decode(edited) - sae.decode(z))[0])

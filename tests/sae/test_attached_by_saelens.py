@@ -92,8 +92,8 @@ def test_the_name_is_that_of_the_module_at_the_path() -> None:
     for family in ("llama", "gpt2", "neox", "gemma3"):
         model = AutoModelForCausalLM.from_pretrained(models.family(family)).eval()
         bridge = bridge_over(models.family(family), model)
-        path = fastsae.SplicedModel.load(models.family(family), 1).hook_names[0]
-        assert transformer_lens_name(path) == HOOK
+        hook = fastsae.SplicedModel.load(models.family(family), 1).hooks[0]
+        assert transformer_lens_name(hook.hf_name) == hook.name == HOOK
         found: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor, hook: object, found: list[torch.Tensor] = found) -> None:

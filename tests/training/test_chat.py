@@ -13,7 +13,7 @@ from small_saes import small_sae
 
 import fastsae
 from fastsae.cli import main
-from fastsae.config import TrainConfig
+from fastsae.config import Site, TrainConfig
 from fastsae.data.opening import open_text_chunks
 from fastsae.lm.held_out import is_text
 from fastsae.lm.hooked import SplicedModel
@@ -56,8 +56,8 @@ def config(folder: Path, **changes) -> TrainConfig:
 
 def test_activations_are_those_of_the_role_in_the_whole_chat(folder: Path) -> None:
     device = torch.device("cpu")
-    chunks = open_text_chunks(config(folder, train_on="assistant"), (1,), device)
-    every = open_text_chunks(config(folder, eval_tokens=1), (1,), device)
+    chunks = open_text_chunks(config(folder, train_on="assistant"), (Site(1),), device)
+    every = open_text_chunks(config(folder, eval_tokens=1), (Site(1),), device)
     model = SplicedModel.load(str(folder / "model"), 1)
     chunk = chunks.draw()
     assert chunk is not None and (chunk.tokens < 0).any()

@@ -57,14 +57,17 @@ def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     if "k" in sae.provenance:
         defaults["training_architecture"] = "batchtopk"
         defaults["training_architecture_details"] = {"k": sae.provenance["k"]}
+    # SAELens attaches an SAE by TransformerLens's name of its hook, and passes over one it does not know.
+    path = sae.metadata.get("hook_name")
+    name = transformer_lens_name(path)
+    if name not in (None, path):
+        defaults[HF_HOOK_NAME] = path
     filled_in = [name for name in defaults if name not in sae.metadata]
     own: dict[str, Any] = {"sae_lens_version": SAE_LENS_VERSION}
     own |= {"fastsae": {**sae.provenance, "filled_in": filled_in}}
     settings["metadata"] = defaults | sae.metadata | own
-    # SAELens attaches an SAE by TransformerLens's name of its hook, and passes over one it does not know.
-    path = sae.metadata.get("hook_name")
-    if (name := transformer_lens_name(path)) is not None:
-        settings["metadata"] |= {"hook_name": name, HF_HOOK_NAME: path}
+    if name is not None:
+        settings["metadata"]["hook_name"] = name
     return {CONFIG: settings, **dict.fromkeys(WEIGHTS, tensors)}
 
 
@@ -98,8 +101,8 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     filled_in = provenance.get("filled_in")
     own = {"sae_lens_version", "fastsae", *(filled_in if isinstance(filled_in, list) else ())}
     kept = {name: value for name, value in metadata.items() if name not in own}
-    path = kept.pop(HF_HOOK_NAME, None)
-    if path is not None and kept.get("hook_name") == transformer_lens_name(path):
+    path = metadata.get(HF_HOOK_NAME)
+    if HF_HOOK_NAME in own and kept.get("hook_name") == transformer_lens_name(path):
         kept["hook_name"] = path
     return portable.build(weights, activation, kept, _normalize(config))
 
