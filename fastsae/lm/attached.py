@@ -335,11 +335,8 @@ def attach(
 
 def _find(model: PreTrainedModel, hook_name: str | None) -> Hook:
     site = site_of(hook_name)
-    decoder = model.get_decoder()
-    decoder = decoder if hasattr(decoder, "config") else model.base_model
-    count = decoder.config.get_text_config(decoder=True).num_hidden_layers
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    path, layers = find_layers(model, decoder, count, name)
+    path, layers = find_layers(model, name)
     loading.require_layers((site.layer,), len(layers), name)
     return find_hook(model, path, layers, site)
 

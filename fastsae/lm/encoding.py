@@ -90,8 +90,9 @@ class Encoder:
                 self._count("skipped_records", 1, f"a record was left out ({error})")
         if texts:
             plain = dict.fromkeys(("add_special_tokens", "return_attention_mask", "verbose"), False)
-            plain["return_offsets_mapping"] = self._role is not None
-            encoded = self._tokenizer(list(texts.values()), **plain)
+            encoded = self._tokenizer(
+                list(texts.values()), return_offsets_mapping=self._role is not None, **plain
+            )
             for i, ids in zip(texts, encoded["input_ids"], strict=True):
                 found[i] = ids
                 if self._embeddings is not None and ids and max(ids) >= self._embeddings:
@@ -101,8 +102,8 @@ class Encoder:
                         f"model does not know"
                     )
             if self._role is not None:
-                for i, offsets in zip(texts, encoded["offset_mapping"], strict=True):
-                    found[i] = self._marked(found[i], offsets, read[i])
+                for i, places in zip(texts, encoded["offset_mapping"], strict=True):
+                    found[i] = self._marked(found[i], places, read[i])
         found = [self._bare(ids) for ids in found]
         if self._role is not None:
             marked = sum(token < 0 for ids in found for token in ids)

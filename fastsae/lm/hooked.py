@@ -39,11 +39,9 @@ class HookedModel:
         self, model: PreTrainedModel, tokenizer: Tokenizer, places: Sequence[int | Site], name: str
     ) -> None:
         self.weights: dict[str, str] = {}
-        # Some models call a part of their head so.
-        decoder = model.get_decoder()
-        self._decoder = decoder if hasattr(decoder, "config") else model.base_model
+        self._decoder = decoder_of(model)
         self._config = config = self._decoder.config.get_text_config(decoder=True)
-        path, self._modules = find_layers(model, self._decoder, config.num_hidden_layers, name)
+        path, self._modules = find_layers(model, name)
         self.num_layers = len(self._modules)
         self.sites = tuple(map(Site.of, places))
         loading.require_layers([site.layer for site in self.sites], self.num_layers, name)
@@ -434,10 +432,16 @@ def _width(name: str, site: Site, x: Tensor) -> int:
     )
 
 
-def find_layers(
-    model: nn.Module, decoder: nn.Module, num_layers: int, name: str
-) -> tuple[str, nn.ModuleList]:
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The language model without its head."""
+    decoder = model.get_decoder()  # some models call a part of their head so
+    return decoder if hasattr(decoder, "config") else model.base_model
+
+
+def find_layers(model: PreTrainedModel, name: str) -> tuple[str, nn.ModuleList]:
     """The decoder's own list of layers, and its path in the model (not that of an image tower)."""
+    decoder = decoder_of(model)
+    num_layers = decoder.config.get_text_config(decoder=True).num_hidden_layers
     lists = [
         module
         for module in decoder.children()

@@ -249,7 +249,7 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _rounded(values: Tensor) -> list[Any]:
+def _rounded(values: Tensor) -> Any:
     """Lists of numbers of four digits, nested as ``values`` is."""
     nested = lambda v: [nested(part) for part in v] if isinstance(v, list) else _digits(v)
     return nested(values.tolist())
