@@ -67,7 +67,8 @@ class Lens:
     ) -> None:
         self.sae, self.hook, self.replace = sae, hook, replace
         self._model = model
-        self._signature = inspect.signature(model.forward)
+        # Of the class: what wraps a model, as nnsight does, may hide the names.
+        self._signature = inspect.signature(type(model).forward)
         self._skip = skip
         self._scope = ExitStack()
         self._seen: list[_Seen] = []
@@ -165,10 +166,13 @@ class Lens:
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note which tokens of the pass are text, and whether it goes on with the text before."""
-        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = self._signature.bind_partial(self._model, *args, **kwargs).arguments
         given |= given.get("kwargs", {})
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if tokens is None:
+            raise StreamError("the model was called without input_ids; give them by that name")
         past = 0
         if cache is not None and cache is self._cache:
             past = sum(seen.mask.shape[1] for seen in self._seen)
@@ -196,7 +200,7 @@ class Lens:
             text = ~torch.isin(ids, self._skip.to(ids.device))
             mask = text if mask is None else text & mask[:, -ids.shape[1] :].bool()
         self._mask, self._running = mask, True
-        self._shape = (ids if ids is not None else given["inputs_embeds"]).shape[:2]
+        self._shape = tokens.shape[:2]
 
     def _end(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._running = False

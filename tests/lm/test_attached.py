@@ -312,7 +312,9 @@ def test_padding_on_the_left_needs_a_mask() -> None:
             llama(ids, attention_mask=mask[:, None, None, :].float())
         with pytest.raises(StreamError, match="ran by itself"):
             llama.model(tokens(1, 4))
-        llama(ids, attention_mask=mask)
+        llama(inputs_embeds=llama.get_input_embeddings()(ids), attention_mask=mask)
+        assert lens.mask.equal(mask.bool())
+        llama(ids, mask)
     assert lens.mask.equal(mask.bool())
 
 
