@@ -240,8 +240,6 @@ class Lens:
             latents.append(z.detach().to_sparse())
             if self.replace or self._edits:
                 new.append(self._edited(part, z))
-        if not latents:
-            latents = [torch.zeros(0, sae.d_sae, dtype=sae.dtype, device=sae.device).to_sparse()]
         self._seen.append(_Seen(read.to(sae.device), torch.cat(latents)))
         if not new:
             return None

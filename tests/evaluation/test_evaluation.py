@@ -209,7 +209,7 @@ def test_agrees_with_the_evaluator_of_saelens(tmp_path) -> None:
         def get_batch_tokens(self, _rows):
             return tokens
 
-    hooked = _Hooked(model, "model.layers.2")
+    hooked = _Hooked(model, "blocks.2.hook_resid_post")
     shared = {"activation_scaler": ActivationScaler(), "eval_batch_size_prompts": 12}
     losses = evals.get_downstream_reconstruction_metrics(
         theirs, hooked, Store(), compute_kl=True, compute_ce_loss=True, n_batches=1,

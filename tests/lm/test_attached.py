@@ -133,6 +133,12 @@ def test_special_tokens_and_outliers_are_left_alone(llama: PreTrainedModel) -> N
     with fastsae.attach(llama, sae) as lens:
         llama(ids)
     assert lens.mask.tolist() == [[False] + [True] * 7]
+    with fastsae.attach(llama, sae, replace=True) as lens:
+        lens.clamp(3, 5.0)
+        assert llama(ids[:, :1]).logits.equal(
+            SplicedModel.load(models.llama(), 1).logits(ids[:, :1])[0]
+        )
+    assert not lens.mask.any() and not lens.latents.any()
     sae.metadata["exclude_special_tokens"] = [int(ids[0, 3])]  # as SAELens writes them
     with fastsae.attach(llama, sae) as lens:
         llama(ids)

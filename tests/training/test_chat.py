@@ -79,6 +79,7 @@ def test_activations_are_those_of_the_role_in_the_whole_chat(folder: Path) -> No
     assert all((batch.tokens >= 0).all() for batch in text.part(50).batches(3))
 
 
+@pytest.mark.slow
 def test_from_a_base_sae_to_an_instruct_model(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
