@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -26,10 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    builder, shuffled = (
-        interpreter.interpreter_builder,
-        random.Random(config.getoption("--order-seed")),
-    )
+    builder: Any = interpreter.interpreter_builder
+    shuffled = random.Random(config.getoption("--order-seed"))
     set_dim, set_place = builder.set_grid_dim, builder.set_grid_idx
     instead: dict[Place, Place] = {}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import Any
 
 # Read when a kernel is decorated, and set by the tests where it is not.
 os.environ["TRITON_INTERPRET"] = "0"
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    option = config.getoption
+    option: Any = config.getoption
     emulator = Emulator(option("--order"), option("--order-seed"), option("--noise"))
     config.pluginmanager.register(Emulation(emulator, option("--every-kernel")), "emulation")
 
