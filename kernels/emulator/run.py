@@ -6,7 +6,8 @@
     python kernels/emulator/run.py counts             instructions of a training step's kernels, a table
     python kernels/emulator/run.py counts --write     the table into docs/emulator.md
 
-Further arguments of the first three go to pytest: ``--order reversed``, ``--noise 1``, ``-n 2``, a file.
+Further arguments of the first three go to pytest: ``--order reversed``, ``--order-seed 1``,
+``--noise 1``, ``-n 2``, a file.
 """
 
 from __future__ import annotations
