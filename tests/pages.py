@@ -14,7 +14,7 @@ PAGES = tuple(
     for name in (
         "README.md", "docs/guide.md", "docs/recipe.md", "docs/stream.md", "docs/evaluation.md",
         "docs/attach.md", "docs/sharing.md", "docs/mathematics.md", "docs/performance.md", "docs/quality.md",
-        "docs/limits.md", "CONTRIBUTING.md",
+        "docs/limits.md", "docs/emulator.md", "CONTRIBUTING.md",
     )
 )  # fmt: skip
 

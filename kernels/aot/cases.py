@@ -195,3 +195,19 @@ def _update(cases: _Cases, width: int) -> None:
                 kernels.fused_update_(*parameters, csr, csc, x, dY, one, one.long(), levels=LEVELS)
         with cases.record(f", gradient norm, D={width} {form}", chosen):
             kernels.gradient_norm(W_enc, W_dec, biases[1].weight, csr, csc, x, x, aux_gradients=aux)
+
+
+def unlikely(case: Case) -> Iterator[Case]:
+    """The same launch with integers that Triton specialises otherwise: none a multiple of 16; each, and
+    all of them, equal to 1, which makes constants of them. What 128-bit loads are for is not there then."""
+    integers = [name for name, kind in case.signature.items() if kind == "i32"]
+    base = replace(case, vector_loads=False, representative=False)
+    yield replace(base, label=f"{case.label}, none divisible", divisible=())
+    for ones in [[name] for name in integers] + ([integers] if len(integers) > 1 else []):
+        yield replace(
+            base,
+            label=f"{case.label}, {' = '.join(ones)} = 1",
+            signature={name: kind for name, kind in case.signature.items() if name not in ones},
+            constexprs={**case.constexprs, **dict.fromkeys(ones, 1)},
+            divisible=tuple(name for name in case.divisible if name not in ones),
+        )

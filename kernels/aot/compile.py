@@ -4,6 +4,8 @@
     python kernels/aot/compile.py --slice         a representative part, a tenth of it
     python kernels/aot/compile.py --write         the full matrix, into registers.csv and kernels/README.md
     python kernels/aot/compile.py --only encode   the cases whose label contains a word
+    python kernels/aot/compile.py --unlikely      the representative part with integers that are 1, or no
+                                                  multiples of 16; there registers may spill
 
 Checked of each: it compiles; no register spills to local memory; its shared memory fits the device
 (the compiler does not check that); it loads 128 bits at a time where a launch would; the matrix
@@ -13,20 +15,21 @@ TRITON_INTERPRET, which turns kernels into Python.
 
 import argparse
 import csv
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import triton  # noqa: E402
-from cases import Case, all_cases  # noqa: E402
+from cases import Case, all_cases, unlikely  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -110,9 +113,18 @@ def check(case: Case, capability: int) -> Result:
     return Result(*place, registers, spilled, shared, tuple(faults))
 
 
-def check_index(index: int, capability: int) -> Result:
+@functools.cache
+def unlikely_cases() -> tuple[Case, ...]:
+    chosen = (case for case in all_cases() if case.representative)
+    return tuple(other for case in chosen for other in unlikely(case))
+
+
+def check_index(index: int, capability: int, odd: bool) -> Result:
     """:func:`check` of a case by its place in the list: a kernel does not travel between processes."""
-    return check(all_cases()[index], capability)
+    if not odd:
+        return check(all_cases()[index], capability)
+    result = check(unlikely_cases()[index], capability)
+    return replace(result, faults=tuple(f for f in result.faults if "spills" not in f))
 
 
 def write(results: list[Result]) -> None:
@@ -141,19 +153,21 @@ def write(results: list[Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for every GPU architecture.")
     parser.add_argument("--slice", action="store_true", help="the representative cases alone")
+    parser.add_argument("--unlikely", action="store_true", help="integers 1, or not divisible")
     parser.add_argument("--write", action="store_true", help="write registers.csv and the README")
     parser.add_argument("--only", default="", help="cases whose label contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: every core")
     options = parser.parse_args()
-    if options.write and (options.slice or options.only):
-        parser.error("--write needs the full matrix: leave out --slice and --only")
+    if options.write and (options.slice or options.only or options.unlikely):
+        parser.error("--write needs the full matrix: leave out --slice, --only and --unlikely")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: unset it, nothing can be compiled under it")
 
+    capabilities = [90] if options.unlikely else [80, 90] if options.slice else SHARED_MEMORY
     todo = [
-        (index, capability)
-        for index, case in enumerate(all_cases())
-        for capability in ([80, 90] if options.slice else SHARED_MEMORY)
+        (index, capability, options.unlikely)
+        for index, case in enumerate(unlikely_cases() if options.unlikely else all_cases())
+        for capability in capabilities
         if capability in case.capabilities
         and options.only in case.label
         and (case.representative or not options.slice)

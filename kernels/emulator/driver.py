@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -38,7 +37,6 @@ class Count:
     launches: int = 0
     programs: int = 0
     instructions: int = 0  # by each warp, added up over programs
-    seconds: float = 0.0
 
     @property
     def each(self) -> float:
@@ -83,19 +81,22 @@ class Emulator:
 
         # What is kept of a compilation ends with its PTX: another kind than a GPU wants, kept apart.
         knobs.cache.dir = f"{knobs.cache.dir}-emulated"
-        CUDABackend.make_cubin = lambda *_: b""
-        CompiledKernel._init_handles = launch_here
-        driver.set_active(_Driver())
+        backend: Any = CUDABackend
+        kernel: Any = CompiledKernel
+        here: Any = _Driver()
+        backend.make_cubin = lambda *_: b""
+        kernel._init_handles = launch_here
+        driver.set_active(here)
 
     def launch(self, function: _Function, grid: tuple[int, int, int], values: Any) -> None:
         """Run all programs, one after the other. Raises Fault."""
         parameters, tensors, descriptors = _arguments(function, values)
-        places = [place[::-1] for place in itertools.product(*map(range, reversed(grid)))]
+        places = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
         if self.order == "reversed":
             places.reverse()
         elif self.order == "random":
             self._random.shuffle(places)
-        memory, began = Memory(tensors), time.perf_counter()
+        memory = Memory(tensors)
         count = self.counts.setdefault(function.name, Count(function.threads // LANES))
         with np.errstate(all="ignore"):
             for place in places:
@@ -108,11 +109,11 @@ class Emulator:
                 count.instructions += program.count
         count.launches += 1
         count.programs += len(places)
-        count.seconds += time.perf_counter() - began
 
     def table(self) -> list[str]:
         """What was executed, a kernel a line, as Markdown."""
-        lines = ["| kernel | warps | launches | programs | instructions a warp |", "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        columns = ("kernel", "warps", "launches", "programs", "instructions a warp")
+        lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * 4]
         for name, c in sorted(self.counts.items()):
             lines.append(
                 f"| {name} | {c.warps} | {c.launches:,} | {c.programs:,} | {c.each:,.0f} |"

@@ -109,7 +109,7 @@ class Buffer:
 
     def __init__(self, base: int, size: int, name: str, element: int) -> None:
         self.base, self.size, self.name = base, size, name
-        raw = (ctypes.c_char * size).from_address(base)
+        raw: Any = (ctypes.c_char * size).from_address(base)
         self.bytes = np.frombuffer(raw, np.uint8)
         self.word = min(element, WORD)
         self.ledger = Ledger(size // self.word + 2)

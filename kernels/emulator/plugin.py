@@ -4,13 +4,15 @@
 
 Tests that would run in Triton's interpreter run what Triton compiles for sm_90 instead. A test fails where
 a launch touches what it should not, and where threads or programs race. ``--order``, ``--order-seed`` and
-``--noise`` are of :class:`Emulator`; ``--counts FILE`` writes what was executed, a kernel a line.
+``--noise`` are of :class:`Emulator`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from typing import Any
 
 # Read when a kernel is decorated, and set by the tests where it is not.
 os.environ["TRITON_INTERPRET"] = "0"
@@ -39,18 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--order", choices=ORDERS, default="random", help="of a launch's programs [random]")
     add("--order-seed", type=int, default=0)
     add("--noise", type=float, default=0.0, help="share of the error of approximate instructions")
-    add("--counts", help="file for the table of executed instructions")
+    add("--every-kernel", action="store_true", help="fail unless every kernel was launched")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    option = config.getoption
+    option: Any = config.getoption
     emulator = Emulator(option("--order"), option("--order-seed"), option("--noise"))
-    config.pluginmanager.register(Emulation(emulator, option("--counts")))
+    config.pluginmanager.register(Emulation(emulator, option("--every-kernel")), "emulation")
 
 
 class Emulation:
-    def __init__(self, emulator: Emulator, table: str | None) -> None:
-        self.emulator, self.table = emulator, table
+    def __init__(self, emulator: Emulator, every: bool) -> None:
+        self.emulator, self.every = emulator, every
         emulator.install()
         from fastsae_kernels import dispatch, encoder
 
@@ -76,6 +78,17 @@ class Emulation:
             line = f"{', '.join(race)}: {times} times, first at {races.first[race]}"
             terminalreporter.write_line(line + (" (benign)" if _is_benign(*race) else ""))
         terminalreporter.write_line("\n".join(self.emulator.table()))
-        if self.table is not None:
-            with open(self.table, "w", encoding="utf-8") as file:
-                file.write("\n".join(self.emulator.table()) + "\n")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        missing = sorted(_kernels() - set(self.emulator.counts)) if self.every else []
+        if missing:
+            print(f"\nnever launched: {', '.join(missing)}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _kernels() -> set[str]:
+    """The names of all kernels there are."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("fastsae_kernels")]
+    names = {name for module in modules for name in vars(module)}
+    return {name for name in names if name.endswith("_kernel")}
