@@ -13,7 +13,7 @@ import torch
 
 import fastsae
 from fastsae.evaluation.contrast import contrast, pool
-from fastsae.lm.hooked import layer_of
+from fastsae.lm.hooks import site_of
 from fastsae.lm.loading import load_pretrained
 
 TOPIC = "plot figure axis axes line color colors image graph curve label legend"
@@ -27,7 +27,7 @@ PROMPTS = ["The first thing to do is to", "This function returns", "It is used t
 def main(folder: str, strength: float = 8.0) -> dict[str, float]:
     sae = fastsae.load(folder)
     model, tokenizer = load_pretrained(sae.metadata["model_name"])
-    spliced = fastsae.SplicedModel(model, tokenizer, layer_of(sae.hook_name))
+    spliced = fastsae.SplicedModel(model, tokenizer, site_of(sae.hook_name))
     plots = pool(sae, spliced, map("".join, product(VERBS, PLOTS, ENDS)), 128)
     files = pool(sae, spliced, map("".join, product(VERBS, FILES, ENDS)), 128)
     found = contrast(plots, files)["latents"]

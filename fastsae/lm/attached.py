@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, StreamError
 from ..sae.module import SAE
-from . import loading
-from .hooked import find_layers, layer_of
+from ..sae.transcoder import Transcoder
+from . import hooks, loading
+from .hooked import find_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -316,7 +317,7 @@ def attach(
         sae: its own ``inference`` says how latents are selected.
         replace: put the reconstruction in the place of the activation: what the SAE does not explain is gone.
         hook: the place, if not the one that the SAE names: the path of a module, or a name that
-            ``layer_of`` knows.
+            ``Site.parse`` knows.
         skip: token ids. By default the model's BOS, EOS and padding where the SAE was trained without special
             tokens. ``tokenizer.all_special_ids`` has those of a chat template too.
 
@@ -328,6 +329,11 @@ def attach(
     """
     if not isinstance(sae, SAE):
         raise ConfigError(f"attach takes a fastsae.SAE, got {type(sae).__name__}; see fastsae.load")
+    if isinstance(sae, Transcoder):
+        raise ConfigError(
+            "attach takes autoencoders, and this is a transcoder, whose latents are of one place and whose "
+            "reconstruction of another; fastsae.evaluate runs the model with it in the place of its MLP"
+        )
     if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
         raise ConfigError(
             f"attach takes a causal language model of transformers, got {type(model).__name__}; load one with "
@@ -362,10 +368,11 @@ def find_hook(
     decoder = decoder if hasattr(decoder, "config") else model.base_model
     count = decoder.config.get_text_config(decoder=True).num_hidden_layers
     called = getattr(model, "name_or_path", "") or type(model).__name__
-    _, layers = find_layers(model, decoder, count, called)
-    layer = layer_of(name)
-    loading.require_layers((layer,), len(layers), called)
-    return layers[layer], "output"
+    path, layers = find_layers(model, decoder, count, called)
+    site = hooks.site_of(name)
+    loading.require_layers((site.layer,), len(layers), called)
+    hook = hooks.find_hook(model, path, layers, site)
+    return model.get_submodule(hook.path), "input" if hook.reads_input else "output"
 
 
 def _special(model: PreTrainedModel) -> list[int]:

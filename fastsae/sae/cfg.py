@@ -32,7 +32,7 @@ def cfg_of(sae: Any) -> Cfg:
         apply_b_dec_to_input=True,
         model_name=known.get("model_name"),
         hook_name=hook_name,
-        hf_hook_name=path,
+        hf_hook_name=known.get("hf_hook_name", path),
         hook_layer=int(layer[0]) if layer else None,
         hook_head_index=known.get("hook_head_index"),
         context_size=known.get("context_size"),

@@ -92,7 +92,7 @@ def test_the_name_is_that_of_the_module_at_the_path() -> None:
     for family in ("llama", "gpt2", "neox", "gemma3"):
         model = AutoModelForCausalLM.from_pretrained(models.family(family)).eval()
         bridge = bridge_over(models.family(family), model)
-        path = fastsae.SplicedModel.load(models.family(family), 1).hook_names[0]
+        path = fastsae.SplicedModel.load(models.family(family), 1).hooks[0].path
         assert transformer_lens_name(path) == HOOK
         found: list[torch.Tensor] = []
 
