@@ -75,7 +75,7 @@ def export(
 
     Files appear whole. Ids of rows are made of what the rows are of, so that exporting again replaces them.
     """
-    source = f"{model.layer}-{names.source_set}"
+    source = f"{model.site.layer}-{names.source_set}"
     folder = directory / names.model / source
     for part in ("features", "activations"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _tables(
     sae: SAE, model: SplicedModel, text: HeldOutText, names: Names, source: str
 ) -> dict[str, dict[str, Any]]:
     """The rows that each of a release, a model, a source set and a source have."""
-    about = f"BatchTopK SAE of {model.name}, layer {model.layer}: {sae.d_sae} latents"
+    about = f"BatchTopK SAE of {model.name}, {model.site}: {sae.d_sae} latents"
     if sae.k is not None:
         about += f", k = {sae.k:g}"
     public = {"visibility": "PUBLIC"}
