@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .lm.held_out import HeldOutText
     from .lm.hooked import SplicedModel
     from .sae.activation import BatchTopK, JumpReLU, TopK
+    from .sae.formats.circuit_tracer import save_for_circuit_tracer
     from .sae.io import load, save
     from .sae.module import SAE, Loss
+    from .sae.transcoder import Transcoder
     from .training.trainer import Trainer, train
 
 __all__ = [
@@ -39,11 +41,13 @@ __all__ = [
     "TopK",
     "TrainConfig",
     "Trainer",
+    "Transcoder",
     "__version__",
     "attach",
     "evaluate",
     "load",
     "save",
+    "save_for_circuit_tracer",
     "train",
 ]
 
@@ -55,8 +59,10 @@ _MODULES = {
     "lm.held_out": ("HeldOutText",),
     "lm.hooked": ("SplicedModel",),
     "sae.activation": ("BatchTopK", "JumpReLU", "TopK"),
+    "sae.formats.circuit_tracer": ("save_for_circuit_tracer",),
     "sae.io": ("load", "save"),
     "sae.module": ("SAE", "Loss"),
+    "sae.transcoder": ("Transcoder",),
     "training.trainer": ("Trainer", "train"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

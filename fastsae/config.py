@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -92,6 +92,10 @@ class TrainConfig:
     hook: str = "resid_post"
     """What is read there: resid_post (the residual stream after the layer), resid_pre, attn_out, mlp_in, mlp_out; or
     the path of a submodule, of the layer or of the model, for its output, or with .input behind it its input."""
+    target: str | None = None
+    """Train a transcoder: what it reconstructs of the same tokens in the same layer, named as --hook is."""
+    skip: bool = False
+    """Give the transcoder a skip connection: an affine map from its input, which begins at zero."""
     quantization: Literal["nf4", "nf4-dequantized", "nf4-bf16", "none"] = "nf4"
     """Weights of the language model: nf4 through bitsandbytes with fp16 compute; the same values
     dequantized once (faster, more memory); nf4 with bf16 compute, for models that overflow fp16; or as
@@ -248,6 +252,7 @@ class TrainConfig:
         site = Site.parse(self.hook, self.layer)
         for name in site._fields:
             object.__setattr__(self, name, getattr(site, name))
+        self._check_target()
         for name, bound in _ABOVE.items():
             valid = lambda value, bound=bound: _is_finite(value) and value > bound
             self._require(name, valid, f"a finite number above {bound}")
@@ -289,6 +294,26 @@ class TrainConfig:
                 f"then called as the run)"
             )
 
+    def _check_target(self) -> None:
+        if self.target is None:
+            if self.skip:
+                raise ConfigError(
+                    "skip belongs to a transcoder; give what it reconstructs, --target"
+                )
+            return
+        target = Site.parse(self.target, self.layer)
+        if target == self.site or target.layer != self.layer:
+            raise ConfigError(
+                f"target = {self.target!r} is {target}, and the hook {self.site}: a transcoder reconstructs "
+                f"another place of the same layer, as with --hook mlp_in --target mlp_out"
+            )
+        object.__setattr__(self, "target", target.hook)
+        for name, wrong in (("normalize", "layer_norm"), ("init_from", self.init_from)):
+            if getattr(self, name) == wrong is not None:
+                raise ConfigError(
+                    f"{name} = {wrong!r} belongs to autoencoders; leave it out, or --target"
+                )
+
     def _require(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
         value, optional = getattr(self, name), getattr(TrainConfig, name) is None
         if (value is None and optional) or (not isinstance(value, bool) and is_valid(value)):
@@ -318,9 +343,15 @@ class TrainConfig:
         return Site(self.layer, self.hook)
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the activations are read, and of a transcoder, what it reconstructs behind it."""
+        return (self.site,) if self.target is None else (self.site, Site(self.layer, self.target))
+
+    @property
     def place(self) -> str:
-        """``L17``, or ``L17-mlp_out``, in the names of runs."""
-        return f"L{self.site.key.replace('.', '-', 1)}"
+        """``L17``, ``L17-mlp_out``, or ``L17-mlp_in-to-mlp_out-skip``, in the names of runs."""
+        own = "" if self.target is None else f"-to-{self.target}" + "-skip" * self.skip
+        return f"L{self.site.key.replace('.', '-', 1)}{own}"
 
     @property
     def run_name(self) -> str:
@@ -456,7 +487,7 @@ class Sweep:
             absent. A hook that names its layer is taken there alone.
 
     Attributes:
-        sites: where activations are read, each once.
+        sites: where activations are read, targets of transcoders too, each once.
         runs: the settings of each SAE. It is the one that is trained on them alone.
 
     Raises:
@@ -479,8 +510,8 @@ class Sweep:
         stream_seed = self.seeds[0] if base.stream_seed is None else base.stream_seed
         base = dataclasses.replace(base, stream_seed=stream_seed)
         places = itertools.product(self.layers, self.hooks)
-        self.sites = tuple(dict.fromkeys(Site.parse(hook, layer) for layer, hook in places))
-        grid = list(itertools.product(self.sites, self.ks, self.seeds))
+        inputs = dict.fromkeys(Site.parse(hook, layer) for layer, hook in places)
+        grid = list(itertools.product(inputs, self.ks, self.seeds))
         runs = [
             dataclasses.replace(base, layer=layer, hook=hook, k=k, seed=seed)
             for (layer, hook), k, seed in grid
@@ -491,6 +522,7 @@ class Sweep:
                 for run in runs
             ]
         self.runs = tuple(runs)
+        self.sites = tuple(dict.fromkeys(site for run in runs for site in run.sites))
         owner, _, repository = (base.hub_repo or "").partition("/")
         if repository and len(runs) > 1:
             raise ConfigError(
@@ -504,9 +536,8 @@ T = TypeVar("T")
 
 def _values(name: str, default: T, given: Iterable[T] | T | None) -> tuple[T, ...]:
     given = (default,) if given is None else _plain(given)
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        given = (given,)
-    values = tuple(map(_plain, given))
+    many = isinstance(given, Iterable) and not isinstance(given, str)
+    values = tuple(map(_plain, cast("Iterable[T]", given if many else (given,))))
     if not values or len(set(values)) < len(values):
         raise ConfigError(
             f"{name} = {values!r}: expected at least one {name}, and each of them once"

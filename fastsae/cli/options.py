@@ -70,6 +70,8 @@ class SaeFlags:
     def load_model(self, sae: SAE) -> SplicedModel:
         """The language model, on the SAE's device. Raises ConfigError or StreamError."""
         from ..lm.hooked import SplicedModel
+        from ..lm.hooks import site_of
+        from ..sae.transcoder import Transcoder
 
         quantization = self.quantization or sae.metadata.get("quantization") or "none"
         own = self.model in (None, sae.metadata.get("model_name"))
@@ -80,6 +82,7 @@ class SaeFlags:
             device=sae.W_dec.device,
             revision=self.revision or (sae.metadata.get("model_revision") if own else None),
             context_length=self.context(sae),
+            target=site_of(sae.target_hook_name) if isinstance(sae, Transcoder) else None,
         )
 
     def site(self, sae: SAE) -> Site:

@@ -19,6 +19,7 @@ from ..lm.norms import is_outlier
 from ..progress import progress
 from ..sae.activation import INFERENCE_MODES, BatchTopK, Inference, JumpReLU
 from ..sae.module import SAE
+from ..sae.transcoder import Transcoder
 from .covariance import RunningCovariance
 from .estimates import Estimate
 from .losses import SplicedLosses
@@ -45,7 +46,7 @@ class Evaluation:
     pca_components: int
     pca_explained_variance: float | None
     """Of PCA with as many components as latents per token, fitted to half of the documents and scored
-    on the other half, both ways round; None with a single document."""
+    on the other half, both ways round; None with a single document, and of a transcoder."""
     nonfinite: int = 0
     """Tokens whose activation is not finite; they are left out, and left as they are in the model."""
     outliers: int = 0
@@ -97,7 +98,7 @@ def whole_passes(modes: Sequence[Inference]) -> int:
 @torch.no_grad()
 def evaluate(
     sae: SAE,
-    source: Tensor | HeldOutText,
+    source: Tensor | tuple[Tensor, Tensor] | HeldOutText,
     modes: Inference | Sequence[Inference] | None = None,
     *,
     model: SplicedModel | None = None,
@@ -111,7 +112,7 @@ def evaluate(
 
     Args:
         source: activations ``[N, D]`` (every row counts as a document; those that are not finite are left
-            out), or text, with ``model``.
+            out), of a transcoder a pair of them, or text, with ``model``.
         modes: inference modes; all the SAE has, its own first, if absent. ``"batch"`` selects within
             the tokens of each batch.
         losses: run the rest of the model too: clean, with the reconstruction of each mode in the place
@@ -126,10 +127,14 @@ def evaluate(
     Special tokens are not measured, and keep their activation when others are replaced. Raises
     ConfigError if widths do not fit or there is no such mode, StreamError if nothing is finite.
     """
-    if not isinstance(source, (Tensor, HeldOutText)):
-        raise ConfigError(
-            f"expected activations [N, {sae.d_in}] as a tensor, or a HeldOutText, got {type(source).__name__}"
-        )
+    if not isinstance(source, HeldOutText):
+        pair = source if isinstance(source, tuple) else (source,)
+        if len(pair) != len(widths := _widths(sae)) or not all(isinstance(x, Tensor) for x in pair):
+            expected = " and ".join(f"[N, {width}]" for width in widths)
+            raise ConfigError(
+                f"expected activations {expected} as a tensor{' each, in a tuple' * (len(widths) > 1)}, or a "
+                f"HeldOutText, got {type(source).__name__}"
+            )
     modes = inference_modes(sae) if modes is None else (modes,) if isinstance(modes, str) else modes
     possible = INFERENCE_MODES if isinstance(sae.activation, BatchTopK) else inference_modes(sae)
     for mode in modes:
@@ -145,17 +150,26 @@ def evaluate(
             raise ConfigError(
                 "text needs the language model that turns it into activations: model="
             )
-        if model.width != sae.d_in:
+        if len(model.sites) != len(_widths(sae)):
             raise ConfigError(
-                f"the SAE reads activations of width {sae.d_in}, but {model.site} of {model.name} has width "
-                f"{model.width}: they do not belong together"
+                f"a {type(sae).__name__} needs a model that is hooked at {len(_widths(sae))} places, and this one "
+                f"is hooked at {' and '.join(map(str, model.sites))}: what a transcoder reconstructs is target="
             )
+        for verb, width, there, site in zip(
+            ("reads", "reconstructs"), _widths(sae), model.widths, model.sites, strict=False
+        ):
+            if width != there:
+                raise ConfigError(
+                    f"the SAE {verb} activations of width {width}, but {site} of {model.name} has width "
+                    f"{there}: they do not belong together"
+                )
         require_same_activations(sae, source, model)
     was_training = sae.training
     sae.eval()
     try:
-        if isinstance(source, Tensor):
-            return _evaluate_activations(sae, source, modes, batch_size)
+        if not isinstance(source, HeldOutText):
+            pair = source if isinstance(source, tuple) else (source, source)
+            return _evaluate_activations(sae, *pair, modes, batch_size)
         assert model is not None
         longest = max(map(len, source.rows))
         widest = max(sae.d_sae, model.vocabulary if losses else 0)
@@ -168,32 +182,41 @@ def evaluate(
         sae.train(was_training)
 
 
+def _widths(sae: SAE) -> tuple[int, ...]:
+    """Of what is read, and of what a transcoder reconstructs."""
+    return (sae.d_in, sae.d_out) if isinstance(sae, Transcoder) else (sae.d_in,)
+
+
 def _evaluate_activations(
-    sae: SAE, x: Tensor, modes: Sequence[Inference], batch_size: int
+    sae: SAE, x: Tensor, target: Tensor, modes: Sequence[Inference], batch_size: int
 ) -> Evaluation:
-    if x.dim() != 2 or x.shape[1] != sae.d_in or not len(x):
-        raise ConfigError(
-            f"expected activations [N, {sae.d_in}] with N of at least 1, got shape {tuple(x.shape)}"
-        )
+    for rows, width in ((x, sae.d_in), (target, sae.d_out)):
+        if rows.dim() != 2 or rows.shape[1] != width or not len(rows) == len(x) > 0:
+            raise ConfigError(
+                f"expected activations [N, {width}] with N of at least 1, got shape {tuple(rows.shape)}"
+            )
     finite = torch.cat([part.isfinite().all(dim=1) for part in x.split(batch_size)])
+    if target is not x:
+        finite &= torch.cat([part.isfinite().all(dim=1) for part in target.split(batch_size)])
     lost = len(x) - int(finite.sum())
     if lost == len(x):
         raise StreamError(
             f"none of the {lost:,} activations is finite; compute them in float32 or bfloat16"
         )
-    x = x[finite] if lost else x
+    x, target = (x[finite], target[finite]) if lost else (x, target)
     device = sae.W_dec.device
     documents = torch.arange(len(x))
-    batches = list(zip(x.split(batch_size), documents.split(batch_size), strict=True))
-    covariance = RunningCovariance(sae.d_in, device)
-    for batch, ids in batches:
-        covariance.add(batch.to(device), ids)
+    parts = (rows.split(batch_size) for rows in (x, target, documents))
+    batches = list(zip(*parts, strict=True))
+    covariance = RunningCovariance(sae.d_out, device)
+    for _, y, ids in batches:
+        covariance.add(y.to(device), ids)
     sums = {mode: ScoreSums(covariance.mean, sae.levels) for mode in modes}
     with progress("evaluating", len(x)) as advance:
-        for batch, ids in batches:
-            batch = batch.to(device)
+        for batch, y, ids in batches:
+            batch, y = batch.to(device), y.to(device)
             for mode in modes:
-                sums[mode].add(batch, *_encode_decode(sae, batch, mode), ids)
+                sums[mode].add(y, *_encode_decode(sae, batch, mode), ids)
             advance(len(batch))
     result = _evaluation(sae, sums, covariance, len(x), "rows", "activations")
     result.nonfinite = lost
@@ -218,13 +241,13 @@ def _evaluate_text(
             yield batch
             advance(share * int(batch.text.sum()))
 
-    covariance = RunningCovariance(sae.d_in, sae.W_dec.device)
+    covariance = RunningCovariance(sae.d_out, sae.W_dec.device)
     nonfinite = outliers = 0
     for batch in batches(1 / (1 + passes)):
-        finite, measured, x = _measured(batch, model.residual(batch.tokens), outlier_norm)
+        finite, measured, *kept = _measured(batch, model.activations(batch.tokens), outlier_norm)
         nonfinite += int((batch.text & ~finite).sum())
-        outliers += int(finite.sum()) - len(x)
-        covariance.add(x.to(sae.W_dec.device), batch.documents_of(measured))
+        outliers += int(finite.sum()) - len(kept[-1])
+        covariance.add(kept[-1].to(sae.W_dec.device), batch.documents_of(measured))
     if not covariance.count:
         raise StreamError(
             f"no activation of {model.site} of {model.name} is finite: the model overflows; "
@@ -233,17 +256,17 @@ def _evaluate_text(
     sums = {mode: ScoreSums(covariance.mean, sae.levels) for mode in modes}
     spliced = SplicedLosses(model, covariance.mean) if losses else None
     for batch in batches(passes / (1 + passes)):
-        residual = spliced.begin(batch) if spliced else model.residual(batch.tokens)
-        _, measured, x = _measured(batch, residual, outlier_norm)
-        if not len(x):
+        found = spliced.begin(batch) if spliced else model.activations(batch.tokens)
+        _, measured, *kept = _measured(batch, found, outlier_norm)
+        if not len(kept[0]):
             continue
-        x = x.to(sae.W_dec.device)
+        x, y = (kept[i].to(sae.W_dec.device) for i in (0, -1))
         documents = batch.documents_of(measured)
         if spliced is not None:
             spliced.ablate(measured)
         for i, mode in enumerate(modes):
             z, x_hats = _encode_decode(sae, x, mode)
-            sums[mode].add(x, z, x_hats, documents)
+            sums[mode].add(y, z, x_hats, documents)
             if spliced is not None:
                 spliced.replace(mode, measured, x_hats[-1])
             if i == 0:
@@ -267,21 +290,28 @@ def text_activations(
     """Every batch of ``text``, the mask ``[n, t]`` of what is text, finite and no outlier (see
     :func:`evaluate`), and x ``[m, D]`` there."""
     for batch in text.batches(rows, model.device):
-        yield batch, *_measured(batch, model.residual(batch.tokens), outlier_norm)[1:]
+        _, measured, x, *_ = _measured(batch, model.activations(batch.tokens), outlier_norm)
+        yield batch, measured, x
 
 
 def _measured(
-    batch: Batch, residual: Tensor, outlier_norm: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    finite = measured = batch.text & residual.isfinite().all(dim=-1)
+    batch: Batch, activations: Sequence[Tensor], outlier_norm: float | None
+) -> tuple[Tensor, ...]:
+    """What is finite, and what of it no outlier, at every site, ``[n, t]``; and the activations there."""
+    finite = batch.text
+    for x in activations:
+        finite = finite & x.isfinite().all(dim=-1)
+    measured = finite
     if outlier_norm is not None and finite.any():
-        measured = finite.masked_scatter(finite, ~is_outlier(residual[finite], outlier_norm))
-    return finite, measured, residual[measured].float()
+        outlying = [is_outlier(x[finite], outlier_norm) for x in activations]
+        measured = finite.masked_scatter(finite, ~torch.stack(outlying).any(0))
+    return finite, measured, *(x[measured].float() for x in activations)
 
 
 def _encode_decode(sae: SAE, x: Tensor, mode: Inference) -> tuple[Tensor, Tensor]:
     z = sae.encode(x, mode if isinstance(sae.activation, BatchTopK) else None)
-    return z, sae.decode_levels(z, sae.token_statistics(x.to(z.dtype)))
+    x_hats = sae.decode_levels(z, sae.token_statistics(x.to(z.dtype)))
+    return z, x_hats + sae.skip(x) if isinstance(sae, Transcoder) else x_hats
 
 
 def _evaluation(
@@ -294,6 +324,7 @@ def _evaluation(
 ) -> Evaluation:
     scores = {mode: of_mode.scores() for mode, of_mode in sums.items()}
     k = sae.k or next(iter(scores.values())).l0
-    components = min(max(1, round(k)), sae.d_in)
-    pca = covariance.pca_explained_variance(components)
+    components = min(max(1, round(k)), sae.d_out)
+    # PCA sees what it reconstructs: beside a transcoder, which does not, it is no baseline.
+    pca = None if isinstance(sae, Transcoder) else covariance.pca_explained_variance(components)
     return Evaluation(scores, covariance.count, documents, documents_are, text, components, pca)

@@ -27,12 +27,12 @@ class SplicedLosses:
         self._sums = DocumentSums()
         self._log_p, self._p, self._log_q = (torch.empty(0, device=model.device) for _ in range(3))
 
-    def begin(self, batch: Batch) -> Tensor:
-        """Run the clean model; returns its activations."""
+    def begin(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Run the clean model; returns its activations at every site."""
         self._batch, self._hidden = batch, dict[str, Tensor]()
-        hidden, self._residual = self._model.hidden(batch.tokens)
-        self._clean = hidden[batch.text]
-        return self._residual
+        hidden, kept = self._model.clean(batch.tokens)
+        self._clean, self._residual = hidden[batch.text], kept[-1]
+        return kept
 
     def ablate(self, measured: Tensor) -> None:
         self._run("zero", torch.zeros_like(self._residual))

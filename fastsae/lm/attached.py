@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, StreamError
 from ..sae.module import SAE
+from ..sae.transcoder import Transcoder
 from . import loading
 from .hooked import by_token, find_layers
 from .hooks import Hook, find_hook, site_of
@@ -315,6 +316,11 @@ def attach(
     """
     if not isinstance(sae, SAE):
         raise ConfigError(f"attach takes a fastsae.SAE, got {type(sae).__name__}; see fastsae.load")
+    if isinstance(sae, Transcoder):
+        raise ConfigError(
+            "attach takes autoencoders, and this is a transcoder, whose latents are of one place and whose "
+            "reconstruction of another; fastsae.evaluate runs the model with it in the place of its MLP"
+        )
     if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
         raise ConfigError(
             f"attach takes a causal language model of transformers, got {type(model).__name__}; load one with "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,7 +226,7 @@ class CutModel(HookedModel):
 
 class SplicedModel(HookedModel):
     """``model``, untruncated and frozen, with a hook at ``place``: a :class:`Site`, or the number of a layer for
-    the residual stream after it.
+    the residual stream after it. With a ``target``, what is there is read too, and it is what is replaced.
 
     Attributes besides those of :class:`HookedModel`: ``site``.
     """
@@ -237,11 +237,12 @@ class SplicedModel(HookedModel):
         tokenizer: Tokenizer,
         place: int | Site,
         name: str = "the model",
+        target: Site | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, (place,), name)
-        (self.site,), (self._hook,) = self.sites, self.hooks
+        super().__init__(model, tokenizer, (place,) if target is None else (place, target), name)
+        self.site, self._hook = self.sites[0], self.hooks[-1]
         self._model = model.eval()
-        self._hooked = model.get_submodule(self._hook.path)
+        self._hooked = [model.get_submodule(hook.path) for hook in self.hooks]
 
     @classmethod
     def load(
@@ -253,6 +254,7 @@ class SplicedModel(HookedModel):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         context_length: int | None = None,
+        target: Site | None = None,
     ) -> SplicedModel:
         """From the hub, a local directory, or the demo's; see ``load_pretrained``.
 
@@ -264,31 +266,46 @@ class SplicedModel(HookedModel):
         model, tokenizer = loading.load_pretrained(
             name, quantization=quantization, device=device, revision=revision
         )
-        spliced = cls(model, tokenizer, place, name)
+        spliced = cls(model, tokenizer, place, name, target)
         spliced.weights = loading.weights_of(name, revision)
         return spliced
 
     @torch.no_grad()
     def residual(self, tokens: Tensor) -> Tensor:
         """The activations at the site: tokens ``[n, t]`` to ``[n, t, D]``; the rest is not run."""
+        return self.activations(tokens)[0]
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`residual`, at the site and at the target, if there is one."""
         return self._run(self._decoder, tokens, None, stop=True)[0]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-token logits ``[n, t, V]`` and the activations ``[n, t, D]`` at the site.
+        """Next-token logits ``[n, t, V]`` and the activations ``[n, t, D]`` at the site, or at the target.
 
         With ``replacement [n, t, D]`` what comes after it reads that instead.
         """
         kept, output = self._run(self._model, tokens, replacement)
-        return output.logits, kept
+        return output.logits, kept[-1]
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor, replacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`logits`, but before the head: ``[n, t, H]``, of which :meth:`head` makes logits."""
-        if not self._has_head:
-            return self.logits(tokens, replacement)
-        kept, output = self._run(self._decoder, tokens, replacement)
-        return output.last_hidden_state, kept
+        hidden, kept = self._hidden(tokens, replacement)
+        return hidden, kept[-1]
+
+    @torch.no_grad()
+    def clean(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`hidden` gives, and :meth:`activations`, in one pass."""
+        return self._hidden(tokens, None)
+
+    def _hidden(
+        self, tokens: Tensor, replacement: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        module = self._decoder if self._has_head else self._model
+        kept, output = self._run(module, tokens, replacement)
+        return (output.last_hidden_state if self._has_head else output.logits), kept
 
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token logits ``[m, V]`` of any rows ``[m, H]`` of :meth:`hidden`."""
@@ -323,9 +340,10 @@ class SplicedModel(HookedModel):
                 decoder.forward = own
 
     @cached_property
-    def width(self) -> int:
-        """The width D of the activations at the site, found by a short forward pass."""
-        return _width(self.name, self.site, self.residual(torch.zeros(1, 8, dtype=torch.int64)))
+    def widths(self) -> tuple[int, ...]:
+        """The width D of the activations at each of the ``sites``, found by a short forward pass."""
+        found = self.activations(torch.zeros(1, 8, dtype=torch.int64))
+        return tuple(_width(self.name, *pair) for pair in zip(self.sites, found, strict=True))
 
     @property
     def work(self) -> tuple[int, int]:
@@ -341,26 +359,31 @@ class SplicedModel(HookedModel):
 
     def _run(
         self, module: nn.Module, tokens: Tensor, replacement: Tensor | None, stop: bool = False
-    ) -> Any:
+    ) -> tuple[tuple[Tensor, ...], Any]:
         self.require_fitting(tokens)
-        kept: list[Tensor] = []
+        kept: dict[Hook, Tensor] = {}
 
-        def act(x: Tensor) -> Tensor | None:
-            kept.append(by_token(x, tokens.shape))
-            if stop:
+        def act(hook: Hook, x: Tensor) -> Tensor | None:
+            kept[hook] = by_token(x, tokens.shape)
+            if stop and len(kept) == len(self.hooks):
                 raise _Stop
-            return None if replacement is None else replacement.to(x.dtype).reshape(x.shape)
+            if replacement is None or hook is not self._hook:
+                return None
+            return replacement.to(x.dtype).reshape(x.shape)
 
-        handle, output = self._hook.register(self._hooked, act), None
+        pairs, output = zip(self.hooks, self._hooked, strict=True), None
+        handles = [hook.register(there, partial(act, hook)) for hook, there in pairs]
         try:
             output = module(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             pass
         finally:
-            handle.remove()
-        if not kept:
-            raise _does_not_run(self._hook, self.name)
-        return kept[0], output
+            for handle in handles:
+                handle.remove()
+        for hook in self.hooks:
+            if hook not in kept:
+                raise _does_not_run(hook, self.name)
+        return tuple(kept[hook] for hook in self.hooks), output
 
     @torch.no_grad()
     def unembedding(self) -> tuple[Tensor, Tensor, bool] | None:

@@ -102,7 +102,7 @@ def report_run(
                     device=sae.W_dec.device,
                     revision=sae.metadata.get("model_revision", config.revision),
                 )
-                model = SplicedModel(*loaded, config.site, config.model)
+                model = SplicedModel(*loaded, config.site, config.model, *config.sites[1:])
                 affordable = summary["tokens_seen"] * _affordable_share(model, modes)
                 measured = text = held_out.part(affordable, FEWEST_ROWS)
                 log.info(
@@ -147,7 +147,7 @@ def _affordable_share(model: SplicedModel, modes: Sequence[Inference]) -> float:
 
 
 def _numbers(
-    evaluation: Evaluation, sae: SAE, held_out: HeldOutText | Tensor | None
+    evaluation: Evaluation, sae: SAE, held_out: HeldOutText | Tensor | tuple[Tensor, Tensor] | None
 ) -> dict[str, Any]:
     """What ``summary.json`` has of an evaluation of some of ``held_out``."""
     own, by_threshold = evaluation[sae.inference or "topk"], evaluation["threshold"]

@@ -157,7 +157,10 @@ class RunFolder:
             self._publisher.publish(source, card, message)
 
     def finish(
-        self, sae: SAE, summary: dict[str, Any], held_out: HeldOutText | Tensor | None
+        self,
+        sae: SAE,
+        summary: dict[str, Any],
+        held_out: HeldOutText | Tensor | tuple[Tensor, Tensor] | None,
     ) -> None:
         """Write and send the finished SAE, with what it came to and what it can be evaluated on."""
         io.save(sae, self.path)
@@ -172,7 +175,10 @@ class RunFolder:
             }
             write_tensors(self.path / HELD_OUT, tensors)
         elif held_out is not None:
-            write_tensors(self.path / HELD_OUT, {"activations": held_out.cpu().contiguous()})
+            rows = held_out if isinstance(held_out, tuple) else (held_out,)
+            names = zip(("activations", "target"), rows, strict=False)
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in names}
+            write_tensors(self.path / HELD_OUT, tensors)
         run = {"config": self.config.to_dict(), "history": self.history, "wandb_id": self.wandb_id}
         write_json(self.path / RUN, {**run, "text": text})
         self.summarize(sae, summary, f"Add {self.config.run_name}")
@@ -197,12 +203,15 @@ class RunFolder:
         sae.precision = resolve_precision(self.config.precision, sae.W_dec.device)
         return sae
 
-    def held_out(self) -> HeldOutText | Tensor | None:
-        """What the run was not trained on: text, or activations ``[N, D]``; None if nothing was kept."""
+    def held_out(self) -> HeldOutText | Tensor | tuple[Tensor, Tensor] | None:
+        """What the run was not trained on: text, or activations ``[N, D]``, of a transcoder with their targets;
+        None if nothing was kept."""
         path = self.path / HELD_OUT
         if not path.exists():
             return None
         tensors = load_file(path)
+        if "target" in tensors:
+            return tensors["activations"], tensors["target"]
         if "activations" in tensors:
             return tensors["activations"]
         text = read_json(self.path / RUN)["text"]

@@ -126,11 +126,21 @@ class SAE(nn.Module):
     def threshold(self) -> Tensor | None:
         """The JumpReLU threshold in raw units: a number for BatchTopK, ``[F]`` for JumpReLU."""
         threshold = getattr(self.activation, "threshold", None)
-        return None if threshold is None else threshold / self.scale
+        return None if threshold is None else threshold / self.output_scale
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.W_dec.shape[1]
+
+    @property
+    def output_scale(self) -> Tensor:
+        """What a raw reconstruction, and raw latents, were multiplied by."""
+        return self.scale
 
     @property
     def hook_name(self) -> str | None:
-        """The submodule of the language model whose output this SAE reads, if known."""
+        """The place in the language model that this SAE reads, if known."""
         return self.metadata.get("hook_name")
 
     @property
@@ -199,7 +209,7 @@ class SAE(nn.Module):
                 "this SAE normalizes each token (layer_norm): decode needs "
                 "statistics=sae.token_statistics(x), or call sae(x)"
             )
-        z = z * self.scale if self.normalize == "scalar" else z
+        z = z * self.output_scale if self.normalize == "scalar" else z
         x_hats = reference.decode_levels(z, self._operand(self.W_dec), self.b_dec, levels)
         return self.to_raw_units(x_hats, statistics)
 
@@ -232,6 +242,7 @@ class SAE(nn.Module):
         aux_coefficient: float | None = None,
         k_aux: int | None = None,
         aux_normalization: AuxNormalization = "residual_variance",
+        target: Tensor | None = None,
     ) -> Loss:
         """The objective of training on activations ``x [..., D]``, differentiable by autograd.
 
@@ -244,31 +255,37 @@ class SAE(nn.Module):
             aux_coefficient: weight of the aux-k loss; the objective's own if absent (``AUX_WEIGHTS``).
             k_aux: dead latents per token in it; :attr:`default_k_aux` if absent.
             aux_normalization: what its error is divided by.
+            target: of a transcoder, ``[..., D_out]`` of the same tokens.
 
         Source: Gao et al. 2024 (arXiv:2406.04093), sections 2.3 and A.2.
         """
         scaled, statistics = self.scale_input(x.reshape(-1, x.shape[-1]))
+        whole = scaled
+        if target is not None:
+            whole, statistics = self.scale_target(target.reshape(-1, target.shape[-1]))
+        left = self.left_to_decoder(whole, scaled)
         pre = self._pre_activations(scaled)
         z = self._select(pre, None, budget)
         decoder = self._operand(self.W_dec), self.b_dec
         x_hats = reference.decode_levels(self._operand(z), *decoder, self.levels)
-        error, x_hat = reference.squared_error(scaled, x_hats), x_hats[-1]
+        error, x_hat = reference.squared_error(left, x_hats), x_hats[-1]
         aux = torch.zeros_like(error)
         weight = AUX_WEIGHTS[objective] if aux_coefficient is None else aux_coefficient
         if dead is not None and weight > 0:
             aux = reference.aux_k_loss(
                 # b_dec as given: aux-k moves the dead latents, and nothing that the others share.
                 self._pre_activations(scaled, self.b_dec.detach()),
-                scaled - x_hat,
+                left - x_hat,
                 self._operand(self.W_dec),
                 dead,
                 self.default_k_aux if k_aux is None else k_aux,
                 aux_normalization,
-                scaled,
+                whole,
             )
         loss = reference.objective(error, aux, weight, objective)
+        x_hat = x_hat if whole is left else x_hat + (whole - left)
         raw = self.to_raw_units(z), self.to_raw_units(x_hat, statistics)
-        return Loss(loss, error, aux, *raw, scaled - x_hats)
+        return Loss(loss, error, aux, *raw, left - x_hats)
 
     # --- input scaling ---
 
@@ -288,13 +305,24 @@ class SAE(nn.Module):
 
     def scale_input(self, x: Tensor) -> tuple[Tensor, TokenStatistics | None]:
         """``x`` as the encoder sees it, and the token statistics if layer_norm needs them back."""
-        if x.shape[-1] != self.d_in:
-            raise ValueError(f"this SAE reads activations [..., {self.d_in}], got {tuple(x.shape)}")
+        self._require_width(x)
         x = x.to(self.W_dec.dtype)
         statistics = self.token_statistics(x)
         if statistics is not None:
             return reference.layer_norm(x, statistics), statistics
         return (x * self.scale if self.normalize == "scalar" else x), None
+
+    def scale_target(self, target: Tensor) -> tuple[Tensor, TokenStatistics | None]:
+        """What is to be reconstructed as the decoder sees it, the inverse of :meth:`to_raw_units`."""
+        return self.scale_input(target)
+
+    def left_to_decoder(self, whole: Tensor, scaled: Tensor) -> Tensor:
+        """What of the scaled target the decoder has to give, for a scaled input: all, of an autoencoder."""
+        return whole
+
+    def _require_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"this SAE reads activations [..., {self.d_in}], got {tuple(x.shape)}")
 
     def to_raw_units(self, x: Tensor, statistics: TokenStatistics | None = None) -> Tensor:
         """Scaled activations, the inverse of :meth:`scale_input`; or, without statistics, latents."""

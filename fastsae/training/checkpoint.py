@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from ..files import checksum, flush, read_json, save_tensors, write_json
 from ..sae import io
 from ..sae.module import SAE
+from ..sae.transcoder import Transcoder
 
 _NAME = re.compile(r"step_(\d+)")
 _TENSOR_FILES = ("sae_weights.safetensors", "state.safetensors")
@@ -56,7 +57,10 @@ def save(
         _remove_leftovers(directory)
         aside.mkdir()
         io.save(sae, aside, files=("cfg.json", "sae_weights.safetensors"))
-        state = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in _IN_SAE}
+        twice = (
+            {} if isinstance(sae, Transcoder) else _IN_SAE
+        )  # folding changes a transcoder's W_enc
+        state = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in twice}
         save_tensors(state, aside / "state.safetensors")
         checksums = {name: checksum(aside / name) for name in _TENSOR_FILES}
         write_json(aside / "state.json", {**meta, "checksums": checksums})
@@ -122,7 +126,7 @@ def load(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} does not have the content that was written")
         weights = load_file(path / "sae_weights.safetensors")
         tensors = load_file(path / "state.safetensors")
-        tensors |= {name: weights[key] for name, key in _IN_SAE.items()}
+        tensors = {name: weights[key] for name, key in _IN_SAE.items()} | tensors
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     return Checkpoint(tensors, meta)

@@ -22,6 +22,7 @@ from ..errors import ConfigError, StreamError
 from ..sae.activation import BatchTopK
 from ..sae.io import load
 from ..sae.module import SAE
+from ..sae.transcoder import Transcoder
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def initialize_sae(
     rows: Tensor,
     origin: SAE | None = None,
     metadata: dict[str, Any] | None = None,
+    target: Tensor | None = None,
 ) -> SAE:
     """The SAE that a run begins with: scaled by its first activations, with latents of its own seed or
     those of ``origin``.
@@ -49,6 +51,7 @@ def initialize_sae(
         rows: ``[N, D]``, the first activations.
         origin: what ``config.init_from`` names, see :func:`load_origin`; not changed.
         metadata: provenance of the activations, which travels with the SAE.
+        target: ``[N, D_out]``, what a transcoder is to reconstruct of the same tokens.
 
     Raises:
         ConfigError: k exceeds the dictionary, or ``origin`` has another width.
@@ -56,6 +59,10 @@ def initialize_sae(
     """
     d_in = rows.shape[1]
     d_sae = config.resolve_d_sae(d_in) if origin is None else origin.d_sae
+    if config.target is not None and target is not None:
+        sae = new_sae(config, d_in, d_sae, metadata, target.shape[1])
+        _estimate_of_transcoder(sae, rows, target)
+        return sae
     sae = new_sae(config, d_in, d_sae, metadata)
     _estimate_scaling(sae, rows)
     if origin is not None:
@@ -67,23 +74,29 @@ def initialize_sae(
 
 
 def new_sae(
-    config: TrainConfig, d_in: int, d_sae: int, metadata: dict[str, Any] | None = None
+    config: TrainConfig,
+    d_in: int,
+    d_sae: int,
+    metadata: dict[str, Any] | None = None,
+    d_out: int | None = None,
 ) -> SAE:
-    """The SAE of a run before it has seen any activation."""
+    """The SAE of a run, or its transcoder to width ``d_out``, before it has seen any activation."""
     if config.matryoshka:
         details = {"k": config.k, "matryoshka_widths": list(config.matryoshka)}
         nested = {"training_architecture": "matryoshka_batchtopk"}
         metadata = (metadata or {}) | nested | {"training_architecture_details": details}
     device = resolve_device(config.device)
-    sae = SAE(
-        d_in,
-        d_sae,
-        config.k,
-        normalize=config.normalize,
-        metadata=metadata,
-        device=device,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    options: dict[str, Any] = {
+        "normalize": config.normalize,
+        "metadata": metadata,
+        "device": device,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
+    if config.target is None:
+        sae = SAE(d_in, d_sae, config.k, **options)
+    else:
+        assert d_out is not None
+        sae = Transcoder(d_in, d_out, d_sae, config.k, skip=config.skip, **options)
     sae.precision = resolve_precision(config.precision, device)
     return sae
 
@@ -91,29 +104,51 @@ def new_sae(
 @torch.no_grad()
 def _estimate_scaling(sae: SAE, rows: Tensor) -> None:
     """Set the scaling constant and ``b_dec`` (the geometric median) of a new SAE from ``rows [N, D]``."""
+    rows = sae.scale_input(_finite(rows, sae))[0]
+    center = reference.geometric_median(rows)
+    if sae.normalize == "scalar":
+        sae.scale.copy_(_scale_constant(rows, center, sae, "input"))
+    sae.b_dec.copy_(center * sae.scale)
+
+
+@torch.no_grad()
+def _estimate_of_transcoder(sae: SAE, rows: Tensor, target: Tensor) -> None:
+    """Set both scales, the centre of the input and ``b_dec`` of a new transcoder from its first activations."""
+    assert isinstance(sae, Transcoder)
+    rows, target = _finite(rows, sae), _finite(target, sae)
+    sae.center.copy_(reference.geometric_median(rows))
+    center = reference.geometric_median(target)
+    if sae.normalize == "scalar":
+        sae.target_scale.copy_(_scale_constant(target, center, sae, "target"))
+        sae.scale.copy_(_scale_constant(rows, sae.center, sae, "input"))
+    sae.b_dec.copy_(center * sae.target_scale)
+
+
+def _finite(rows: Tensor, sae: SAE) -> Tensor:
     rows = rows.to(sae.W_dec.device, sae.W_dec.dtype)
     if not rows.isfinite().all():
         raise StreamError(
             "the first activations contain values that are not finite; drop those rows from the batches"
         )
-    rows = sae.scale_input(rows)[0]
-    center = reference.geometric_median(rows)
-    if sae.normalize == "scalar":
-        constant = reference.scale_constant(rows, center)
-        ratio = float(center.norm() * constant)
-        if not constant.isfinite() or ratio > 1 / LEAST_SPREAD:
-            raise StreamError(
-                "the first activations are all the same: there is no spread to scale by; give batches of "
-                "different tokens"
-            )
-        sae.scale.copy_(constant)
-        sae.metadata["mean_to_spread"] = ratio
-        log.info(
-            "input scaling: 1 / %.4g, the mean distance of the first %s activations from their geometric "
-            "median, whose norm is %.2g times that",
-            1 / constant, f"{len(rows):,}", ratio,
-        )  # fmt: skip
-    sae.b_dec.copy_(center * sae.scale)
+    return rows
+
+
+def _scale_constant(rows: Tensor, center: Tensor, sae: SAE, what: str) -> Tensor:
+    """Noted in the metadata, and told. Raises StreamError if there is no spread."""
+    constant = reference.scale_constant(rows, center)
+    ratio = float(center.norm() * constant)
+    if not constant.isfinite() or ratio > 1 / LEAST_SPREAD:
+        raise StreamError(
+            "the first activations are all the same: there is no spread to scale by; give batches of "
+            "different tokens"
+        )
+    sae.metadata["mean_to_spread"] = ratio
+    log.info(
+        "%s scaling: 1 / %.4g, the mean distance of the first %s activations from their geometric "
+        "median, whose norm is %.2g times that",
+        what, 1 / constant, f"{len(rows):,}", ratio,
+    )  # fmt: skip
+    return constant
 
 
 # --- warm start ---

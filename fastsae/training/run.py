@@ -41,17 +41,17 @@ class Run:
 
     Args:
         config: the settings of this SAE.
-        layer_index: which of the stream's tensors it trains on.
+        streams: which of the stream's tensors it trains on: what it reads, and what it reconstructs.
 
-    Attributes: ``config``, ``layer_index``; ``folder``: where it is kept, or None if nothing is written;
+    Attributes: ``config``, ``streams``; ``folder``: where it is kept, or None if nothing is written;
     ``update``: there after :meth:`begin` or :meth:`restore`; ``step_count``.
     """
 
     update: Update
 
-    def __init__(self, config: TrainConfig, layer_index: int) -> None:
+    def __init__(self, config: TrainConfig, streams: tuple[int, int]) -> None:
         self.config = config
-        self.layer_index = layer_index
+        self.streams = streams
         self.folder = RunFolder.of(config)
         self.step_count = 0
         self._saved_step: int | None = None
@@ -125,8 +125,9 @@ class Run:
         path = self.saved(step)
         saved = checkpoint.load(path)
         self.refuse_changes(path, saved.meta["config"])
-        d_sae, d_in = saved.tensors["sae.W_dec"].shape
-        self.begin(new_sae(self.config, d_in, d_sae, metadata | saved.meta["metadata"]))
+        d_in, d_sae = saved.tensors["sae.W_enc"].shape
+        d_out = saved.tensors["sae.W_dec"].shape[1]
+        self.begin(new_sae(self.config, d_in, d_sae, metadata | saved.meta["metadata"], d_out))
         try:
             self.update.load_state_dict(saved.tensors)
             self._fired.copy_(saved.tensors["fired"])
@@ -142,7 +143,8 @@ class Run:
 
     def refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise CheckpointError if the settings ``saved`` in ``path`` would compute something else."""
-        saved = {"hook": TrainConfig.hook} | saved  # of runs from before there was one
+        # Of runs from before there were these.
+        saved = {"hook": TrainConfig.hook, "target": None, "skip": False} | saved
         changed = [
             f"{name}: {saved.get(name)!r} in the run, {value!r} now"
             for name, value in plain(self.config.to_dict()).items()
@@ -157,14 +159,15 @@ class Run:
 
     # --- training ---
 
-    def train_on(self, x: Tensor) -> None:
-        """One step on ``x [B, D]`` in raw units."""
+    def train_on(self, batches: Sequence[Tensor]) -> None:
+        """One step on the stream's ``[B, D]`` in raw units."""
         started = time.perf_counter()
-        result = self.update(x)
+        x, target = (batches[i] for i in self.streams)
+        result = self.update(x, None if self.config.target is None else target)
         self.step_count += 1
         self._fired += result.counts
         self._fired_tokens += len(x)
-        self._last = x, result
+        self._last = target, result
         self._update_seconds += time.perf_counter() - started
 
     @torch.no_grad()
@@ -268,13 +271,20 @@ class Run:
             message = f"{self.name}: checkpoint at {self.tokens_seen:,} tokens"
             self.folder.publish(path, sae, message)
 
-    def finish(self, totals: StreamTotals, held_out: HeldOutText | Tensor | None) -> SAE:
+    def finish(self, totals: StreamTotals, held_out: HeldOutText | Sequence[Tensor] | None) -> SAE:
         """The trained SAE, scaling folded in; saved with what it came to and what it may be evaluated on."""
         sae = self.update.sae.eval().fold_scaling()
+        own: HeldOutText | Tensor | tuple[Tensor, Tensor] | None = None
+        if isinstance(held_out, HeldOutText):
+            own = held_out
+        elif held_out is not None:
+            x, target = (held_out[i] for i in self.streams)
+            own = x if self.config.target is None else (x, target)
         if self.folder is not None:
             summary: dict[str, Any] = {
                 **self.folder.last_scores(),
                 "d_in": sae.d_in,
+                "d_out": sae.d_out,
                 "d_sae": sae.d_sae,
                 "k": self.config.k,
                 "lr": self.config.peak_lr,
@@ -282,7 +292,7 @@ class Run:
                 "peak_memory_bytes": peak_memory_bytes(sae.W_dec.device),
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),
             }
-            self.folder.finish(sae, summary, held_out)
+            self.folder.finish(sae, summary, own)
         alive = float(self.update.alive.double().mean())
         warn_of_idle_latents(self.config, alive, self.update.alive_window)
         return sae

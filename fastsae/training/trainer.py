@@ -106,7 +106,8 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
 
 
 def _runs(sweep: Sweep) -> list[Run]:
-    return [Run(each, sweep.sites.index(each.site)) for each in sweep.runs]
+    streams = ([sweep.sites.index(site) for site in each.sites] for each in sweep.runs)
+    return [Run(each, (i[0], i[-1])) for each, i in zip(sweep.runs, streams, strict=True)]
 
 
 def _signals(runs: Sequence[Run]) -> Signals:
@@ -215,7 +216,7 @@ class Trainer:
                         self._source_ended(training)
                         break
                     for run in training:
-                        run.train_on(batches[run.layer_index])
+                        run.train_on(batches)
                     if self._crossed(self.config.log_every_tokens, len(batches[0])):
                         totals = self._totals()
                         display.show({run.name: run.log(totals) for run in training})
@@ -321,9 +322,9 @@ class Trainer:
         restored: dict[Run, checkpoint.Checkpoint] = {}
         for run in self.runs:
             if run not in training:
-                restored[run] = run.restore(run.saved_steps()[-1], self._metadata[run.layer_index])
+                restored[run] = run.restore(run.saved_steps()[-1], self._metadata_of(run))
             elif step is not None:
-                restored[run] = run.restore(step, self._metadata[run.layer_index])
+                restored[run] = run.restore(step, self._metadata_of(run))
         for run in training:
             if run.folder is not None:
                 checkpoint.discard_after(run.folder.checkpoints, step or 0)
@@ -354,8 +355,16 @@ class Trainer:
                 f"{len(self._pending[0][0])}; raise k, or the batch size to {math.ceil(1 / fewest)}"
             )
         for run in training:
-            i = run.layer_index
-            run.begin(initialize_sae(run.config, rows[i], self._origin, self._metadata[i]))
+            x, target = (rows[i] for i in run.streams)
+            metadata = self._metadata_of(run)
+            run.begin(initialize_sae(run.config, x, self._origin, metadata, target))
+
+    def _metadata_of(self, run: Run) -> dict[str, Any]:
+        own, target = (self._metadata[i] for i in run.streams)
+        if run.config.target is None:
+            return own
+        names = ("hook_name", "hf_hook_name")
+        return own | {f"{name}_out": target[name] for name in names if name in target}
 
     def _keep(self, batches: Batches) -> None:
         # A source may fill the same memory again for its next batch.
@@ -425,7 +434,7 @@ class Trainer:
         return [
             run.finish(
                 totals if run in training else idle,
-                text if rows is None else rows[run.layer_index],
+                text if rows is None else rows,
             )
             for run in self.runs
         ]

@@ -34,9 +34,11 @@ from fastsae_kernels import (
 from ..config import TrainConfig
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
+from ..sae.transcoder import Transcoder
 from .schedule import k_at, lr_at, quota_at
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+"""Those of every SAE; a transcoder may have ``W_skip`` besides."""
 
 
 class UpdateResult(NamedTuple):
@@ -45,7 +47,7 @@ class UpdateResult(NamedTuple):
     objective: Tensor  # what is minimised: reference.objective of the next two
     error: Tensor  # mean over tokens and levels of ‖x - x̂‖², after input scaling
     aux: Tensor
-    residuals: Tensor  # [L, B, D], x - x̂ of each level, after input scaling
+    residuals: Tensor  # [L, B, D], x - x̂ (of a transcoder y - ŷ) of each level, after scaling
     counts: Tensor  # [F], tokens that each latent was selected for
 
 
@@ -74,13 +76,13 @@ class Update(ABC):
         self.lr = torch.tensor(config.peak_lr, dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
 
-    def __call__(self, x: Tensor) -> UpdateResult:
-        """Train on ``x [B, D]`` in raw units."""
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> UpdateResult:
+        """Train on ``x [B, D]`` in raw units; a transcoder, to give ``target [B, D_out]``."""
         self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
         quota = self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
         # Events are recorded and graphs captured on the current device, which need not be this one.
         with torch.cuda.device_of(self.lr):
-            result = self._step(x, int(k_at(self.config, self.tokens_seen) * len(x)))
+            result = self._step(x, target, int(k_at(self.config, self.tokens_seen) * len(x)))
         self.tokens_seen += len(x)
         plain_next = not quota_at(self.config, self.tokens_seen)
         if quota and plain_next and self.tokens_seen < self.config.tokens:
@@ -90,7 +92,7 @@ class Update(ABC):
         return result
 
     @abstractmethod
-    def _step(self, x: Tensor, budget: int) -> UpdateResult:
+    def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
         """Everything that happens on the device; ``budget`` entries of the batch are selected."""
 
     def _count(self, tokens: int, counts: Tensor) -> None:
@@ -121,12 +123,13 @@ class Update(ABC):
 
     @torch.no_grad()
     def metrics(self, x: Tensor, result: UpdateResult) -> dict[str, float]:
-        """What happened in the step that returned ``result`` for ``x``; waits for the device.
+        """What happened in the step that returned ``result`` for ``x``, of a transcoder for the target; waits
+        for the device.
 
         ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
         the raw activations, ``mse`` the mean over tokens and dimensions.
         """
-        scaled, statistics = self.sae.scale_input(x)
+        scaled, statistics = self.sae.scale_target(x)
         x = x.float()
         # By level, and one at a time: together they are as large as the batch times the levels.
         squared = [
@@ -195,6 +198,8 @@ class AutogradUpdate(Update):
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
         self._parameters = {name: getattr(sae, name) for name in PARAMETERS}
+        if isinstance(sae, Transcoder) and sae.W_skip is not None:
+            self._parameters["W_skip"] = sae.W_skip
         self._optimizer = torch.optim.Adam(self._parameters.values(), lr=self.lr, fused=True)
         for p in self._parameters.values():
             self._optimizer.state[p] = {
@@ -204,7 +209,7 @@ class AutogradUpdate(Update):
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
 
-    def _step(self, x: Tensor, budget: int) -> UpdateResult:
+    def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
         sae, config = self.sae, self.config
         loss = sae.loss(
             x,
@@ -214,6 +219,7 @@ class AutogradUpdate(Update):
             aux_coefficient=config.aux_weight,
             k_aux=self.k_aux,
             aux_normalization=config.aux_normalization,
+            target=target,
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss.loss.backward()
@@ -265,6 +271,9 @@ class FusedUpdate(Update):
         self._biases = {
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
+        self._tied = not isinstance(sae, Transcoder)
+        if isinstance(sae, Transcoder) and sae.W_skip is not None:
+            self._biases["W_skip"] = BiasState.start(sae.W_skip.data)
         self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
         self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
@@ -274,26 +283,32 @@ class FusedUpdate(Update):
         self._dead_counts.fill(int(self.dead.sum()))
 
     @torch.no_grad()
-    def _step(self, x: Tensor, budget: int) -> UpdateResult:
+    def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
         aux = self.config.aux_weight > 0
         capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
         quota = self.activation.latent_quota
-        return (self._graphs or self._on_device)(x, budget, quota, capacity)
+        batch = x if target is None else torch.cat([x, target], 1)
+        return (self._graphs or self._on_device)(batch, budget, quota, capacity)
 
-    def _on_device(self, x: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
+    def _on_device(self, batch: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
         """One step that selects ``budget`` entries with a latent ``quota``, and in which up to
         ``capacity`` dead latents take part; reads nothing back."""
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
+        x = batch if self._tied else batch[:, : sae.d_in]
         scaled, _ = sae.scale_input(x)
+        whole = scaled if self._tied else sae.scale_target(batch[:, sae.d_in :])[0]
+        left = sae.left_to_decoder(whole, scaled)
+        # A transcoder's input is centred already.
+        center = b_dec.weight if self._tied else torch.zeros_like(scaled[0])
 
         selection = encode_batch_topk(
-            scaled, W_enc.compute().T, b_enc.weight, b_dec.weight, budget, quota
+            scaled, W_enc.compute().T, b_enc.weight, center, budget, quota
         )
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
-        decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, scaled, self._levels)
+        decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, left, self._levels)
         error, dY = decoded.squared_error.mean(), nested_gradient(decoded.residual)
         if config.objective == "log":
             dY = dY * reference.error_weight(error)
@@ -306,28 +321,34 @@ class FusedUpdate(Update):
                 W_enc.compute(),
                 b_enc.weight,
                 W_dec.compute(),
-                b_dec.weight,
+                center,
                 self.tokens_since_active,
                 dead_after=config.dead_after,
                 max_dead=capacity,
                 k_aux=self.k_aux,
                 normalization=config.aux_normalization,
                 coefficient=config.aux_weight,
+                target=whole,
             )
         self.updates += 1
-        operand = W_enc.compute().dtype
-        inputs, dY, dY_scale = scaled.to(operand), dY.to(operand), -2 / (len(dY) * len(x))
-        clip = None
+        operand, dY_scale = W_enc.compute().dtype, -2 / (len(dY) * len(x))
+        skip, clip = self._biases.get("W_skip"), None
+        # All levels share the skip connection, as they do b_dec.
+        dW_skip = None if skip is None else dY_scale * (dY[0].T @ scaled)
+        inputs, dY = scaled.to(operand), dY.to(operand)
+        options: dict[str, Any] = {"dY_scale": dY_scale, "aux_gradients": aux_gradients}
+        options |= {"levels": self._levels, "tied": self._tied}
         if config.clip_norm is not None:
-            norm = gradient_norm(
-                W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY,
-                dY_scale=dY_scale, aux_gradients=aux_gradients, levels=self._levels,
-            )  # fmt: skip
+            norm = gradient_norm(W_enc, W_dec, b_dec.weight, csr, csc, inputs, dY, **options)
+            if dW_skip is not None:
+                norm = torch.hypot(norm, dW_skip.norm())
             clip = clip_factor(norm, config.clip_norm)
         fused_update_(
             W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-            dY_scale=dY_scale, aux_gradients=aux_gradients, clip=clip, levels=self._levels,
+            clip=clip, **options,
         )  # fmt: skip
+        if skip is not None and dW_skip is not None:
+            adam_(skip, dW_skip if clip is None else clip * dW_skip, self.lr, self.updates)
         self.activation.track(selection.threshold)
         counts = csc.counts()
         self._count(len(x), counts)
@@ -355,6 +376,15 @@ class FusedUpdate(Update):
         for rows in self._rows.values():
             if rows.copy is not None:
                 rows.copy.copy_(rows.weight)
+
+
+def adam_(state: BiasState, gradient: Tensor, lr: Tensor, step: Tensor, eps: float = 1e-8) -> None:
+    """One step of Adam, in place, for what no kernel updates; reads nothing back."""
+    state.m.lerp_(gradient, 0.1)
+    state.v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    correction1, correction2 = (1 - beta ** step.double() for beta in (0.9, 0.999))
+    root = (state.v / correction2.to(state.v.dtype)).sqrt_().add_(eps)
+    state.weight.sub_(state.m * (lr / correction1).to(state.m.dtype) / root)
 
 
 class Graphs:

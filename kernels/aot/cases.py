@@ -193,6 +193,8 @@ def _update(cases: _Cases, width: int) -> None:
             dY = x.expand(len(LEVELS), -1, -1).contiguous()
             with cases.record(f", nested, D={width} {form}"):
                 kernels.fused_update_(*parameters, csr, csc, x, dY, one, one.long(), levels=LEVELS)
+            with cases.record(f", transcoder, D={width} {form}"):
+                kernels.fused_update_(*parameters, csr, csc, x, x, one, one.long(), tied=False)
         with cases.record(f", gradient norm, D={width} {form}", chosen):
             kernels.gradient_norm(W_enc, W_dec, biases[1].weight, csr, csc, x, x, aux_gradients=aux)
 

@@ -126,13 +126,13 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _loss_and_error_gradient(
-    E: Tensor, residual: Tensor, x: Tensor, n_dead: Tensor, k_aux: int, normalization: str
+    E: Tensor, residual: Tensor, target: Tensor, n_dead: Tensor, k_aux: int, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
     scale = (n_dead.to(E.dtype) / max(k_aux, 1)).clamp(max=1) / max(len(E), 1)
     if normalization != "none":
-        target = (residual if normalization == "residual_variance" else x).to(E.dtype)
-        scale = scale / (target - target.mean(0)).square().sum(1).mean()
+        divisor = (residual if normalization == "residual_variance" else target).to(E.dtype)
+        scale = scale / (divisor - divisor.mean(0)).square().sum(1).mean()
     some = n_dead > 0
     loss = torch.where(some, torch.nan_to_num(scale * E.square().sum(), 0.0, 0.0, 0.0), 0.0)
     dE = E.mul_(2 * scale).nan_to_num_(0.0, 0.0, 0.0)
@@ -164,16 +164,16 @@ def _compact(dead: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_gradients(x, residual, W_enc, b_enc, W_dec, b_dec, since, dead_after, max_dead, *_):
     new = lambda *shape: x.new_empty(shape, dtype=accumulator(x.dtype))
-    width = W_dec.shape[1]
     slots = torch.empty_like(since, dtype=torch.int32)
-    return new(), new(max_dead, width), new(max_dead), new(max_dead, width), slots
+    rows = (new(max_dead, weights.shape[1]) for weights in (W_enc, W_dec))
+    return new(), next(rows), new(max_dead), next(rows), slots
 
 
 @register(fake=_fake_gradients)
 def _aux_k_gradients(
     x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
     tokens_since_active: Tensor, dead_after: int, max_dead: int,
-    k_aux: int, normalization: str, coefficient: float,
+    k_aux: int, normalization: str, coefficient: float, target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dead = _chosen_dead(tokens_since_active, dead_after, max_dead)
     # A CPU knows how many there are without waiting, and multiplies by no more than those.
@@ -181,8 +181,9 @@ def _aux_k_gradients(
     gather = not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < n
     run = _gathered_gradients if gather else _dense_gradients
     loss, slots, *gradients = run(
-        dead, n, x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient
-    )
+        dead, n, x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, normalization, coefficient,
+        x if target is None else target,
+    )  # fmt: skip
     if n < max_dead:
         spare = (0, max_dead - n)
         fill = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + spare)
@@ -193,7 +194,7 @@ def _aux_k_gradients(
 
 def _dense_gradients(
     dead: Tensor, n: int, x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor,
-    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float,
+    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float, target: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``loss, slots, dW_enc, db_enc, dW_dec`` by dense products over ``n`` latents, the dead first."""
     latents, slots, n_dead = _compact(dead, n)
@@ -206,7 +207,7 @@ def _dense_gradients(
     A = _keep_largest_(A.masked_fill_(~used, 0.0), k_aux)
     low = A.to(w_dec.dtype)
     E = _mm(low, w_dec).sub_(residual)
-    loss, dE = _loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
+    loss, dE = _loss_and_error_gradient(E, residual, target, n_dead, k_aux, normalization)
     # The coefficient first: with it the gradient is as large as the loss's own, and float16 holds it.
     dE = dE.mul_(coefficient).to(w_dec.dtype)
     dA = _mm(dE, w_dec.T).mul_(A > 0)
@@ -215,7 +216,7 @@ def _dense_gradients(
 
 def _gathered_gradients(
     dead: Tensor, n: int, x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor,
-    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float,
+    W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float, target: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What :func:`_dense_gradients` returns, from products at the selected entries of ``n`` latents."""
     work = accumulator(x.dtype)
@@ -239,12 +240,12 @@ def _gathered_gradients(
         table = W_dec[:, strip].index_select(0, latents).to(work)
         E[:, strip] = row_sums(values, columns, offsets, table)
     E -= residual
-    loss, dE = _loss_and_error_gradient(E, residual, x, n_dead, k_aux, normalization)
+    loss, dE = _loss_and_error_gradient(E, residual, target, n_dead, k_aux, normalization)
     dE = rounded(dE.mul_(coefficient))
 
     rows, positions, starts = csr_to_csc_torch(columns, offsets, n)
     values = values[positions]
-    dW_enc, dW_dec = (torch.zeros(n, width, dtype=work, device=x.device) for _ in range(2))
+    dW_enc, dW_dec = (x.new_zeros(n, w.shape[1], dtype=work) for w in (W_enc, W_dec))
     db_enc = torch.zeros(n, dtype=work, device=x.device)
     ends = [*starts[::BLOCK_LATENTS].tolist(), len(values)]
     for i, first in enumerate(range(0, n, BLOCK_LATENTS)):
@@ -283,6 +284,7 @@ def aux_k_gradients(
     k_aux: int,
     normalization: AuxNormalization = "residual_variance",
     coefficient: float = 1.0,
+    target: Tensor | None = None,
 ) -> AuxK:
     """Aux-k's loss and the gradients of ``coefficient · loss``, as :func:`fused_update_` takes them.
 
@@ -291,6 +293,9 @@ def aux_k_gradients(
     int64: a latent is dead from ``dead_after`` on. ``max_dead`` bounds how many dead latents take
     part, and is the number of rows of the buffers; beyond it the longest dead take part (the lower
     latent of equals), as if the others were alive. Nothing waits for the device.
+
+    Of a transcoder, ``x`` and ``W_enc`` may have another width than ``residual`` and ``W_dec``, ``b_dec`` is a zero
+    of the former's (``x`` is centred already), and ``target [B, D]`` is what ``total_variance`` is of.
 
     Sums are float32 (float64 for float64). Raises ValueError on an unknown normalization, on negative
     sizes and on shapes that do not fit. Not differentiable.
@@ -301,14 +306,14 @@ def aux_k_gradients(
     for name, size in (("k_aux", k_aux), ("max_dead", max_dead)):
         if size < 0:
             raise ValueError(f"{name}: expected 0 or more, got {size}")
-    if W_enc.shape != W_dec.shape or W_enc.dtype != W_dec.dtype:
+    if len(W_enc) != len(W_dec) or W_enc.dtype != W_dec.dtype:
         raise ValueError(
             "W_enc and W_dec: expected two [F, D] tensors of one dtype, got "
             f"{list(W_enc.shape)} {W_enc.dtype} and {list(W_dec.shape)} {W_dec.dtype}"
         )
-    if x.shape != residual.shape or x.shape[1:] != W_dec.shape[1:]:
+    if (x.shape[1:], *residual.shape) != (W_enc.shape[1:], len(x), W_dec.shape[1]):
         raise ValueError(
-            f"x and residual: expected [B, {W_dec.shape[1]}], got "
+            f"x and residual: expected [B, {W_enc.shape[1]}] and [B, {W_dec.shape[1]}], got "
             f"{list(x.shape)} and {list(residual.shape)}"
         )
     if tokens_since_active.shape != W_dec.shape[:1]:
@@ -318,6 +323,6 @@ def aux_k_gradients(
     loss, *gradients = _aux_k_gradients(
         x, residual, W_enc, b_enc, W_dec, b_dec,
         tokens_since_active, dead_after, min(max_dead, len(W_dec)),
-        k_aux, normalization, coefficient,
+        k_aux, normalization, coefficient, target,
     )  # fmt: skip
     return AuxK(loss, AuxGradients(*gradients))

@@ -10,6 +10,10 @@ Legend, shared by the whole project: ``B`` tokens, ``D`` model width, ``F`` dict
 Shapes: ``x [B, D]``, ``pre [B, F]``, ``z [B, F]``, ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``,
 ``b_dec [D]``. ``x`` is always *after* input scaling.
 
+A *transcoder* reconstructs a ``target [B, D_out]`` from ``x [B, D_in]``: ``W_dec [F, D_out]`` and ``b_dec [D_out]``
+are of the target, ``x`` is centred already and ``b_dec`` not subtracted from it, and with a *skip connection*
+``W_skip [D_out, D_in]`` its output is ``z @ W_dec + b_dec + x @ W_skipᵀ``.
+
 Sources: BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410); TopK and aux-k, Gao et al. 2024
 (arXiv:2406.04093, sections 2 and A.2); the geometric-median start, Bricken et al. 2023.
 """
@@ -19,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -220,9 +224,22 @@ class Gradients(NamedTuple):
     b_dec: Tensor  # [D]
 
 
+class SkipGradients(NamedTuple):
+    """Of a transcoder with a skip connection."""
+
+    W_enc: Tensor  # [D_in, F]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, D_out]
+    b_dec: Tensor  # [D_out]
+    W_skip: Tensor  # [D_out, D_in]
+
+
+AnyGradients = TypeVar("AnyGradients", bound=Gradients | SkipGradients)
+
+
 def gradients(
     x: Tensor,
-    params: Gradients,
+    params: AnyGradients,
     mask: Tensor,
     dead: Tensor,
     *,
@@ -231,8 +248,10 @@ def gradients(
     normalization: AuxNormalization = "residual_variance",
     objective: Objective = "log",
     levels: Sequence[int] = (),
-) -> Gradients:
-    """Gradients of :func:`objective` without autograd, for a given selection ``mask``.
+    target: Tensor | None = None,
+) -> AnyGradients:
+    """Gradients of :func:`objective` without autograd, for a given selection ``mask``; with a ``target``,
+    of a transcoder.
 
     ``params`` holds the weights. ``dY = dL/dx̂``; then, per latent f,
     ``dz = dY · W_dec[f]``, ``dW_dec[f] = Σ z dY``, ``dW_enc[f] = Σ dz (x - b_dec)``,
@@ -240,14 +259,16 @@ def gradients(
     form to the dead latents' rows; its target is detached, so none of them reaches ``dY``, and its
     pre-activations take ``b_dec`` as given, so none reaches ``db_dec``. With ``levels`` there is a ``dY``
     for each, the sum of the derivatives by its reconstruction and by those of the levels after it: all that
-    the latents which it adds are part of. ``b_dec`` is part of all, as the first level's latents are.
+    the latents which it adds are part of. ``b_dec`` is part of all, as the first level's latents are. Of a
+    transcoder ``dW_enc[f] = Σ dz x``, ``db_dec = Σ_b dY`` and ``dW_skip = dYᵀ x``.
     """
-    W_enc, b_enc, W_dec, b_dec = params
-    centred = x - b_dec
+    W_enc, b_enc, W_dec, b_dec, *skip = params
+    centred = x - b_dec if target is None else x
     pre = centred @ W_enc + b_enc
     z = pre * mask
     levels = levels or (len(W_dec),)
-    residuals = x - decode_levels(z, W_dec, b_dec, levels)
+    y = x if target is None else target
+    residuals = y - decode_levels(z, W_dec, b_dec, levels) - sum(x @ W.T for W in skip)
     residual = residuals[-1]
 
     dY = -2 * residuals.flip(0).cumsum(0).flip(0) / (len(levels) * len(x))
@@ -256,19 +277,20 @@ def gradients(
     blocks = [slice(*ends) for ends in pairwise((0, *levels))]
     dz = mask * torch.cat([d @ W_dec[f].T for d, f in zip(dY, blocks, strict=True)], 1)
     dW_dec = torch.cat([z[:, f].T @ d for d, f in zip(dY, blocks, strict=True)])
-    db_dec = dY[0].sum(0) - W_enc @ dz.sum(0)
+    db_dec = dY[0].sum(0) - (W_enc @ dz.sum(0) if target is None else 0)
+    dW_skip = [dY[0].T @ x for _ in skip]
 
     n_dead = int(dead.sum())
     if n_dead and k_aux:
         mask_aux = topk_mask(torch.where(dead, pre, 0), k_aux)
         z_aux = pre * mask_aux
-        scale = min(n_dead / k_aux, 1) / _aux_denominator(residual, normalization, x)
+        scale = min(n_dead / k_aux, 1) / _aux_denominator(residual, normalization, y)
         scale = aux_coefficient * torch.where(scale.isfinite(), scale, 0)
         dE = scale * 2 * (z_aux @ W_dec - residual) / len(x)
         dz = dz + (dE @ W_dec.T) * mask_aux
         dW_dec = dW_dec + z_aux.T @ dE
 
-    return Gradients(centred.T @ dz, dz.sum(0), dW_dec, db_dec)
+    return type(params)(centred.T @ dz, dz.sum(0), dW_dec, db_dec, *dW_skip)
 
 
 def project_gradient(W_dec: Tensor, gradient: Tensor) -> Tensor:
@@ -283,7 +305,7 @@ def normalize_rows(W_dec: Tensor) -> Tensor:
     return W_dec / norm.clamp_min(torch.finfo(W_dec.dtype).tiny)
 
 
-def clip_factor(gradient_list: Gradients, max_norm: float | None) -> float:
+def clip_factor(gradient_list: Sequence[Tensor], max_norm: float | None) -> float:
     """What to multiply all gradients by so that their joint norm is at most ``max_norm``."""
     if max_norm is None:
         return 1.0
@@ -341,7 +363,7 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
 class State:
     """All that a training step reads and writes."""
 
-    params: Gradients
+    params: Gradients | SkipGradients
     moments: tuple[AdamMoments, ...]
     tokens_since_active: Tensor  # [F] int64
     threshold: Tensor
@@ -375,28 +397,39 @@ class StepResult:
     state: State = field(repr=False)
 
 
-def initial_state(W_dec: Tensor, b_dec: Tensor) -> State:
-    """``W_enc = W_decᵀ``, ``b_enc = 0``, moments and counters zero."""
+def initial_state(
+    W_dec: Tensor, b_dec: Tensor, W_enc: Tensor | None = None, W_skip: Tensor | None = None
+) -> State:
+    """``W_enc = W_decᵀ`` unless it is given, ``b_enc = 0``, moments and counters zero."""
     W_dec = normalize_rows(W_dec)
-    params = Gradients(W_dec.T.clone(), W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
+    W_enc = W_dec.T.clone() if W_enc is None else W_enc
+    params = Gradients(W_enc, W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
+    params = params if W_skip is None else SkipGradients(*params, W_skip)
     moments = tuple(AdamMoments(torch.zeros_like(p), torch.zeros_like(p)) for p in params)
     since = torch.zeros(len(W_dec), dtype=torch.int64, device=W_dec.device)
     return State(params, moments, since, W_dec.new_zeros(()))
 
 
 def train_step(
-    state: State, x: Tensor, settings: Settings, mask: Tensor | None = None
+    state: State,
+    x: Tensor,
+    settings: Settings,
+    mask: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> StepResult:
-    """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise."""
-    W_enc, b_enc, W_dec, b_dec = state.params
-    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    """Encode, select (or take ``mask``), decode, lose, differentiate, project, clip, Adam, renormalise; with a
+    ``target``, of a transcoder."""
+    W_enc, b_enc, W_dec, b_dec, *skip = state.params
+    pre = pre_activations(x, W_enc, b_enc, b_dec if target is None else torch.zeros_like(x[0]))
+    y = x if target is None else target
     K = num_selected(settings.k, *pre.shape)
     if mask is None:
         mask = batch_topk_mask(pre, K, settings.quota)
     x_hats = decode_levels(pre * mask, W_dec, b_dec, settings.levels or (len(W_dec),))
-    error, x_hat = squared_error(x, x_hats), x_hats[-1]
+    left = y - sum(x @ W.T for W in skip)
+    error, residual = squared_error(left, x_hats), left - x_hats[-1]
     dead = state.tokens_since_active >= settings.dead_after_tokens
-    aux = aux_k_loss(pre, x - x_hat, W_dec, dead, settings.k_aux, settings.aux_normalization, x)
+    aux = aux_k_loss(pre, residual, W_dec, dead, settings.k_aux, settings.aux_normalization, y)
 
     g = gradients(
         x,
@@ -408,6 +441,7 @@ def train_step(
         normalization=settings.aux_normalization,
         objective=settings.objective,
         levels=settings.levels,
+        target=target,
     )
     g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
     clip = clip_factor(g, settings.max_gradient_norm)
@@ -415,7 +449,7 @@ def train_step(
         adam(p, clip * gp, mom, state.step + 1, settings.lr, settings.betas, settings.eps)
         for p, gp, mom in zip(state.params, g, state.moments, strict=True)
     ]
-    params, moments = Gradients(*(p for p, _ in updated)), tuple(m for _, m in updated)
+    params, moments = type(g)(*(p for p, _ in updated)), tuple(m for _, m in updated)
     params = params._replace(W_dec=normalize_rows(params.W_dec))
     since = update_tokens_since_active(state.tokens_since_active, mask)
     ordinary = pre[mask & ~peaks(pre, int(settings.quota * K))]

@@ -46,8 +46,8 @@ def run_folder(folder: Path) -> Path:
         return folder / found
 
 
-def test_there_are_six_and_each_is_short() -> None:
-    assert len(SCRIPTS) == 6
+def test_there_are_seven_and_each_is_short() -> None:
+    assert len(SCRIPTS) == 7
     for name in SCRIPTS:
         lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
         assert len(lines) < 60, name
@@ -119,6 +119,16 @@ def test_steer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < found["clean"] < 1 and 0 < found["random"] < found["largest_random"]
     assert abs(found["clamped"] - found["clean"]) > 1e-4
     assert "probability of plot, figure, axis" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_transcoders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = load("transcoders").main(models.llama(), "2", str(folder / "training.txt"), "set")
+    assert [sae.hook_name for sae in found] == ["blocks.0.mlp.hook_in", "blocks.1.mlp.hook_in"]
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {
+        "config.yaml", "layer_0.safetensors", "layer_1.safetensors",
+    }  # fmt: skip
 
 
 def test_what_an_example_takes_is_what_its_command_gives() -> None:

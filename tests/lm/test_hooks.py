@@ -179,7 +179,7 @@ def test_any_submodule_by_its_path(hook: str, path: str) -> None:
     for given in (Site.parse(hook, 1), Site.parse(path, 1)):
         spliced = SplicedModel(model, models.tokenizer(), given)
         assert spliced.residual(tokens()).equal(expected)
-        assert (spliced.width, spliced.hooks[0].name) == (expected.shape[2], path)
+        assert (spliced.widths, spliced.hooks[0].name) == ((expected.shape[2],), path)
         assert spliced.unembedding() is None
     cut = CutModel(model, models.tokenizer(), [given], name="llama")
     assert cut.residuals(tokens())[0].equal(expected)
@@ -257,4 +257,4 @@ def test_what_is_no_activation_of_each_token_is_refused() -> None:
     }
     for hook, message in refused.items():
         with pytest.raises(StreamError, match=message):
-            _ = SplicedModel(model, models.tokenizer(), Site(1, hook)).width
+            _ = SplicedModel(model, models.tokenizer(), Site(1, hook)).widths

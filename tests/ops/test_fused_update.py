@@ -16,6 +16,7 @@ from fastsae_kernels import (
     nested_decode_loss,
     nested_gradient,
     reference,
+    sparse_decode_loss,
 )
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import AdamMoments, Gradients
@@ -483,3 +484,49 @@ def test_refusals_come_before_anything_is_written():
 @pytest.mark.parametrize(("norm", "factor"), [(0.5, 1.0), (1.0, 1.0), (4.0, 0.25), (0.0, 1.0)])
 def test_clip_factor(norm, factor):
     assert clip_factor(torch.tensor(norm), 1.0) == factor
+
+
+@pytest.mark.parametrize("width", [WIDTH, 12], ids=["as wide", "narrower"])
+@pytest.mark.parametrize("max_norm", [None, 1e-3])
+@pytest.mark.slow_interpreted
+def test_one_step_of_a_transcoder_is_the_reference_step(device, max_norm, width):
+    """A bias of the output alone, and an input of another width; aux-k included."""
+    state, x, mask = start(8)
+    torch.manual_seed(9)
+    target = torch.randn(TOKENS, width, dtype=torch.float64)
+    W_dec = reference.normalize_rows(torch.randn(LATENTS, width, dtype=torch.float64))
+    params = Gradients(*state.params[:2], W_dec, torch.randn(width, dtype=torch.float64))
+    moments = tuple(
+        AdamMoments(1e-3 * torch.randn_like(p), 1e-6 * (0.5 + torch.rand_like(p))) for p in params
+    )
+    since = torch.zeros(LATENTS, dtype=torch.int64)
+    since[:3] = 100
+    state = replace(state, params=params, moments=moments, tokens_since_active=since)
+    settings = reference.Settings(
+        objective="plain", k=4, k_aux=LATENTS, dead_after_tokens=100, max_gradient_norm=max_norm,
+        aux_coefficient=0.5,
+    )  # fmt: skip
+    expected = reference.train_step(state, x, settings, mask, target).state
+
+    fused = Fused(state, torch.float32, device)
+    read, y = (t.to(device, torch.float32) for t in (x, target))
+    nothing = torch.zeros_like(read[0])
+    pre = reference.pre_activations(read, fused.W_enc.master().T, fused.b_enc.weight, nothing)
+    csr, csc = selection(mask.to(device), pre)
+    decoder = fused.W_dec.master(), fused.b_dec.weight
+    residual = sparse_decode_loss(csr, *decoder, y).residual
+    aux = aux_k_gradients(
+        read, residual, fused.W_enc.master(), fused.b_enc.weight, fused.W_dec.master(), nothing,
+        since.to(device), dead_after=100, max_dead=LATENTS, k_aux=LATENTS, coefficient=0.5, target=y,
+    ).gradients  # fmt: skip
+    options = {"dY_scale": -2 / TOKENS, "aux_gradients": aux, "tied": False}
+    batch, clip = (csr, csc, read, residual), None
+    if max_norm is not None:
+        norm = gradient_norm(fused.W_enc, fused.W_dec, fused.b_dec.weight, *batch, **options)
+        clip = clip_factor(norm, max_norm)
+    fused_update_(
+        fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec, *batch,
+        torch.tensor(3e-4, device=device), torch.tensor(state.step + 1, device=device),
+        clip=clip, **options,
+    )  # fmt: skip
+    assert_close(fused, expected, FUSED_STEP)

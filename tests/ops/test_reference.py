@@ -316,6 +316,36 @@ class TestGradients:
             assert aux.item() == pytest.approx(0.5 * error / denominator, rel=1e-14)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("normalization", ["residual_variance", "total_variance", "none"])
+@pytest.mark.parametrize("objective", ["log", "plain"])
+def test_gradients_of_a_transcoder_are_autograds(
+    skip: bool, normalization: str, objective: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, dtype=F64, generator=g)
+    x, target, dead = new(24, 6), new(24, 5) + 1, torch.arange(40) % 3 == 0
+    own = (new(6, 40), 0.1 * new(40), new(40, 5), new(5))
+    params = ref.SkipGradients(*own, new(5, 6)) if skip else ref.Gradients(*own)
+    leaves = type(params)(*(p.clone().requires_grad_() for p in params))
+    pre = x @ leaves.W_enc + leaves.b_enc
+    mask = ref.batch_topk_mask(pre.detach(), 100)
+    y_hat = ref.decode(pre * mask, leaves.W_dec, leaves.b_dec)
+    if skip:
+        y_hat = y_hat + x @ leaves.W_skip.T
+    aux = ref.aux_k_loss(pre, target - y_hat, leaves.W_dec, dead, 3, normalization, target)
+    loss = ref.objective(ref.squared_error(target, y_hat), aux, 0.7, objective)
+    written = ref.gradients(
+        x, params, mask, dead, aux_coefficient=0.7, k_aux=3, normalization=normalization,
+        objective=objective, target=target,
+    )  # fmt: skip
+    assert type(written) is type(params)
+    for name, a, b in zip(
+        params._fields, written, torch.autograd.grad(loss, list(leaves)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14, msg=name)
+
+
 class TestUpdate:
     def test_projection_leaves_nothing_along_the_row(self) -> None:
         g = torch.Generator().manual_seed(0)

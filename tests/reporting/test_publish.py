@@ -458,6 +458,32 @@ def test_the_header_of_the_recipe() -> None:
     assert "Training goes on" in card and "Training has not ended" in card
 
 
+def test_the_card_of_a_transcoder_says_what_it_reads_and_gives() -> None:
+    config = fastsae.TrainConfig(hook="mlp_in", target="mlp_out", skip=True)
+    sae = fastsae.Transcoder(
+        1536, 1536, 64, 64, skip=True,
+        metadata={
+            "model_name": config.model, "hook_name": "blocks.17.mlp.hook_in", "hook_name_out": "blocks.17.hook_mlp_out",
+            "hf_hook_name": "model.language_model.layers.17.mlp.input",
+        },
+    )  # fmt: skip
+    history = [{"tokens_seen": 16_000_000, "step": 15_625, "time": "2026-01-02T03:04:05+00:00"}]
+    card = model_card(config, sae, history, [])
+    for told in (
+        "A BatchTopK transcoder with 64 latents",
+        "`mlp_in` of layer 17 of",
+        "reconstructs `mlp_out` of the same layer (`blocks.17.hook_mlp_out`, with a skip connection)",
+        'get_submodule("model.language_model.layers.17.mlp")',
+        "register_forward_pre_hook(read, with_kwargs=True)",
+        "reconstruction = sae(x)",
+        "Latents of single tokens are those above the threshold.",
+    ):
+        assert told in card, told
+    assert "The weights alone" not in card and "largest of each" not in card
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
+
+
 def test_everything_written_is_strict_json(published) -> None:
     """Parsers other than Python's know neither NaN nor Infinity."""
     server, run = published

@@ -133,6 +133,7 @@ SETTINGS = {
     "8-bit": {"moments": "8bit"},
     "aux-k": DYING,
     "matryoshka": {"matryoshka": LEVELS},
+    "transcoder": {**DYING, "hook": "mlp_in", "target": "mlp_out", "skip": True, "clip_norm": 0.5},
     "all of it": {
         **DYING,
         "clip_norm": 0.5,
@@ -143,7 +144,7 @@ SETTINGS = {
 }
 
 
-FAST = {("eager", "plain"), ("graph", "all of it")}
+FAST = {("eager", "plain"), ("graph", "transcoder"), ("graph", "all of it")}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,39 @@ def test_many_steps_are_the_definition(
     assert aux_seen > steps / 20
 
 
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("levels", [(40,), (8, 40)], ids=["flat", "nested"])
+def test_many_steps_of_a_transcoder_are_the_definition(
+    way: str, skip: bool, clip: float | None, levels: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(CONFIG, hook="mlp_in", target="mlp_out", skip=skip, clip_norm=clip)
+    g = torch.Generator().manual_seed(0)
+    nested = {"training_architecture_details": {"matryoshka_widths": levels}}
+    sae = fastsae.Transcoder(6, 5, 40, 2.5, skip=skip, dtype=F64, generator=g, metadata=nested)
+    step = UPDATES[way](sae, config)
+    own = (getattr(sae, name).detach().clone() for name in ("W_dec", "b_dec", "W_enc"))
+    state = ref.initial_state(*own, W_skip=torch.zeros(5, 6, dtype=F64) if skip else None)
+    settings = ref.Settings(
+        k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_coefficient=config.aux_weight,
+        max_gradient_norm=clip, levels=levels,
+    )  # fmt: skip
+    aux_seen = 0
+    for x in batches(60):
+        target = (x @ torch.arange(30, dtype=F64).view(6, 5).sin()).abs() + 0.3
+        found, expected = step(x, target), ref.train_step(state, x, settings, target=target)
+        state = expected.state
+        torch.testing.assert_close(found.objective, expected.objective, rtol=1e-9, atol=1e-12)
+        aux_seen += bool(found.aux > 0)
+        assert found.counts.equal(expected.mask.sum(0))
+        for name, value in state.params._asdict().items():
+            torch.testing.assert_close(
+                getattr(sae, name).detach(), value, rtol=1e-9, atol=1e-9, msg=name
+            )
+    assert aux_seen > 5
+    assert skip == ("W_skip" in step._moments())
+
+
 def test_decoder_rows_stay_on_the_sphere_in_fp32(way: str) -> None:
     step = new_step(way, dtype=torch.float32)
     for x in batches(60, torch.float32):

@@ -51,7 +51,7 @@ def random_cosines(sae: SAE, sample: int = 512) -> Tensor:
     What the cosines of :func:`neighbours` would be if the decoder had no structure.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = normalize(torch.randn(sae.d_sae, sae.d_in, generator=generator), dim=1)
+    rows = normalize(torch.randn(sae.d_sae, sae.d_out, generator=generator), dim=1)
     sample = min(sample, sae.d_sae)
     cosines = rows[:sample] @ rows.T
     cosines[torch.arange(sample), torch.arange(sample)] = -2

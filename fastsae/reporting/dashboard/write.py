@@ -79,7 +79,8 @@ def _facts(sae: SAE) -> dict[str, Any]:
         "k": sae.k,
         "activation": type(sae.activation).__name__,
         "model": sae.metadata.get("model_name"),
-        "hook": sae.hook_name,
+        "hook": " to ".join(filter(None, (sae.hook_name, sae.metadata.get("hook_name_out"))))
+        or None,
     }
 
 

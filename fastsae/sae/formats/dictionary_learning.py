@@ -25,6 +25,7 @@ _TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer
 
 def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for layer_norm, and for JumpReLU without a k."""
+    portable.refuse_transcoder(sae, "dictionary_learning")
     if sae.normalize != "none":
         raise FormatError(
             f"dictionary_learning's format has no place for normalize = {sae.normalize!r}; save as "

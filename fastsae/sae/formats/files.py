@@ -65,7 +65,8 @@ def first_line(error: Exception) -> str:
 
 
 def replace_files(directory: Path, contents: dict[str, Any], last: str) -> None:
-    """Write ``contents`` (file name -> tensors for .safetensors and .pt, an object for .json).
+    """Write ``contents`` (file name -> tensors for .safetensors and .pt, an object for .json, and for
+    .yaml, of which JSON is a part).
 
     All files are written aside first; then the old ``last`` is removed, the others take their places,
     and the new ``last`` comes in the end. An interruption at any moment leaves the old files, the new
@@ -73,12 +74,12 @@ def replace_files(directory: Path, contents: dict[str, Any], last: str) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise FormatError(f"{directory} is a file; give a folder")
-    encoded = {n: _encode_json(c) for n, c in contents.items() if n.endswith(".json")}
+    encoded = {n: _encode_json(c) for n, c in contents.items() if n.endswith((".json", ".yaml"))}
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as aside:
         for name, content in contents.items():
             path = Path(aside, name)
-            if path.suffix == ".json":
+            if name in encoded:
                 path.write_bytes(encoded[name])
             elif path.suffix == ".safetensors":
                 save_tensors(content, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from ...errors import FormatError
 from ...version import __version__
 from ..activation import BatchTopK, Inference, JumpReLU, TopK
 from ..module import SAE
+from ..transcoder import Transcoder
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
@@ -29,6 +31,10 @@ class ExportedSAE(NamedTuple):
     normalize: Literal["none", "layer_norm"]
     metadata: dict[str, Any]
     provenance: dict[str, Any]  # what only fastsae knows and needs to read the SAE back as it was
+    transcoder: bool = (
+        False  # W_dec and b_dec are [F, D_out] and [D_out], and b_dec is not the input's
+    )
+    W_skip: Tensor | None = None  # [D_out, D_in]
 
 
 def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
@@ -38,19 +44,24 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
         FormatError: no program could select that way, or a value is not finite.
     """
     k = _k_per_token(sae, inference)
+    transcoder = isinstance(sae, Transcoder)
+    if transcoder:
+        sae = copy.deepcopy(sae).fold_scaling()
     # Folding: the scaled SAE sees c x, so dividing what is added or compared by c gives the same.
     # c is 1 without scalar scaling.
     tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec}
     tensors |= {"b_enc": sae.b_enc / sae.scale, "b_dec": sae.b_dec / sae.scale}
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
+    if isinstance(sae, Transcoder) and sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
     # Copied always: a tensor that is a view of a larger one would take all of that to the file.
     weights = {
         name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
     _require_finite(weights)
-    threshold = weights.pop("threshold", None)
+    threshold, W_skip = weights.pop("threshold", None), weights.pop("W_skip", None)
     dtypes = {t.dtype for t in weights.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES.values()):
         raise FormatError(
@@ -67,7 +78,16 @@ def export(sae: SAE, inference: Inference | None) -> ExportedSAE:
         }
     normalize = "layer_norm" if sae.normalize == "layer_norm" else "none"
     metadata = dict(sae.metadata)
-    return ExportedSAE._make((*weights.values(), k, threshold, normalize, metadata, provenance))
+    rest = (k, threshold, normalize, metadata, provenance, transcoder, W_skip)
+    return ExportedSAE._make((*weights.values(), *rest))
+
+
+def refuse_transcoder(sae: ExportedSAE, format: str) -> None:
+    """Raise FormatError if ``sae`` is one."""
+    if sae.transcoder:
+        raise FormatError(
+            f"{format}'s format holds autoencoders, and this is a transcoder; save it as 'saelens'"
+        )
 
 
 def _k_per_token(sae: SAE, inference: Inference | None) -> int | None:
@@ -93,22 +113,22 @@ def build(
     activation: nn.Module,
     metadata: dict[str, Any],
     normalize: Literal["none", "layer_norm"] = "none",
+    transcoder: bool = False,
 ) -> SAE:
-    """An SAE of ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]`` and ``b_dec [D]``, in W_enc's dtype."""
+    """An SAE of ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]`` and ``b_dec [D]``, in W_enc's dtype; or a
+    transcoder, of ``W_skip [D_out, D_in]`` too if it is there."""
     dtype = weights["W_enc"].dtype
     if dtype not in DTYPES.values():
         raise FormatError(f"the weights are {dtype}, expected one of {', '.join(DTYPES)}")
     d_in, d_sae = weights["W_enc"].shape
     # A generator of its own: reading an SAE must not move the caller's random numbers.
-    sae = SAE(
-        d_in,
-        d_sae,
-        normalize=normalize,
-        activation=activation,
-        metadata=metadata,
-        dtype=dtype,
-        generator=torch.Generator(),
-    )
+    options: dict[str, Any] = {"normalize": normalize, "activation": activation}
+    options |= {"metadata": metadata, "dtype": dtype, "generator": torch.Generator()}
+    if transcoder:
+        d_out, skip = len(weights["b_dec"]), "W_skip" in weights
+        sae = Transcoder(d_in, d_out, d_sae, skip=skip, **options)
+    else:
+        sae = SAE(d_in, d_sae, **options)
     with torch.no_grad():
         for name, tensor in weights.items():
             getattr(sae, name).copy_(tensor)

@@ -2,7 +2,7 @@
 
 Written for, and tested against, the version in ``SAE_LENS_VERSION``. SAELens has no BatchTopK for
 inference: it is an SAE of architecture ``topk`` (per token, a whole k) or ``jumprelu`` (a threshold
-per latent). What these lose, the exact k and the tracked threshold, stands in ``metadata.fastsae``.
+per latent), and a transcoder one of those with a threshold. What these lose, the exact k and the tracked threshold, stands in ``metadata.fastsae``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt")
 HF_HOOK_NAME = "hf_hook_name"
 """Where the path of the hooked module stands, beside TransformerLens's name of it."""
 
+_TRANSCODERS = (
+    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
+)  # fmt: skip
+
 SAE_LENS_VERSION = "6.54.12"
 """The version whose format is written. SAELens takes a config without one as older than 6.0."""
 
@@ -44,10 +48,21 @@ def to_files(sae: portable.ExportedSAE) -> dict[str, Any]:
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
     }
+    kind = ""
+    if sae.transcoder:
+        if sae.k is not None:
+            raise FormatError(
+                "SAELens has no transcoder that selects k latents of each token; save it with "
+                "inference='threshold'"
+            )
+        settings |= {"d_out": sae.W_dec.shape[1], "apply_b_dec_to_input": False}
+        kind = "_transcoder"
+        if sae.W_skip is not None:
+            kind, tensors["W_skip"] = "_skip_transcoder", sae.W_skip
     if sae.k is not None:
         settings |= {"k": sae.k, "rescale_acts_by_decoder_norm": False, "architecture": "topk"}
     else:
-        settings["architecture"] = "jumprelu"
+        settings["architecture"] = f"jumprelu{kind}"
         assert sae.threshold is not None
         threshold = sae.threshold.to(sae.b_enc.dtype)
         tensors["threshold"] = threshold.expand_as(sae.b_enc).contiguous()
@@ -76,8 +91,12 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     metadata = portable.section(config, "metadata")
     architecture = _architecture(config, metadata)
     d_in, d_sae = portable.positive_int(config, "d_in"), portable.positive_int(config, "d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    if architecture == "jumprelu":
+    transcoder = "transcoder" in architecture
+    d_out = portable.positive_int(config, "d_out") if transcoder else d_in
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)}
+    if "skip" in architecture:
+        shapes["W_skip"] = (d_out, d_in)
+    if architecture.startswith("jumprelu"):
         shapes["threshold"] = (d_sae,)
     dtype = portable.DTYPES.get(str(config.get("dtype")).removeprefix("torch."))
     if dtype is None:
@@ -86,7 +105,8 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         )
     weights = {name: t.to(dtype) for name, t in portable.take_tensors(tensors, shapes).items()}
     threshold = weights.pop("threshold", None)
-    _fold_options(config, architecture, weights)
+    if not transcoder:  # SAELens applies none of its options to one
+        _fold_options(config, architecture, weights)
 
     provenance = portable.section(metadata, "fastsae")
     if not provenance and metadata.get("training_architecture") in _BATCH_TOPK:
@@ -104,7 +124,7 @@ def from_files(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     path = metadata.get(HF_HOOK_NAME)
     if HF_HOOK_NAME in own and kept.get("hook_name") == transformer_lens_name(path):
         kept["hook_name"] = path
-    return portable.build(weights, activation, kept, _normalize(config))
+    return portable.build(weights, activation, kept, _normalize(config), transcoder)
 
 
 def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:
@@ -122,9 +142,10 @@ def _architecture(config: dict[str, Any], metadata: dict[str, Any]) -> str:
             "this is a training checkpoint of SAELens (architecture 'batchtopk'); load it there with "
             "TrainingSAE.load_from_disk and write the SAE with save_inference_model"
         )
-    if architecture not in ("standard", "topk", "jumprelu"):
+    if architecture not in ("standard", "topk", "jumprelu", *_TRANSCODERS):
         raise FormatError(
-            f"architecture = {architecture!r}; fastsae reads 'standard', 'topk' and 'jumprelu'"
+            f"architecture = {architecture!r}; fastsae reads 'standard', 'topk', 'jumprelu' and "
+            f"{', '.join(map(repr, _TRANSCODERS))}"
         )
     return architecture
 

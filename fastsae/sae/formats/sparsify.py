@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ..module import SAE
-from .portable import ExportedSAE, build, positive_int, section, take_tensors, topk_activation
+from .portable import (
+    ExportedSAE,
+    build,
+    positive_int,
+    refuse_transcoder,
+    section,
+    take_tensors,
+    topk_activation,
+)
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae.safetensors",)
@@ -22,6 +30,7 @@ _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "s
 
 def to_files(sae: ExportedSAE) -> dict[str, Any]:
     """File names and contents. Raises FormatError for anything but top-k of unnormalized inputs."""
+    refuse_transcoder(sae, "sparsify")
     if sae.k is None:
         raise FormatError(
             "sparsify's format has no thresholds, only k active latents per token; save with "

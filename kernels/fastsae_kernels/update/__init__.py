@@ -13,13 +13,16 @@ and then
 Nested (Matryoshka), there is a ``dY`` for each prefix of the dictionary (:func:`..nested_gradient`), and a
 latent takes that of the first prefix it is in; ``b_dec``, that of the first of all.
 
+Of a transcoder (``tied=False``), whose ``x`` is centred already and whose ``dY`` is of another tensor,
+``dW_enc = Σ dz[b] · x[b]`` and ``db_dec = Σ_b dY[b]``.
+
 Aux-k's gradients of the dead rows are added to ``dW_dec``, ``dW_enc`` and ``db_enc``, and not to
 ``db_dec``: they move the latents they belong to and nothing that others share. Gradients are of the
 master weights; those of a row exist only while it is updated, the dense ``[F, D]`` gradient never does.
 A latent without actives still gets its Adam step, with a zero gradient.
 
 Shapes: ``W_enc``, ``W_dec [F, D]`` (one latent, one row of each), the state as in :mod:`.state`;
-``x``, ``dY [B, D]``, any float dtype; ``csr`` and ``csc`` of one selection. Everything is summed in
+``x``, ``dY [B, D]``, any float dtype (of a transcoder ``W_dec``, ``b_dec`` and ``dY`` may have another width); ``csr`` and ``csc`` of one selection. Everything is summed in
 float32 (float64 on torch for float64 weights).
 
 Deterministic: a segment's entries are added in token order; segments of more than 128 are summed in
@@ -40,10 +43,10 @@ from . import torch_impl, triton_impl
 from .state import Adam, AuxGradients, Batch, BiasState, MatrixState, Parameters
 
 
-def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor]) -> Batch:
+def _inputs(batch: list[Tensor], dY_scale: float, aux: list[Tensor], tied: bool) -> Batch:
     values, rows, positions, offsets, x, dY, *levels = batch
     csc, dead = CSC(rows, positions, offsets), AuxGradients(*aux) if aux else None
-    return Batch(values, csc, x, dY, dY_scale, dead, *levels)
+    return Batch(values, csc, x, dY, dY_scale, dead, levels[0] if levels else None, tied)
 
 
 def _parts(state: MatrixState) -> tuple[list[Tensor], str]:
@@ -55,12 +58,12 @@ def _parts(state: MatrixState) -> tuple[list[Tensor], str]:
 @register(fake=lambda weights, remainders, b_dec, *_: b_dec.new_empty(()))
 def _gradient_norm(
     weights: list[Tensor], remainders: list[Tensor | None], b_dec: Tensor,
-    batch: list[Tensor], dY_scale: float, aux: list[Tensor],
+    batch: list[Tensor], dY_scale: float, aux: list[Tensor], tied: bool = True,
 ) -> Tensor:  # fmt: skip
     # Moments are not read.
     W_enc, W_dec = (MatrixState(w, w, w, r) for w, r in zip(weights, remainders, strict=True))
     return (torch_impl if implementation(b_dec) == "torch" else triton_impl).gradient_norm(
-        W_enc, W_dec, b_dec, _inputs(batch, dY_scale, aux)
+        W_enc, W_dec, b_dec, _inputs(batch, dY_scale, aux, tied)
     )
 
 
@@ -70,6 +73,7 @@ def _fused_update_(
     W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor],
     batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
+    tied: bool = True,
 ) -> None:  # fmt: skip
     (torch_impl if implementation(b_dec[0]) == "torch" else triton_impl).fused_update(
         Parameters(
@@ -78,7 +82,7 @@ def _fused_update_(
             MatrixState(**dict(zip(W_dec_parts.split(), W_dec, strict=True))),
             BiasState(*b_dec),
         ),
-        _inputs(batch, dY_scale, aux),
+        _inputs(batch, dY_scale, aux, tied),
         Adam(lr, step, clip, beta1, beta2, eps),
     )
 
@@ -86,26 +90,29 @@ def _fused_update_(
 def _checked(
     W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, biases: dict[str, Tensor],
     csr: CSR, csc: CSC, x: Tensor, dY: Tensor, aux: AuxGradients | None, levels: Tensor | None,
+    tied: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The tensors of the batch and of aux-k, after all that the kernels take for granted is checked."""
     latents, width = W_dec.weight.shape
+    read = width if tied else W_enc.weight.shape[1]
     slots, tokens = csr.values.shape, len(csr.offsets) - 1
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     expected |= {"csc.rows": (csc.rows, slots), "csc.positions": (csc.positions, slots)}
     expected |= {"csc.offsets": (csc.offsets, (latents + 1,))}
     nested = () if levels is None else (len(levels),)
-    expected |= {"x": (x, (tokens, width)), "dY": (dY, (*nested, tokens, width))}
+    expected |= {"x": (x, (tokens, read)), "dY": (dY, (*nested, tokens, width))}
     for name, tensor in biases.items():
         expected[name] = (tensor, (width if name.startswith("b_dec") else latents,))
     for name, state in (("W_enc", W_enc), ("W_dec", W_dec)):
         for part, tensor in state._asdict().items():
             if tensor is not None:
-                shape = (latents,) if part.endswith("scale") else (latents, width)
+                row = read if name == "W_enc" else width
+                shape = (latents,) if part.endswith("scale") else (latents, row)
                 expected[f"{name}.{part}"] = (tensor, shape)
     if aux is not None:
-        rows = (len(aux.b_enc), width)
-        expected |= {"aux_gradients.W_enc": (aux.W_enc, rows)}
-        expected |= {"aux_gradients.W_dec": (aux.W_dec, rows)}
+        rows = len(aux.b_enc)
+        expected |= {"aux_gradients.W_enc": (aux.W_enc, (rows, read))}
+        expected |= {"aux_gradients.W_dec": (aux.W_dec, (rows, width))}
         expected |= {"aux_gradients.slots": (aux.slots, (latents,))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
@@ -139,6 +146,7 @@ def gradient_norm(
     dY_scale: float = 1.0,
     aux_gradients: AuxGradients | None = None,
     levels: Tensor | None = None,
+    tied: bool = True,
 ) -> Tensor:
     """The joint 2-norm ``[]`` of the four gradients, the decoder's projected, before any clipping.
 
@@ -147,10 +155,10 @@ def gradient_norm(
     (float64 for float64 weights); bitwise reproducible; nothing waits for the device.
     """
     batch, aux = _checked(
-        W_enc, W_dec, b_dec, {"b_dec": b_dec}, csr, csc, x, dY, aux_gradients, levels
+        W_enc, W_dec, b_dec, {"b_dec": b_dec}, csr, csc, x, dY, aux_gradients, levels, tied
     )
     weights, remainders = [W_enc.weight, W_dec.weight], [W_enc.remainder, W_dec.remainder]
-    return _gradient_norm(weights, remainders, b_dec, batch, dY_scale, aux)
+    return _gradient_norm(weights, remainders, b_dec, batch, dY_scale, aux, tied)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -176,6 +184,7 @@ def fused_update_(
     aux_gradients: AuxGradients | None = None,
     clip: Tensor | None = None,
     levels: Tensor | None = None,
+    tied: bool = True,
 ) -> None:
     """One optimizer step in place: gradients, projection, clipping, Adam, renormalisation.
 
@@ -184,7 +193,9 @@ def fused_update_(
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
     float tensor and ``step []`` an int64 tensor that counts from 1, both on the device, as is the
     ``clip []`` that multiplies every gradient after the projection (:func:`clip_factor`).
-    With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``.
+    With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``. With ``tied``,
+    ``b_dec`` is what ``x`` is centred by too; without, it is the bias of the output alone, which may have another
+    width.
 
     All float tensors of the state are contiguous. Raises ValueError, before anything is written, on
     shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
@@ -193,7 +204,7 @@ def fused_update_(
     biases = {f"b_enc.{part}": tensor for part, tensor in b_enc._asdict().items()}
     biases |= {f"b_dec.{part}": tensor for part, tensor in b_dec._asdict().items()}
     batch, aux = _checked(
-        W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients, levels
+        W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients, levels, tied
     )
     if lr.numel() != 1 or step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(
@@ -201,4 +212,4 @@ def fused_update_(
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
     parameters = (*_parts(W_enc), [*b_enc], *_parts(W_dec), [*b_dec])
-    _fused_update_(*parameters, batch, dY_scale, aux, lr, step, clip, *betas, eps)
+    _fused_update_(*parameters, batch, dY_scale, aux, lr, step, clip, *betas, eps, tied)

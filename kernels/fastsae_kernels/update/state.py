@@ -123,6 +123,7 @@ class Batch(NamedTuple):
     dY_scale: float
     aux: AuxGradients | None
     levels: Tensor | None = None  # [L] int32, where L > 1: latent f is of the first above it
+    tied: bool = True  # x is centred by b_dec, which is the output's bias too
 
 
 class Adam(NamedTuple):

@@ -22,15 +22,15 @@ class _Block(NamedTuple):
     dW_enc: Tensor
     db_enc: Tensor
     dW_dec: Tensor
-    db_dec: Tensor  # what these latents take from it
+    db_dec: Tensor | float  # what these latents take from it
 
 
 def _gradient_blocks(
     W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch
 ) -> Iterator[_Block]:
     """The gradients, block by block of latents; ``w_enc`` and ``w_dec`` are masters to write."""
-    (values, csc, x, dY, dY_scale, aux, levels), work = inputs, b_dec.dtype
-    centred, dY = x.to(work) - b_dec, dY.flatten(0, 1).to(work) * dY_scale
+    (values, csc, x, dY, dY_scale, aux, levels, tied), work = inputs, b_dec.dtype
+    centred, dY = x.to(work) - (b_dec if tied else 0), dY.flatten(0, 1).to(work) * dY_scale
     rows = csc.rows  # of dY, whose levels lie one after another
     if levels is not None:
         entry = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
@@ -50,7 +50,7 @@ def _gradient_blocks(
         # <dW_dec, w> is the same sum over z·<dY, w>, so the gradient need not be read for it.
         ends = offsets.long()
         db_enc = torch.segment_reduce(dz, "sum", offsets=ends, initial=0)
-        db_dec = w_enc.T @ db_enc
+        db_dec = w_enc.T @ db_enc if tied else 0.0
         along = torch.segment_reduce(dz * z[entries], "sum", offsets=ends, initial=0)
         if aux is not None:
             slots = aux.slots[at]

@@ -210,8 +210,9 @@ def encoder_kernel(
         for chunk in range(tl.load(starts_ptr + f), tl.load(starts_ptr + f + 1)):
             there = tl.cast(chunk, tl.int64) * D + columns
             gradient += tl.load(chunk_dW_enc_ptr + there, mask=inside, other=0.0)
-        # Σ dz·(x - b_dec), centred once: b_dec would occupy registers all through the loop.
-        gradient -= db_enc * tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
+        if b_dec_ptr is not None:
+            # Σ dz·(x - b_dec), centred once: b_dec would occupy registers all through the loop.
+            gradient -= db_enc * tl.load(b_dec_ptr + columns, mask=inside, other=0.0)
         at = f * D + columns
         w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
         db_dec += db_enc * w
@@ -232,7 +233,8 @@ def encoder_kernel(
             store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
             store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
             store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
-    tl.store(block_db_dec_ptr + block.to(tl.int64) * D + columns, db_dec, mask=inside)
+    if b_dec_ptr is not None:
+        tl.store(block_db_dec_ptr + block.to(tl.int64) * D + columns, db_dec, mask=inside)
 
 
 @jit
@@ -283,23 +285,24 @@ def _launch(
 
     With ``squares`` (``[F]`` and ``[tiles, F]``) they take the gradients' norms, else they update.
     """
-    values, csc, x, dY, dY_scale, aux, levels = inputs
+    values, csc, x, dY, dY_scale, aux, levels, tied = inputs
     latents, width = W_dec.weight.shape
+    read = x.shape[1]
     blocks, chunks = triton.cdiv(latents, LATENTS_PER_PROGRAM), chunk_capacity(len(csc.rows))
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     dz, chunk_sums = new(len(csc.rows)), new(chunks, width)
-    db_enc, block_db_dec = new(latents), new(blocks, width)
+    db_enc, block_db_dec = new(latents), new(blocks if tied else 0, width)
     long = long_segments(csc.offsets, len(csc.rows))
-    tiles = encoder_blocks(width, W_enc.m_scale is not None)
+    tiles = encoder_blocks(read, W_enc.m_scale is not None)
     common = {
         "rows_ptr": csc.rows, "offsets_ptr": csc.offsets, "starts_ptr": long.starts, "dz_ptr": dz,
-        "D": width,
         "CHUNK": CHUNK, "BLOCK_T": BLOCK_T, "maxnreg": MAX_REGISTERS,
     }  # fmt: skip
     decoder = {
         "values_ptr": values, "positions_ptr": csc.positions, "dY_ptr": dY,
         "chunk_dW_dec_ptr": chunk_sums, "levels_ptr": levels,
         "dY_scale": dY_scale, "level_stride": len(x) * width, "LEVELS": len(dY),
+        "D": width,
         **common, **row_blocks(width),
     }  # fmt: skip
     if chunks:
@@ -314,15 +317,16 @@ def _launch(
         aux_slots_ptr=aux and aux.slots, aux_dW_dec_ptr=aux and aux.W_dec, squares_ptr=squares[0],
         **decoder, **adam,
     )  # fmt: skip
-    # The decoder's chunk sums have been read: the encoder's take their place.
+    # The decoder's chunk sums have been read: the encoder's take their place, if they fit.
+    chunk_sums = chunk_sums if read == width else new(chunks, read)
     launch_chunk_sums(dz, csc.rows, csc.offsets, x, long, chunk_sums)
-    encoder_kernel[(blocks, triton.cdiv(width, tiles["BLOCK_D"]))](
+    encoder_kernel[(blocks, triton.cdiv(read, tiles["BLOCK_D"]))](
         **_row_pointers("W_enc", W_enc),
-        b_dec_ptr=b_dec, x_ptr=x, chunk_dW_enc_ptr=chunk_sums,
+        b_dec_ptr=b_dec if tied else None, x_ptr=x, chunk_dW_enc_ptr=chunk_sums,
         aux_slots_ptr=aux and aux.slots,
         aux_dW_enc_ptr=aux and aux.W_enc, aux_db_enc_ptr=aux and aux.b_enc,
         db_enc_ptr=db_enc, block_db_dec_ptr=block_db_dec, squares_ptr=squares[1],
-        F=latents,
+        F=latents, D=read,
         LATENTS_PER_PROGRAM=LATENTS_PER_PROGRAM,
         **common, **tiles, **adam,
     )  # fmt: skip
@@ -330,7 +334,7 @@ def _launch(
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
-    latents, width = W_dec.weight.shape
+    latents, width = W_enc.weight.shape
     tiles = triton.cdiv(width, encoder_blocks(width, False)["BLOCK_D"])
     squares = torch.empty(1 + tiles, latents, dtype=torch.float32, device=b_dec.device)
     unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
