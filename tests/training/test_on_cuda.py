@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,11 +96,6 @@ def stream(config: fastsae.TrainConfig) -> Stream:
     return Stream(source, buffer)
 
 
-@pytest.fixture
-def device() -> Iterator[Device]:
-    yield Device()
-
-
 def require_no_waits(log: Log) -> None:
     """Steps and batches wait for nothing, but for a generation that has been harvested and a capture."""
     loop = {"Run.train_on", "Stream.next_batch"}
@@ -160,28 +154,28 @@ FAST = {("eager", "plain"), ("graph", "transcoder"), ("graph", "all of it")}
         for name, settings in SETTINGS.items()
     ],
 )
-def test_training_never_waits_and_leaves_the_bits_of_a_cpu(device, graph, settings, monkeypatch):
+def test_training_never_waits_and_leaves_the_bits_of_a_cpu(graph, settings, monkeypatch):
     monkeypatch.setattr(FusedUpdate, "AUX_LAG_STEPS", {"cuda": 4, "cpu": 4})
     config = dataclasses.replace(CONFIG, device="cpu", **settings)
     (on_a_cpu,) = fastsae.Trainer(config, stream(config)).fit()
-    (found,), log = trained(device, cuda_graph=graph, **settings)
+    (found,), log = trained(Device(), cuda_graph=graph, **settings)
     torch.testing.assert_close(found, on_a_cpu.W_dec.detach(), rtol=0, atol=0)
     assert ("graph" in log.launches) == graph
     assert ("keep_largest_kernel" in log.launches) == ("k" in settings)
 
 
 @pytest.mark.slow
-def test_capacities_grow_with_the_dead_and_each_is_captured_once(device):
-    _, log = trained(device, cuda_graph=True, **DYING, tokens=B * 60)
+def test_capacities_grow_with_the_dead_and_each_is_captured_once():
+    _, log = trained(Device(), cuda_graph=True, **DYING, tokens=B * 60)
     captures = sum(wait.what == "capture" for wait in log.waits)
     replays = log.launches.count("graph")
     assert 2 <= captures <= 6 and replays > 20
 
 
 @pytest.mark.slow
-def test_several_runs_share_the_device(device):
+def test_several_runs_share_the_device():
     grid = {"layers": (0, 1), "ks": (2, 4)}
-    found, log = trained(device, grid, cuda_graph=True)
+    found, log = trained(Device(), grid, cuda_graph=True)
     for decoder, (layer, k) in zip(found, [(0, 2), (0, 4), (1, 2), (1, 4)], strict=True):
         alone, _ = trained(Device(), {"layers": (0, 1), "ks": (k,)}, cuda_graph=True)
         assert decoder.equal(alone[layer])
@@ -189,9 +183,9 @@ def test_several_runs_share_the_device(device):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_the_device(device, tmp_path: Path):
+def test_a_run_resumes_on_the_device(tmp_path: Path):
     options = {**DYING, "cuda_graph": True, "checkpoint_every_tokens": B * 8}
-    (expected,), _ = trained(device, **options)
+    (expected,), _ = trained(Device(), **options)
     short = {"out": str(tmp_path), "name": "run"}
 
     class Stopped(Exception):
