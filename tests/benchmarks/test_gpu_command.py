@@ -24,10 +24,12 @@ LACKING = (
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    # In what calls itself a worker of xdist, pytest-benchmark measures nothing.
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "benchmarks/gpu.py", *arguments],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=own | environment,
         capture_output=True,
         text=True,
     )
