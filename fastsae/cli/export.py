@@ -17,6 +17,9 @@ from ..errors import ConfigError
 from .options import SaeFlags, TextFlags, parse
 from .presets import preset_of
 
+_KINDS = {"resid_post": "res", "attn_out": "att", "mlp_out": "mlp"}
+"""What Neuronpedia's source sets begin with, by the place that an SAE reads."""
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -30,8 +33,9 @@ class ExportOptions:
     """Tokens of text to find passages in, at most: of a run without other flags, those it held out."""
     model_id: str | None = None
     """Neuronpedia's id of the language model. [the end of its name, in lower case]"""
-    source_set: str = "res-fastsae"
-    """Neuronpedia's id of the set that the SAE is in."""
+    source_set: str | None = None
+    """Neuronpedia's id of the set that the SAE is in. [res-, att-, mlp- or transcoder-fastsae, for the place that it
+    reads; hook-fastsae for any other]"""
     release: str | None = None
     """Neuronpedia's id of the release. [the source set's]"""
     creator: str = "fastsae"
@@ -56,16 +60,20 @@ def main(arguments: Sequence[str], prog: str) -> None:
     from ..reporting.dashboard.collect import Collector
     from ..reporting.neuronpedia import Names, export
     from ..reporting.run_folder import RUN, RunFolder
+    from ..sae.transcoder import Transcoder
 
     assert options.neuronpedia is not None
     folder = Path(options.neuronpedia).expanduser()
     require_writable(folder)
     sae = options.sae.load()
     name = options.sae.model_name(sae)
+    kind = _KINDS.get(options.sae.site(sae).hook, "hook")
+    kind = "transcoder" if isinstance(sae, Transcoder) else kind
+    source_set = options.source_set or f"{kind}-fastsae"
     names = Names(
         options.model_id or PurePath(name).name.lower(),
-        options.source_set,
-        options.release or options.source_set,
+        source_set,
+        options.release or source_set,
         options.creator,
         options.creator_id,
     )

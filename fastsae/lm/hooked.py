@@ -71,12 +71,12 @@ class CutModel(HookedModel):
     """A decoder language model up to the deepest of ``places``; the layers behind it are dropped from memory.
 
     ``model`` is any transformers model with a decoder (``get_decoder()``); it is taken over and cut. A place is
-    a :class:`Site`, or the number of a layer for the residual stream after it. With ``separate_documents``, a token attends to its own document alone, and positions count from
-    the document's beginning, as if it had the row to itself. ``compile`` passes the model through
-    ``torch.compile``.
+    a :class:`Site`, or the number of a layer for the residual stream after it. With ``separate_documents``, a
+    token attends to its own document alone, and positions count from the document's beginning, as if it had
+    the row to itself. ``compile`` passes the model through ``torch.compile``.
 
-    Attributes besides those of :class:`HookedModel`: ``quantization``; ``model_class_name``, the class to load the model with; ``special_ids``, int64 tensor of the tokens
-    that are not text.
+    Attributes besides those of :class:`HookedModel`: ``quantization``; ``model_class_name``, the class to load
+    the model with; ``special_ids``, int64 tensor of the tokens that are not text.
     """
 
     model_class_name = "AutoModelForCausalLM"

@@ -228,6 +228,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "source_set = 'a b': Neuronpedia's ids are of letters" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("hook", "source_set"),
+    [("mlp_out", "mlp-fastsae"), ("attn_out", "att-fastsae"), ("mlp_in", "transcoder-fastsae")],
+)
+def test_at_other_places(hook: str, source_set: str, tmp_path: Path) -> None:
+    import fastsae
+
+    target = {"target": "mlp_out"} if hook == "mlp_in" else {}
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {i} of words." for i in range(200)))
+    config = fastsae.TrainConfig(
+        model=models.llama(), layer=2, hook=hook, d_sae=48, k=4, tokens=512, batch_size=128, pool_tokens=256,
+        eval_tokens=256, context_length=32, text_files=(str(tmp_path / "a.txt"),), quantization="none",
+        device="cpu", out=str(tmp_path), name="run", report="none", wandb="disabled", **target,
+    )  # fmt: skip
+    fastsae.Trainer(config).fit()
+    command = ["export", str(tmp_path / "run"), "--device", "cpu", "--model-id", "tiny"]
+    assert main([*command, "--neuronpedia", str(tmp_path / "np")]) == 0
+    folder = tmp_path / f"np/tiny/2-{source_set}"
+    features = rows_of(folder, "features")
+    assert len(features) == 48 and features[0]["hookName"].startswith("blocks.2.")
+
+
 def test_ids_that_make_no_path() -> None:
     with pytest.raises(ConfigError, match=r"model = '\.\./x'"):
         Names("../x", "a", "b", "c", "d")
