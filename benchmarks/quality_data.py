@@ -68,11 +68,11 @@ def language_model(config: TrainConfig) -> Data:
     stream = open_stream(config)
     batches = (layers[0] for layers in iter(stream.next_batch, None))
     train = torch.cat([x.bfloat16() for x in islice(batches, config.steps)])[: config.tokens]
-    chunks = open_text_chunks(config, (config.layer,), torch.device("cpu"))
+    chunks = open_text_chunks(config, (config.site,), torch.device("cpu"))
     text = chunks.held_out_text()  # which a cache does not have
     del chunks
     model = SplicedModel.load(
-        config.model, config.layer, quantization=config.quantization, device="cpu"
+        config.model, config.site, quantization=config.quantization, device="cpu"
     )
     labelled, labels = _labelled(model, config)
 

@@ -6,8 +6,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import torch
+
+import fastsae
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -123,6 +126,24 @@ def test_probing_finds_what_the_latents_say(quality):
     assert data._probing(noise, labels) < 0.65
     noise[:, :4] += torch.nn.functional.one_hot(labels, 4) * 2
     assert data._probing(noise, labels) == 1
+
+
+@pytest.mark.slow
+def test_a_language_model_is_read_and_scored(quality, monkeypatch, tmp_path):
+    data = importlib.import_module("quality_data")
+    monkeypatch.setattr(data, "DOCUMENTS", 4)
+    monkeypatch.setattr(data, "SPLICED_TOKENS", 100)
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {i} of words." for i in range(300)))
+    config = fastsae.TrainConfig(
+        model=models.llama(), layer=2, d_sae=48, k=4, tokens=640, batch_size=64, pool_tokens=256, device="cpu",
+        eval_tokens=256, context_length=32, text_files=(str(tmp_path / "a.txt"),), quantization="none",
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    found = data.language_model(config)
+    assert found.train.shape == (640, 64) and len(found.held_out) >= 200
+    case = quality.Case(lambda *_: found, d_sae=48, k=4, steps=10, batch_size=64)
+    (*_, last) = quality.run(quality.VARIANTS[quality.OURS], case, found, seed=0, lr=None)
+    assert last["loss_recovered"] == last["loss_recovered"] and 0 <= last["probing"] <= 1
 
 
 def test_a_case_without_its_model_is_refused(quality, monkeypatch, tmp_path):
