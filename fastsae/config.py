@@ -66,6 +66,12 @@ class Site(NamedTuple):
         """``17``, or ``17.mlp_out``: what the place is called where its activations are kept."""
         return str(self.layer) if self.hook == "resid_post" else f"{self.layer}.{self.hook}"
 
+    @property
+    def transformer_lens(self) -> str | None:
+        """TransformerLens's name of the place, where it has one."""
+        theirs = TRANSFORMER_LENS.get(self.hook)
+        return theirs and f"blocks.{self.layer}.{theirs}"
+
     @classmethod
     def of_key(cls, key: str) -> Site:
         """The place of that :attr:`key`."""

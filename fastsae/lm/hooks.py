@@ -100,7 +100,7 @@ def find_hook(model: nn.Module, layers_path: str, layers: nn.ModuleList, site: S
         inner, reads_input = standard[site.hook]
         # Granite's layers scale what they add, and TransformerLens reads it behind that.
         scaled = site.hook.endswith("_out") and hasattr(layer, "residual_multiplier")
-        name = None if scaled else f"blocks.{site.layer}.{TRANSFORMER_LENS[site.hook]}"
+        name = None if scaled else site.transformer_lens
         path = f"{root}.{inner}" if inner else root
         return Hook(site, path, reads_input, site.layer, name)
     modules = dict(model.named_modules())

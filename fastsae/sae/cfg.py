@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from ..config import TRANSFORMER_LENS, Site
+from ..config import Site
 from ..errors import ConfigError
 
 
@@ -54,8 +54,6 @@ def transformer_lens_name(hook_name: Any) -> str | None:
     ``model.layers.17`` is ``blocks.17.hook_resid_post``.
     """
     try:
-        site = Site.parse(str(hook_name))
+        return Site.parse(str(hook_name)).transformer_lens
     except ConfigError:
         return None
-    theirs = TRANSFORMER_LENS.get(site.hook)
-    return theirs and f"blocks.{site.layer}.{theirs}"
