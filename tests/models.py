@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -165,3 +166,11 @@ def family(name: str) -> str:
     torch.manual_seed(3)
     config = getattr(transformers, config_class)(**special, **options)
     return _save(transformers.AutoModelForCausalLM.from_config(config), f"family-{name}")
+
+
+def prose(folder: Path, words: int, each: int) -> Path:
+    """A file of so many random words in documents of ``each``, always the same."""
+    found = random.Random(0).choices("time and tide wait for no man who sleeps".split(), k=words)  # noqa: SIM905
+    path = folder / "prose.txt"
+    path.write_text("\n\n".join(" ".join(found[i : i + each]) for i in range(0, words, each)))
+    return path

@@ -183,9 +183,7 @@ GRID = ("--layer", "1", "3", "--k", "4", "8", "--seed", "1")
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text") / "prose.txt"
-    words = random.Random(0).choices("time and tide wait for no man who sleeps".split(), k=12_000)  # noqa: SIM905
-    text.write_text("\n\n".join(" ".join(words[i : i + 40]) for i in range(0, len(words), 40)))
+    text = models.prose(tmp_path_factory.mktemp("text"), words=12_000, each=40)
     return ["--model", models.llama(), "--text-files", str(text), *FLAGS]
 
 

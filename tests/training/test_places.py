@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -37,9 +36,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text") / "prose.txt"
-    words = random.Random(0).choices("time and tide wait for no man who sleeps".split(), k=4000)  # noqa: SIM905
-    text.write_text("\n\n".join(" ".join(words[i : i + 20]) for i in range(0, len(words), 20)))
+    text = models.prose(tmp_path_factory.mktemp("text"), words=4000, each=20)
     return ["--model", models.llama(), "--text-files", str(text), *FLAGS]
 
 

@@ -1,7 +1,6 @@
 """Transcoders from text to report: input and target of the same tokens from one pass."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -29,9 +28,7 @@ SET = ["--layer", "0", "1", "2", "3", "--hook", "mlp_in"]
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text") / "prose.txt"
-    words = random.Random(0).choices("time and tide wait for no man who sleeps".split(), k=4000)  # noqa: SIM905
-    text.write_text("\n\n".join(" ".join(words[i : i + 20]) for i in range(0, len(words), 20)))
+    text = models.prose(tmp_path_factory.mktemp("text"), words=4000, each=20)
     return ["--model", models.llama(), "--text-files", str(text), *FLAGS]
 
 
