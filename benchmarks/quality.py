@@ -348,11 +348,6 @@ def tables(rows: list[Row]) -> str:
         ours = mine.get((OURS, "own"), {})
         for (trainer, lr), seeds in mine.items():
             values = [[float(row[n]) for row in seeds.values() if row[n]] for n in shown]
-            cells = [
-                f"{mean(v):.2f}" if n.endswith("l0") else f"{mean(v):.4f}"
-                for n, v in zip(shown, values, strict=True)
-                if v
-            ]
             cells = [f"{mean(v):.4f}" if v else "" for v in values]
             parts.append(
                 f"| {trainer} | {lr} | {len(seeds)} | {difference(ours, seeds) if trainer != OURS else ''} | "
