@@ -36,7 +36,8 @@ class Encoder:
 
     ``counts`` says what was not taken as it came: ``replaced_characters`` (halves of surrogate pairs,
     which no tokenizer takes, as U+FFFD), ``own_bos`` and ``own_eos`` (documents that brought the token
-    that sets documents apart), ``other_roles`` (tokens marked as unread) and ``skipped_records``. Each is told once, when it first happens.
+    that sets documents apart), ``other_roles`` (tokens marked as unread) and ``skipped_records``. Each is
+    told once, when it first happens.
 
     Args:
         name: of the text, for messages.

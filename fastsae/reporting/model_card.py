@@ -28,7 +28,8 @@ _UNTOLD = (
 )  # fmt: skip
 _OF_THE_STREAM = (
     "model", "layer", "hook", "quantization", "context_length", "harvest_batch", "dataset", "dataset_config",
-    "dataset_split", "text_column", "text_files", "stream_seed", "pool_tokens", "eval_tokens",
+    "dataset_split", "text_column", "text_files", "train_on", "stream_seed", "pool_tokens", "reuse",
+    "eval_tokens",
 )  # fmt: skip
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "datasets", "safetensors", "numpy")
 

@@ -46,7 +46,8 @@ class BatchTopK(nn.Module):
         threshold_rate: weight of the newest batch in the average.
         latent_quota: share (0 to 1) of K that, in training mode, goes first to each latent's peak: its
             largest positive pre-activation of the batch (of equal ones the first token's); of too many
-            peaks to the largest. The threshold is tracked on the other entries. May be set at any time.
+            peaks to the largest. The threshold is tracked on the other entries. May be set at any time; where
+            it is set to 0 for good, ``threshold_updates.zero_()`` lets the threshold's average begin anew.
 
     Shapes: pre-activations ``[..., F]`` of any float dtype; the result has the same shape and dtype,
     with exact zeros where nothing was kept. Leading dimensions are tokens.
