@@ -210,6 +210,14 @@ class TrainConfig:
     eval_tokens: int = 65_536
     """Activations held out at the start of the text; of a short run, the final evaluation takes fewer."""
 
+    # --- several processes ---
+    lanes: int | None = None
+    """Streams that the text is dealt to, each with its share of every batch. Any number of processes up to
+    this one may host them, now and after a resume; the result does not depend on it. [as many as processes]"""
+    latent_shards: int | None = None
+    """Pieces of the dictionary, which the processes host. [as many as processes; 1 of several SAEs, or where a
+    setting needs the whole dictionary]"""
+
     # --- output ---
     out: str | None = None
     """Folder of runs. [runs]"""
@@ -278,6 +286,16 @@ class TrainConfig:
             raise ConfigError(
                 "moments = '8bit' belongs to the fused step; use --step fused, or --moments fp32"
             )
+        if (self.latent_shards or 1) > 1 and (whole := self.needs_whole_dictionary):
+            raise ConfigError(
+                f"latent_shards = {self.latent_shards}, but {whole} needs the whole dictionary in one place; "
+                f"use --latent-shards 1, or leave it out"
+            )
+        if (self.lanes or 1) > self.batch_size:
+            raise ConfigError(
+                f"lanes = {self.lanes} is more than the {self.batch_size} tokens of a batch: every lane gives "
+                f"at least one; raise --batch-size"
+            )
         if self.d_sae is not None and self.expansion is not None:
             raise ConfigError(
                 f"d_sae = {self.d_sae} and expansion = {self.expansion} both set the dictionary size; "
@@ -299,6 +317,18 @@ class TrainConfig:
                 f"hub_repo = {self.hub_repo!r} is not owner/name, nor an owner alone (the repository is "
                 f"then called as the run)"
             )
+
+    @property
+    def needs_whole_dictionary(self) -> str | None:
+        """The setting, as a flag, that a dictionary in several shards cannot be trained with, if there is one."""
+        wholes = {
+            "--step autograd": self.step == "autograd",
+            "--cuda-graph": self.cuda_graph,
+            "--clip-norm": self.clip_norm is not None,
+            "--matryoshka": bool(self.matryoshka),
+            "--target": self.target is not None,
+        }
+        return next((flag for flag, given in wholes.items() if given), None)
 
     def _check_target(self) -> None:
         if self.target is None:
@@ -435,7 +465,7 @@ _WHOLE_NUMBERS = {
     "layer": 0, "seed": 0, "stream_seed": 0, "lr_warmup_tokens": 0, "lr_decay_tokens": 0,
     "harvest_batch": 1, "d_sae": 1, "tokens": 1, "batch_size": 1, "k_aux": 1, "dead_after_tokens": 1,
     "k_anneal_tokens": 1, "pool_tokens": 1, "reuse": 1, "eval_tokens": 1, "checkpoint_every_tokens": 1,
-    "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2,
+    "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2, "lanes": 1, "latent_shards": 1,
 }  # fmt: skip
 """The smallest value of each."""
 _ABOVE = {"k": 0, "lr": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0}

@@ -21,6 +21,10 @@ class FormatError(FastsaeError, ValueError):
     """A saved SAE cannot be read, or cannot be written in the format asked for."""
 
 
+class PeerLostError(FastsaeError, RuntimeError):
+    """Another process of the run has ended or hangs, so this one cannot go on."""
+
+
 class Interrupted(Exception):
     """A signal ended the run; everything was saved. The text says how to go on."""
 

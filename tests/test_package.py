@@ -76,7 +76,7 @@ def test_the_configuration_needs_the_standard_library_alone() -> None:
 
 FLOORS = (
     ("version", "errors"),
-    ("config", "device", "files", "metrics", "progress"),
+    ("config", "device", "files", "metrics", "progress", "team"),
     ("sae",),
     ("lm",),
     ("data", "evaluation"),
