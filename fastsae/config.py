@@ -444,6 +444,10 @@ class TrainConfig:
                 f"({self.expansion or 16:g} x {d_in}); lower k or raise d_sae"
             )
         checked_levels(self.matryoshka, d_sae)
+        if (self.latent_shards or 1) > d_sae:
+            raise ConfigError(
+                f"latent_shards = {self.latent_shards} is more than the dictionary's {d_sae} latents; lower it"
+            )
         return d_sae
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -11,7 +12,8 @@ from .errors import ConfigError
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists; ``auto`` is CUDA where there is one.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists; ``auto`` is CUDA where there is one,
+    and CUDA without a number the device of torchrun's ``LOCAL_RANK``, or the first.
 
     Raises:
         ConfigError: CUDA is asked for and absent, or has no such index.
@@ -21,12 +23,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     resolved = torch.device(device)
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
+        own = int(os.environ.get("LOCAL_RANK", "0")) if resolved.index is None else resolved.index
+        if own >= count:
             raise ConfigError(
                 f"device = {str(device)!r}, but PyTorch {torch.__version__} sees {count} CUDA devices on "
                 f"this machine; use --device cpu (or auto), or install a driver and a CUDA build of PyTorch"
             )
-        resolved = torch.device("cuda", resolved.index or 0)
+        resolved = torch.device("cuda", own)
     return resolved
 
 

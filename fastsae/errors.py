@@ -4,6 +4,9 @@
 class FastsaeError(Exception):
     """Anything wrong outside fastsae's own code; the command line prints it without a traceback."""
 
+    told: bool | None = None
+    """Of a run of several processes: whether another one has said what is wrong."""
+
 
 class ConfigError(FastsaeError, ValueError):
     """A setting has an impossible value."""
@@ -27,6 +30,9 @@ class PeerLostError(FastsaeError, RuntimeError):
 
 class Interrupted(Exception):
     """A signal ended the run; everything was saved. The text says how to go on."""
+
+    told: bool | None = None
+    """As FastsaeError's."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

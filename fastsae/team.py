@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .errors import ConfigError, FastsaeError, PeerLostError
+from .errors import ConfigError, FastsaeError, Interrupted, PeerLostError
 
 T = TypeVar("T")
 
@@ -126,6 +126,10 @@ class Team:
         self.received["agreement"] += 0 if self.rank == source else size
         return json.loads(content.numpy().tobytes())
 
+    def share(self, value: T) -> list[T]:
+        """The ``value`` of every process, which JSON can hold, in their order."""
+        return [self.tell(value, rank) for rank in range(self.size)]
+
     def on_first(self, function: Callable[[], T]) -> T:
         """What ``function`` returns on the first process, for JSON, or the error of the user that it raises
         there, on all of them."""
@@ -220,6 +224,25 @@ def leave() -> None:
         # Without this, threads of the library now and then abort the process at its end.
         dist.destroy_process_group()
     _current = _store = None
+
+
+@contextmanager
+def membership() -> Iterator[Team]:
+    """The team of this process, until the context ends.
+
+    An error says which process it is of; where another process has said what is wrong, its ``told`` is
+    True, where none has, False.
+    """
+    team = join()
+    try:
+        yield team
+    except (FastsaeError, Interrupted) as error:
+        error.told = not team.says()
+        if team.rank:
+            error.add_note(f"(process {team.rank} of {team.size})")
+        raise
+    finally:
+        leave()
 
 
 @contextmanager

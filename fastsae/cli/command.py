@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import ConfigError, FastsaeError, Interrupted
+from ..errors import ConfigError, FastsaeError, Interrupted, PeerLostError
 from ..version import __version__
 
 COMMANDS = {
@@ -39,15 +39,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         prog: how the command is called in its help. [fastsae COMMAND]
 
     Returns:
-        The exit code: 0, 2 after an error of the user, 130 when interrupted from the keyboard, or 128
+        The exit code: 0, 2 after an error of the user, 3 after that of another process, 130 when interrupted from the keyboard, or 128
         and the signal's number when a signal ended a run, or nobody reads what is printed (SIGPIPE, 13).
 
     Raises:
         SystemExit: after ``--help`` (0).
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    # Of several processes, as torchrun starts them, the first speaks; the others where something is wrong.
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = f"[process {rank}] " if rank else ""
+    logging.basicConfig(format=f"{prefix}%(message)s", stream=sys.stderr)
     for ours in ("fastsae", "fastsae_kernels"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+        logging.getLogger(ours).setLevel(logging.WARNING if rank else logging.INFO)
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         try:
@@ -60,12 +63,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except FastsaeError as error:
-        said, code = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), 2
+        said = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())])
+        code, told = 3 if isinstance(error, PeerLostError) else 2, error.told
     except Interrupted as interruption:
-        said, code = interruption, 128 + interruption.signal
+        said, code, told = str(interruption), 128 + interruption.signal, interruption.told
     except KeyboardInterrupt:
-        said, code = "interrupted", 130
-    print(said, file=sys.stderr)  # noqa: T201
+        said, code, told = "interrupted", 130, None
+    # What goes wrong before processes know of each other goes wrong in all of them.
+    if not (rank > 0 if told is None else told):
+        print(said, file=sys.stderr)  # noqa: T201
     return code
 
 

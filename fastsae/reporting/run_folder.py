@@ -147,6 +147,11 @@ class RunFolder:
             scores["evaluated_on"] = "the last logged training batch"
         return scores
 
+    @property
+    def publishes(self) -> bool:
+        """Whether there is where to push to."""
+        return self._publisher is not None
+
     def publish(
         self, source: Path, sae: SAE, message: str, summary: dict[str, Any] | None = None
     ) -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import MAY_CHANGE_ON_RESUME, TrainConfig
-from ..device import peak_memory_bytes
+from ..device import peak_memory_bytes, resolve_precision
 from ..errors import CheckpointError, StreamError
 from ..files import plain
 from ..lm.held_out import HeldOutText
-from ..metrics import density_histogram
 from ..reporting.run_folder import SUMMARY, RunFolder
 from ..reporting.tracking import warn_of_idle_latents
+from ..sae.io import load
 from ..sae.module import SAE
+from ..team import ALONE, Team
 from . import checkpoint
 from .initialize import new_sae
+from .sharded import ShardedUpdate
 from .update import UPDATES, Update, UpdateResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,48 +43,69 @@ class StreamTotals:
 class Run:
     """One SAE, from its first batch to its last.
 
+    All processes of a team have all runs, and call what is not a property together. The SAE of a run is
+    whole in the process ``host``, or in shards in all of them; the first process writes.
+
     Args:
         config: the settings of this SAE.
         streams: which of the stream's tensors it trains on: what it reads, and what it reconstructs.
+        host: the process that has the SAE, where it is not in shards.
 
     Attributes: ``config``, ``streams``; ``folder``: where it is kept, or None if nothing is written;
-    ``update``: there after :meth:`begin` or :meth:`restore`; ``step_count``.
+    ``update``: there after :meth:`begin` or :meth:`restore`, None if another process has the SAE;
+    ``tokens_seen``; ``step_count``.
     """
 
-    update: Update
+    update: Update | None
 
-    def __init__(self, config: TrainConfig, streams: tuple[int, int]) -> None:
+    def __init__(
+        self, config: TrainConfig, streams: tuple[int, int], team: Team = ALONE, host: int = 0
+    ) -> None:
         self.config = config
         self.streams = streams
         self.folder = RunFolder.of(config)
-        self.step_count = 0
+        self.tokens_seen = self.step_count = 0
+        self._team, self._host = team, host
+        self._shards = config.latent_shards or 1
         self._saved_step: int | None = None
         self._finite_step = 0  # the last one that was looked at
         self._seconds_before: dict[str, float] = {}  # by stage, of the processes before this one
         self._update_seconds = 0.0
         self._last: tuple[Tensor, UpdateResult] | None = None
+        self._fired_tokens = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process trains the SAE, or shards of it."""
+        return self._shards > 1 or self._team.rank == self._host
 
     @property
     def name(self) -> str:
         return self.config.run_name
 
-    @property
-    def d_in(self) -> int | None:
-        """The width of the activations; None before the first ones came."""
-        return self.update.sae.d_in if hasattr(self, "update") else None
-
-    @property
-    def tokens_seen(self) -> int:
-        return self.update.tokens_seen
-
     # --- where it begins ---
 
-    def begin(self, sae: SAE) -> None:
-        """Train ``sae`` from here on."""
-        self.update = UPDATES[self.config.step](sae, self.config)
+    def begin(self, sae: SAE | None, d_sae: int | None = None) -> None:
+        """Train ``sae`` from here on: whole, this process's part of one of ``d_sae`` latents, or None where
+        another process has it."""
+        self.update = None
+        if sae is None:
+            return
+        self._d_sae = d_sae or sae.d_sae
+        if self._shards > 1:
+            assert d_sae is not None
+            self.update = ShardedUpdate(sae, self.config, self._team, d_sae)
+        else:
+            self.update = UPDATES[self.config.step](sae, self.config)
         # Since the last line of metrics, for the density of each latent.
         self._fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-        self._fired_tokens = 0
+
+    def part_of(self, d_sae: int) -> range | None:
+        """The latents of ``d_sae`` that this process has; None for all."""
+        if self._shards == 1:
+            return None
+        shards = self._team.hosted(self._shards)
+        return range(shards.start * d_sae // self._shards, shards.stop * d_sae // self._shards)
 
     def saved_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -123,28 +148,67 @@ class Run:
         """
         assert self.folder is not None
         path = self.saved(step)
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, self._parts_here())
         self.refuse_changes(path, saved.meta["config"])
-        d_in, d_sae = saved.tensors["sae.W_enc"].shape
-        d_out = saved.tensors["sae.W_dec"].shape[1]
-        self.begin(new_sae(self.config, d_in, d_sae, metadata | saved.meta["metadata"], d_out))
+        metadata = metadata | saved.meta["metadata"]
         try:
-            self.update.load_state_dict(saved.tensors)
-            self._fired.copy_(saved.tensors["fired"])
+            if not self.is_here:
+                self.begin(None)
+            elif self._shards > 1:
+                self._restore_shards(saved, metadata)
+            else:
+                self._restore_whole(saved.tensors, metadata)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint {path} does not fit this version: {error}"
             ) from error
-        self._fired_tokens = saved.meta["fired_tokens"]
+        self._fired_tokens, self.tokens_seen = saved.meta["fired_tokens"], saved.meta["tokens_seen"]
         self.step_count = self._saved_step = self._finite_step = saved.meta["steps"]
         self._seconds_before = saved.meta["seconds"]
         self.folder.history, self.folder.wandb_id = saved.meta["history"], saved.meta["wandb_id"]
         return saved
 
+    def _parts_here(self) -> list[str]:
+        """The parts of a checkpoint that this process reads."""
+        if not self.is_here:
+            return ["stream"]
+        shards = self._team.hosted(self._shards) if self._shards > 1 else range(0)
+        whole = ["sae_weights"] if self._shards == 1 else []
+        return ["stream", "state", *whole, *map(checkpoint.shard_name, shards)]
+
+    def _restore_whole(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        d_in, d_sae = tensors["sae.W_enc"].shape
+        d_out = tensors["sae.W_dec"].shape[1]
+        self.begin(new_sae(self.config, d_in, d_sae, metadata, d_out))
+        assert self.update is not None
+        self.update.load_state_dict(tensors)
+        self._fired.copy_(tensors["fired"])
+
+    def _restore_shards(self, saved: checkpoint.Checkpoint, metadata: dict[str, Any]) -> None:
+        d_sae = saved.meta["d_sae"]
+        sae = new_sae(
+            self.config, saved.meta["d_in"], d_sae, metadata, part=self.part_of(d_sae)
+        )
+        self.begin(sae, d_sae)
+        assert isinstance(self.update, ShardedUpdate)
+        self.update.load_shared_state(saved.parts["state"])
+        for shard, fired in self._fired_by_shard():
+            tensors = saved.parts[checkpoint.shard_name(shard)]
+            self.update.load_shard_state(shard, tensors)
+            fired.copy_(tensors["fired"])
+
+    def _fired_by_shard(self) -> Iterator[tuple[int, Tensor]]:
+        assert isinstance(self.update, ShardedUpdate)
+        first = 0
+        for shard, latents in self.update.shards.items():
+            yield shard, self._fired[first : first + len(latents)]
+            first += len(latents)
+
     def refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise CheckpointError if the settings ``saved`` in ``path`` would compute something else."""
         # Of runs from before there were these.
-        saved = {"hook": TrainConfig.hook, "target": None, "skip": False} | saved
+        before = {"hook": TrainConfig.hook, "target": None, "skip": False}
+        saved = before | {"lanes": 1, "latent_shards": 1} | saved
         changed = [
             f"{name}: {saved.get(name)!r} in the run, {value!r} now"
             for name, value in plain(self.config.to_dict()).items()
@@ -163,16 +227,20 @@ class Run:
         """One step on the stream's ``[B, D]`` in raw units."""
         started = time.perf_counter()
         x, target = (batches[i] for i in self.streams)
-        result = self.update(x, None if self.config.target is None else target)
         self.step_count += 1
-        self._fired += result.counts
+        self.tokens_seen += len(x)
         self._fired_tokens += len(x)
-        self._last = target, result
+        if self.update is not None:
+            result = self.update(x, None if self.config.target is None else target)
+            self._fired += result.counts
+            self._last = target, result
         self._update_seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def require_finite(self) -> None:
         """Raise StreamError if the training has diverged; waits for the device."""
+        if self.update is None:
+            return
         tensors = [*self.update.state_dict().values(), *(self._last[1][:3] if self._last else ())]
         # The least and the greatest of a tensor are NaN if anything in it is.
         ends = [end for t in tensors if t.is_floating_point() for end in t.aminmax()]
@@ -192,21 +260,30 @@ class Run:
         """Write the metrics of the last step, and return them; waits for the device. Raises StreamError if
         the training has diverged."""
         self.require_finite()
-        assert self._last is not None
         started = time.perf_counter()
+        found: list[Any] = []
+        if self.update is not None:
+            assert self._last is not None
+            histogram = self.update.density_histogram(self._fired, self._fired_tokens)
+            found = [self.update.metrics(*self._last), self.update.decoder_norm_error(), histogram]
+            self._fired.zero_()
+        scores, norm_error, histogram = self._from_host(found)
         metrics = {
-            **self.update.metrics(*self._last),
+            **scores,
             **self._progress(totals),
-            "decoder_norm_error": float((self.update.sae.W_dec.norm(dim=1) - 1).abs().max()),
-            "density_histogram": density_histogram(self._fired, self._fired_tokens),
+            "decoder_norm_error": norm_error,
+            "density_histogram": histogram,
             "density_tokens": self._fired_tokens,
         }
-        self._fired.zero_()
         self._fired_tokens = 0
-        if self.folder is not None:
+        if self.folder is not None and self._team.is_first:
             self.folder.log(metrics)
         self._update_seconds += time.perf_counter() - started
         return metrics
+
+    def _from_host(self, value: T) -> T:
+        """``value`` of a process that has the SAE; shards know the same."""
+        return value if self._shards > 1 else self._team.tell(value, self._host)
 
     def _seconds(self, totals: StreamTotals) -> dict[str, float]:
         """Seconds spent so far, by stage, over the whole run."""
@@ -249,12 +326,14 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         saved = {"tokens_seen": self.tokens_seen, "step": self.step_count, "time": now}
         self.folder.history.append(saved)
-        tensors = {f"stream.{name}": tensor for name, tensor in stream["tensors"].items()}
+        sae = None if self.update is None else self.update.sae
+        shape = {} if sae is None else {"d_in": sae.d_in, "d_sae": self._d_sae}
+        own = self._from_host({"metadata": {} if sae is None else sae.metadata, **shape})
         meta = {
             "tokens_seen": self.tokens_seen,
             "steps": self.step_count,
             "config": self.config.to_dict(),
-            "metadata": self.update.sae.metadata,
+            **own,
             "group": list(group),
             "stream": stream["meta"],
             "stream_skip": drawn[0],
@@ -264,16 +343,48 @@ class Run:
             "history": self.folder.history,
             "wandb_id": self.folder.wandb_id,
         }
-        sae, state = self.update.sae, self.update.state_dict() | {"fired": self._fired} | tensors
-        path = checkpoint.save(self.folder.checkpoints, self.step_count, sae, state, meta)
+        parts = self._state_here()
+        if self._team.is_first:
+            parts["stream"] = {f"stream.{name}": t for name, t in stream["tensors"].items()}
+        path = checkpoint.save(
+            self.folder.checkpoints, self.step_count, sae, parts, meta, self._team, self._shards
+        )
         self._saved_step = self.step_count
-        if self.tokens_seen < self.config.tokens:
+        if self.tokens_seen < self.config.tokens and self.folder.publishes:
             message = f"{self.name}: checkpoint at {self.tokens_seen:,} tokens"
-            self.folder.publish(path, sae, message)
+            self.folder.publish(path, self._whole_sae(), message)
 
-    def finish(self, totals: StreamTotals, held_out: HeldOutText | Sequence[Tensor] | None) -> SAE:
-        """The trained SAE, scaling folded in; saved with what it came to and what it may be evaluated on."""
-        sae = self.update.sae.eval().fold_scaling()
+    def _state_here(self) -> dict[str, dict[str, Tensor]]:
+        """What this process has of the state, by the parts of a checkpoint."""
+        if not isinstance(self.update, ShardedUpdate):
+            if self.update is None:
+                return {}
+            return {"state": self.update.state_dict() | {"fired": self._fired}}
+        parts = {
+            checkpoint.shard_name(shard): self.update.shard_state(shard) | {"fired": fired}
+            for shard, fired in self._fired_by_shard()
+        }
+        return parts | ({"state": self.update.shared_state()} if self._team.is_first else {})
+
+    def _whole_sae(self) -> SAE:
+        """The SAE so far, all of it; from the last checkpoint where this process has not."""
+        if self.update is not None and self._shards == 1:
+            return self.update.sae
+        assert self._saved_step is not None
+        sae = load(self.saved(self._saved_step), self.config.device)
+        sae.precision = resolve_precision(self.config.precision, sae.device)
+        return sae
+
+    def finish(
+        self, totals: StreamTotals, held_out: HeldOutText | Sequence[Tensor] | None
+    ) -> SAE | None:
+        """The trained SAE, scaling folded in; saved with what it came to and what it may be evaluated on. None
+        on all processes but the first."""
+        window = min(self.config.eval_tokens, self.tokens_seen)
+        alive = self._from_host(0.0 if self.update is None else self.update.alive_fraction())
+        if not self._team.is_first:
+            return None
+        sae = self._whole_sae().eval().fold_scaling()
         own: HeldOutText | Tensor | tuple[Tensor, Tensor] | None = None
         if isinstance(held_out, HeldOutText):
             own = held_out
@@ -293,6 +404,5 @@ class Run:
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),
             }
             self.folder.finish(sae, summary, own)
-        alive = float(self.update.alive.double().mean())
-        warn_of_idle_latents(self.config, alive, self.update.alive_window)
+        warn_of_idle_latents(self.config, alive, window)
         return sae

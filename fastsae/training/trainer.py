@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,13 @@ from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import Stream, open_stream
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
+from ..files import require_writable
 from ..reporting.report import report_runs
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import Display
 from ..sae.module import SAE
+from ..team import Team, join, leave, membership
+from ..version import __version__
 from . import checkpoint
 from .initialize import initialize_sae, load_origin
 from .run import Run, StreamTotals
@@ -61,8 +66,9 @@ def train(batches: Iterable[Any], config: TrainConfig) -> SAE:
             f"train gives one SAE and the settings ask for {len(config.runs)}; for all of them in one "
             f"pass use fastsae.Trainer(config, batches).fit(), which gives a list"
         )
-    (sae,) = train_and_report(config, batches)
-    return sae
+    saes = train_and_report(config, batches)
+    # Of several processes the first has it, and has written it by now.
+    return saes[0] if saes else RunFolder.of(config).load_sae(config.device)
 
 
 def train_and_report(
@@ -71,16 +77,18 @@ def train_and_report(
 ) -> list[SAE]:
     """Train as :class:`Trainer` does; then evaluate, report and publish what was written, if anything.
 
-    SIGINT and SIGTERM end any of that with Interrupted, and the same call goes on.
+    Of several processes, the first does what follows the training, and returns the SAEs. SIGINT and SIGTERM
+    end any of that with Interrupted, and the same call goes on.
     """
-    sweep = _sweep(config, source)
-    signals = _signals(_runs(sweep))
-    with signals, ExitStack() as scope:
+    with membership() as team, ExitStack() as scope:
+        sweep = _resolved(_sweep(config, source), team)
+        signals = scope.enter_context(_signals(_runs(sweep, team)))
         trainer = Trainer(sweep, source)
         saes, folders = trainer.fit(scope, signals), trainer.folders
         # The evaluation needs the memory of the model that was cut, of the buffer and the optimizers.
         del trainer, source
-        if folders:
+        leave()  # what follows needs nobody else, and may take longer than anybody waits
+        if folders and team.is_first:
             report_runs(folders)
         return saes
 
@@ -105,9 +113,54 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
     return sweep
 
 
-def _runs(sweep: Sweep) -> list[Run]:
+def _runs(sweep: Sweep, team: Team) -> list[Run]:
     streams = ([sweep.sites.index(site) for site in each.sites] for each in sweep.runs)
-    return [Run(each, (i[0], i[-1])) for each, i in zip(sweep.runs, streams, strict=True)]
+    count = len(sweep.runs)
+    hosts = {i: rank for rank in range(team.size) for i in team.hosted(count, rank)}
+    return [
+        Run(each, (at[0], at[-1]), team, hosts[i])
+        for i, (each, at) in enumerate(zip(sweep.runs, streams, strict=True))
+    ]
+
+
+def _resolved(sweep: Sweep, team: Team) -> Sweep:
+    """``sweep`` with the lanes and latent shards that it has: those given, those of the run that goes on, or
+    as many as processes.
+
+    Raises ConfigError if there are more processes than lanes, or one of several writes nothing.
+    """
+    base = sweep.base
+    if base.out is None and team.size > 1:
+        raise ConfigError(
+            f"{team.size} processes train together and nothing is to be written; give out, a folder that all "
+            f"of them see"
+        )
+    saved = team.on_first(lambda: _saved_parts(sweep))
+    several, whole = len(sweep.runs) > 1, base.needs_whole_dictionary
+    own = {"lanes": team.size, "latent_shards": 1 if several or whole else team.size}
+    parts = {n: getattr(base, n) or (saved or own)[n] for n in own}
+    if team.size > parts["lanes"]:
+        raise ConfigError(
+            f"this run has {parts['lanes']} lanes, and there are {team.size} processes: use up to "
+            f"{parts['lanes']}. Choose more --lanes at the start of a run that is to grow later"
+        )
+    if team.size > 1:
+        log.info(
+            "%d processes, %d lanes of text, %d latent shards", team.size, *parts.values()
+        )
+    resolved = replace(base, **parts)
+    return Sweep(resolved, sweep.layers, sweep.ks, sweep.seeds, sweep.hooks)
+
+
+def _saved_parts(sweep: Sweep) -> dict[str, int] | None:
+    """The lanes and latent shards of the run that goes on, if one does."""
+    for config in sweep.runs:
+        folder = RunFolder.of(config)
+        newest = folder and checkpoint.newest(folder.checkpoints)
+        if newest:
+            saved = checkpoint.load_meta(newest)["config"]
+            return {n: saved.get(n) or 1 for n in ("lanes", "latent_shards")}
+    return None
 
 
 def _signals(runs: Sequence[Run]) -> Signals:
@@ -156,20 +209,23 @@ class Trainer:
         config: TrainConfig | Sweep,
         source: ActivationSource | Iterable[Any] | None = None,
     ) -> None:
-        sweep = _sweep(config, source)
+        self.team = team = join()
+        sweep = _resolved(_sweep(config, source), team)
         self.config = sweep.runs[0]
         """What the runs have in common, and the first one's layer, k and seed."""
         self.device = resolve_device(self.config.device)
-        self.runs = _runs(sweep)
-        for folder in self.folders:
-            folder.require_usable()
-        self._complete = all(run.is_complete() for run in self.runs)
+        if team.size > 1:
+            self._require_one_run()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        self.runs = _runs(sweep, team)
+        self._complete = team.on_first(self._is_complete)
         if self._complete:  # the SAEs are there: neither model nor text is opened
             return
-        fresh = not all(run.saved_steps() for run in self.runs)
+        fresh = not team.on_first(lambda: all(run.saved_steps() for run in self.runs))
         self._origin = load_origin(sweep) if self.config.init_from is not None and fresh else None
         if source is None:
-            source = open_stream(self.config, sweep.sites)
+            source = open_stream(self.config, sweep.sites, team)
         elif not isinstance(source, ActivationSource):
             factor = self.config.outlier_norm or math.inf
             kept = None if math.isinf(factor) else factor
@@ -177,6 +233,36 @@ class Trainer:
         self.source = source
         self._metadata = source.metadata or ({},) * len(sweep.sites)
         self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
+
+    def _require_one_run(self) -> None:
+        """Raise ConfigError unless all processes were started alike and see the same folders."""
+        team = self.team
+        versions = {"torch": torch.__version__, "fastsae": __version__}
+        team.require_same({**self.config.to_dict(), **versions, "threads": torch.get_num_threads()})
+        assert self.config.out is not None
+        out = Path(self.config.out)
+
+        def leave_a_mark() -> str:
+            require_writable(out)
+            out.mkdir(parents=True, exist_ok=True)
+            mark = out / f".processes-{uuid.uuid4().hex}"
+            mark.touch()
+            return mark.name
+
+        mark = out / team.on_first(leave_a_mark)
+        blind = [rank for rank, (seen,) in enumerate(team.agree(mark.exists())) if not seen]
+        if team.is_first:
+            mark.unlink()
+        if blind:
+            raise ConfigError(
+                f"process {blind[0]} of {team.size} does not see what process 0 writes to {out}: give --out a "
+                f"folder on a file system that all machines share"
+            )
+
+    def _is_complete(self) -> bool:
+        for folder in self.folders:
+            folder.require_usable()
+        return all(run.is_complete() for run in self.runs)
 
     @property
     def folders(self) -> list[RunFolder]:
@@ -186,7 +272,8 @@ class Trainer:
     # --- the loop ---
 
     def fit(self, scope: ExitStack | None = None, signals: Signals | None = None) -> list[SAE]:
-        """Train to the end, or resume and train to the end; the finished SAEs, in the order of the sweep.
+        """Train to the end, or resume and train to the end; the finished SAEs, in the order of the sweep. Of
+        several processes, the first returns them, when they are written, and the others none.
 
         Each is saved with a ``summary.json``; ``report_runs(trainer.folders)`` evaluates them.
 
@@ -210,7 +297,7 @@ class Trainer:
             display = own.enter_context(self._display())
 
             with signals.deferred():
-                while self.tokens_seen < self.config.tokens and signals.received is None:
+                while self.tokens_seen < self.config.tokens and not self._stopped(signals):
                     batches = self._next_batches(training)
                     if batches is None:
                         self._source_ended(training)
@@ -230,6 +317,12 @@ class Trainer:
     def tokens_seen(self) -> int:
         """Activations trained on by the runs that are not finished; all runs, if all are."""
         return min(run.tokens_seen for run in self.runs)
+
+    def _stopped(self, signals: Signals) -> bool:
+        """Whether a signal has arrived, at any process: then all of them save and stop."""
+        received = max(number for (number,) in self.team.agree(signals.received or 0))
+        signals.received = received or None
+        return bool(received)
 
     def _next_batches(self, training: list[Run]) -> Batches | None:
         try:
@@ -257,10 +350,13 @@ class Trainer:
     def _display(self) -> Display:
         # A progress bar is for runs; without a folder the program around us has the terminal.
         total = self.config.steps * self.config.batch_size
-        return Display(self.config.tokens, total, self.tokens_seen, bar=bool(self.folders))
+        bar = bool(self.folders) and self.team.is_first
+        return Display(self.config.tokens, total, self.tokens_seen, bar=bar)
 
     def _trained_already(self, scope: ExitStack) -> list[SAE]:
         """The SAEs of runs that are complete, sent again to where they are to be."""
+        if not self.team.is_first:
+            return []
         log.info("trained already, and saved in %s", _paths(self.folders))
         saes = []
         for folder in self.folders:
@@ -276,19 +372,30 @@ class Trainer:
         runs that have not seen all their tokens."""
         # A run that exists is held before anything is done with it; a new one gets its folder when
         # the first activations have shown that there is something to train on.
-        existing = [folder for folder in self.folders if folder.path.exists()]
-        for folder in existing:
-            scope.enter_context(folder.locked())
-        training = [run for run in self.runs if not run.is_finished()]
-        self._begin_or_resume(training, self._common_step(training))
+        existing = self.team.on_first(lambda: self._lock_existing(scope))
+        finished = self.team.on_first(lambda: [run.is_finished() for run in self.runs])
+        training = [run for run, done in zip(self.runs, finished, strict=True) if not done]
+        step = self.team.on_first(lambda: self._common_step(training))
+        self._begin_or_resume(training, step)
         error = "log(error)" if self.config.objective == "log" else "error"
         log.info("what is minimised: %s + %g aux", error, self.config.aux_weight)
+        self.team.on_first(lambda: self._open_folders(scope, existing))
+        return training
+
+    def _lock_existing(self, scope: ExitStack) -> list[str]:
+        """The names of the runs that exist, which are held until ``scope`` ends."""
+        existing = [run for run in self.runs if run.folder and run.folder.path.exists()]
+        for run in existing:
+            assert run.folder is not None
+            scope.enter_context(run.folder.locked())
+        return [run.name for run in existing]
+
+    def _open_folders(self, scope: ExitStack, existing: list[str]) -> None:
         for run in self.runs:
             if run.folder is not None:
-                if run.folder not in existing:
+                if run.name not in existing:
                     scope.enter_context(run.folder.locked())
                 run.folder.open(scope, run.tokens_seen)
-        return training
 
     def _common_step(self, training: list[Run]) -> int | None:
         """The newest step that all of ``training`` have a checkpoint of.
@@ -320,13 +427,14 @@ class Trainer:
     def _begin_or_resume(self, training: list[Run], step: int | None) -> None:
         """Restore ``training`` from ``step``, or give them new SAEs; and the others from their end."""
         restored: dict[Run, checkpoint.Checkpoint] = {}
-        for run in self.runs:
+        last = self.team.on_first(lambda: [max(run.saved_steps(), default=0) for run in self.runs])
+        for run, newest in zip(self.runs, last, strict=True):
             if run not in training:
-                restored[run] = run.restore(run.saved_steps()[-1], self._metadata_of(run))
+                restored[run] = run.restore(newest, self._metadata_of(run))
             elif step is not None:
                 restored[run] = run.restore(step, self._metadata_of(run))
         for run in training:
-            if run.folder is not None:
+            if run.folder is not None and self.team.is_first:
                 checkpoint.discard_after(run.folder.checkpoints, step or 0)
         if training and step is None:
             self._begin(training)
@@ -355,9 +463,14 @@ class Trainer:
                 f"{len(self._pending[0][0])}; raise k, or the batch size to {math.ceil(1 / fewest)}"
             )
         for run in training:
+            if not run.is_here:
+                run.begin(None)
+                continue
             x, target = (rows[i] for i in run.streams)
-            metadata = self._metadata_of(run)
-            run.begin(initialize_sae(run.config, x, self._origin, metadata, target))
+            d_sae = run.config.resolve_d_sae(x.shape[1]) if self._origin is None else self._origin.d_sae
+            metadata, part = self._metadata_of(run), run.part_of(d_sae)
+            sae = initialize_sae(run.config, x, self._origin, metadata, target, part=part)
+            run.begin(sae, d_sae)
 
     def _metadata_of(self, run: Run) -> dict[str, Any]:
         own, target = (self._metadata[i] for i in run.streams)
@@ -396,12 +509,14 @@ class Trainer:
         totals, group = self._totals(), [run.name for run in training]
         for run in training:
             run.save(position, (skip, ahead), totals, group)
-        for folder in self.folders:  # of a finished one too: it may have been killed before this
-            checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
+        if self.team.is_first:
+            for folder in self.folders:  # of a finished one too: it may have been killed before this
+                checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
 
     def _save_before(self, error: Exception, training: list[Run]) -> None:
-        """Save what was trained before the stream raised ``error``, and note on it where."""
-        if not self.folders:
+        """Save what was trained before the stream raised ``error``, and note on it where; of several
+        processes, the others do not know of it."""
+        if not self.folders or self.team.size > 1:
             return
         try:
             self._save(training)
@@ -426,15 +541,16 @@ class Trainer:
         )
 
     def _finish(self, training: list[Run]) -> list[SAE]:
-        text = self.source.held_out_text()
-        rows = self.source.held_out() if text is None and self.folders else None
+        text = rows = None
+        if self.team.is_first:
+            text = self.source.held_out_text()
+            rows = self.source.held_out() if text is None and self.folders else None
         totals = self._totals()
         # A run that was finished before took no time of this process.
         idle = replace(totals, seconds={})
-        return [
-            run.finish(
-                totals if run in training else idle,
-                text if rows is None else rows,
-            )
+        saes = [
+            run.finish(totals if run in training else idle, text if rows is None else rows)
             for run in self.runs
         ]
+        self.team.agree()  # the others may read what the first has written
+        return [sae for sae in saes if sae is not None]

@@ -32,6 +32,7 @@ from fastsae_kernels import (
 )
 
 from ..config import TrainConfig
+from ..metrics import density_histogram
 from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from ..sae.transcoder import Transcoder
@@ -147,7 +148,7 @@ class Update(ABC):
             "mse": squared[-1].mean(),
             "explained_variance": explained[-1],
             "l0": result.counts.sum() / len(x),
-            "alive_fraction": self.alive.double().mean(),
+            "alive_fraction": self.alive_fraction(),
             "alive_window_tokens": self.alive_window,
             "dead": self.dead.sum(),
             "threshold": threshold,
@@ -159,6 +160,18 @@ class Update(ABC):
         numbers = {name: float(value) for name, value in values.items()}
         whole = ("dead", "alive_window_tokens")
         return numbers | {name: int(numbers[name]) for name in whole}
+
+    def alive_fraction(self) -> float:
+        """The share of the latents that is :attr:`alive`."""
+        return float(self.alive.double().mean())
+
+    def decoder_norm_error(self) -> float:
+        """How far the norm of any decoder row is from 1."""
+        return float((self.sae.W_dec.norm(dim=1) - 1).abs().max())
+
+    def density_histogram(self, fired: Tensor, tokens: int) -> list[int]:
+        """How many latents were active on which share of ``tokens``, given ``fired [F]``, on how many each."""
+        return density_histogram(fired, tokens)
 
     # --- state ---
 

@@ -26,7 +26,7 @@ def save(directory: Path, step: int, keep: int = 3) -> Path:
     sae.scale.fill_(0.5)
     tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
     tensors["stream.tokens"] = torch.arange(step)
-    path = checkpoint.save(directory, step, sae, tensors, {"steps": step, "note": "x"})
+    path = checkpoint.save(directory, step, sae, {"state": tensors}, {"steps": step, "note": "x"})
     checkpoint.prune(directory, keep)
     return path
 
