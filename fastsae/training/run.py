@@ -186,9 +186,7 @@ class Run:
 
     def _restore_shards(self, saved: checkpoint.Checkpoint, metadata: dict[str, Any]) -> None:
         d_sae = saved.meta["d_sae"]
-        sae = new_sae(
-            self.config, saved.meta["d_in"], d_sae, metadata, part=self.part_of(d_sae)
-        )
+        sae = new_sae(self.config, saved.meta["d_in"], d_sae, metadata, part=self.part_of(d_sae))
         self.begin(sae, d_sae)
         assert isinstance(self.update, ShardedUpdate)
         self.update.load_shared_state(saved.parts["state"])

@@ -145,9 +145,7 @@ def _resolved(sweep: Sweep, team: Team) -> Sweep:
             f"{parts['lanes']}. Choose more --lanes at the start of a run that is to grow later"
         )
     if team.size > 1:
-        log.info(
-            "%d processes, %d lanes of text, %d latent shards", team.size, *parts.values()
-        )
+        log.info("%d processes, %d lanes of text, %d latent shards", team.size, *parts.values())
     resolved = replace(base, **parts)
     return Sweep(resolved, sweep.layers, sweep.ks, sweep.seeds, sweep.hooks)
 
@@ -467,7 +465,9 @@ class Trainer:
                 run.begin(None)
                 continue
             x, target = (rows[i] for i in run.streams)
-            d_sae = run.config.resolve_d_sae(x.shape[1]) if self._origin is None else self._origin.d_sae
+            d_sae = (
+                run.config.resolve_d_sae(x.shape[1]) if self._origin is None else self._origin.d_sae
+            )
             metadata, part = self._metadata_of(run), run.part_of(d_sae)
             sae = initialize_sae(run.config, x, self._origin, metadata, target, part=part)
             run.begin(sae, d_sae)
@@ -510,7 +510,9 @@ class Trainer:
         for run in training:
             run.save(position, (skip, ahead), totals, group)
         if self.team.is_first:
-            for folder in self.folders:  # of a finished one too: it may have been killed before this
+            for (
+                folder
+            ) in self.folders:  # of a finished one too: it may have been killed before this
                 checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
 
     def _save_before(self, error: Exception, training: list[Run]) -> None:
