@@ -20,6 +20,7 @@ those activations are harvested again.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -61,7 +62,7 @@ class _Generation:
         return [self.slots[part] for part in order.tensor_split(count)]
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
     """All that a state speaks of. Cheap, for it is taken before every batch: nothing is copied."""
 
     chunks: list[Any]
@@ -71,6 +72,12 @@ class _Moment(NamedTuple):
 
 def _permutation(n: int, *seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(n))
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all harvests: memory that one has worked in is there for the next."""
+    return torch.cuda.Stream(device)
 
 
 class ActivationBuffer:
@@ -105,7 +112,7 @@ class ActivationBuffer:
         self._seed = seed
         cuda = source.device.type == "cuda"
         self._ahead = cuda if ahead is None else ahead
-        self._beside = torch.cuda.Stream(source.device) if cuda else None
+        self._beside = _beside(source.device) if cuda else None
         if self._beside is not None:  # what was done to the model's weights must have been done
             self._beside.wait_stream(torch.cuda.current_stream(source.device))
         # All generations are live when a stage begins, but for a part of the oldest. The next one needs
@@ -120,7 +127,7 @@ class ActivationBuffer:
         self._live = [_Generation(0) for _ in range(self._ages)]  # the oldest first
         self._next = _Generation(1)
         self._begin_stage()
-        self._unserved: _Moment | None = None  # before the batch that is being served
+        self._unserved: Moment | None = None  # before the batch that is being served
 
     # --- serving ---
 
@@ -130,7 +137,7 @@ class ActivationBuffer:
 
         Where the source raises, the state is that before the batch, to be loaded into another buffer.
         """
-        self._unserved = self._moment()
+        self._unserved = self.moment()
         batch = self._serve()
         self._unserved = None
         return batch
@@ -256,7 +263,8 @@ class ActivationBuffer:
 
     # --- state ---
 
-    def _moment(self) -> _Moment:
+    def moment(self) -> Moment:
+        """What a state taken now speaks of."""
         live = (*self._live, self._next)
         source = self._source.state_dict()
         meta = {
@@ -268,11 +276,12 @@ class ActivationBuffer:
             "counts": dict(vars(self.counts)),
             "source": source["meta"],
         }
-        return _Moment([chunk for g in live for chunk in g.chunks], source["tensors"], meta)
+        return Moment([chunk for g in live for chunk in g.chunks], source["tensors"], meta)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """``tensors``: the live chunks and what the source needs; ``meta``: plain numbers for JSON."""
-        chunks, source, meta = self._unserved or self._moment()
+    def state_dict(self, at: Moment | None = None) -> dict[str, dict[str, Any]]:
+        """``tensors``: the live chunks and what the source needs; ``meta``: plain numbers for JSON. Of now,
+        unless ``at`` is given."""
+        chunks, source, meta = at or self._unserved or self.moment()
         tensors = {f"source.{name}": tensor for name, tensor in source.items()}
         return {"tensors": {**self._source.pack(chunks), **tensors}, "meta": meta}
 

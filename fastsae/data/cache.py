@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import Site, TrainConfig
-from ..errors import CheckpointError, StreamError
+from ..errors import CheckpointError, ConfigError, StreamError
 from ..files import (
     checksum,
     existing_ancestor,
@@ -40,6 +41,7 @@ from ..files import (
 )
 from ..lm.loading import weights_of
 from ..progress import progress
+from ..team import ALONE, Team
 from .harvest import NONFINITE, OUTLIER, ChunkSource, Harvest, to_device
 from .opening import open_text_chunks
 
@@ -52,21 +54,32 @@ _STATE = "state."
 _HELD_OUT = "held_out.safetensors"
 
 
-def open_cache(config: TrainConfig, sites: Sequence[Site], device: torch.device) -> CachedChunks:
+def open_cache(
+    config: TrainConfig, sites: Sequence[Site], device: torch.device, team: Team = ALONE
+) -> CachedChunks:
     """The cache of ``config`` with ``sites``, complete: what is missing in it is harvested and written
     first.
 
-    Raises StreamError if the folder holds something else: activations of another model, place or text
+    Raises ConfigError if something is missing and there are several processes: one writes it. Raises StreamError if the folder holds something else: activations of another model, place or text
     (it says which setting differs), a damaged cache, one that another process is writing; and if the
     disk is too small.
     """
     assert config.cache_dir is not None
     folder = Path(config.cache_dir)
+    lanes, chunk = config.lanes or 1, config.harvest_batch * config.context_length
     wanted = -(-config.steps * config.batch_size // config.reuse) + config.pool_tokens
+    wanted += (lanes - 1) * chunk  # a lane may get a chunk less than another
     manifest = _read_manifest(folder)
     if manifest is not None:
         _refuse_foreign(manifest, config, sites)
     if manifest is None or not (_rows(manifest) >= wanted or manifest["text_ended"]):
+        if team.size > 1:
+            held = _rows(manifest) if manifest else 0
+            raise ConfigError(
+                f"the cache in {folder} holds {held:,} of the {wanted:,} activations that this run reads, and "
+                f"one process writes it: give the same command without torchrun and with --lanes {lanes}. As "
+                f"soon as that trains it may be stopped, and this command goes on"
+            )
         manifest = _write(folder, manifest, config, sites, device, wanted)
     return CachedChunks(folder, manifest, config, sites, device)
 
@@ -103,7 +116,7 @@ class CachedChunks(ChunkSource):
         seed = config.resolved_stream_seed
         self._seed = None if seed == manifest["stream_seed"] else seed
         self._shuffle(len(self._chunks))
-        self._position = 0
+        self._lane, self._lanes, self._position = 0, 1, 0
         self._files: dict[str, Any] = {}
 
     def _shuffle(self, count: int) -> None:
@@ -115,18 +128,25 @@ class CachedChunks(ChunkSource):
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was dropped when the whole cache was written."""
-        return {f"cache_{name}": count for name, count in self._manifest["counts"].items()}
+        """What was dropped when the whole cache was written; the first lane tells it."""
+        counts = {} if self._lane else self._manifest["counts"]
+        return {f"cache_{name}": count for name, count in counts.items()}
 
     @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
         return tuple(self._manifest["metadata"][layer] for layer in self._sites)
 
+    def lane(self, lane: int, lanes: int) -> CachedChunks:
+        mine = copy(self)
+        mine._lane, mine._lanes = lane, lanes
+        return mine
+
     def draw(self) -> int | None:
-        if self._position == len(self._order):
+        chunk = self._lane + self._position * self._lanes
+        if chunk >= len(self._order):
             return None
         self._position += 1
-        return int(self._order[self._position - 1])
+        return int(self._order[chunk])
 
     def harvest(self, chunk: int) -> Harvest:
         """Read a chunk. Raises StreamError if it is not what was written."""

@@ -77,7 +77,9 @@ def open_dataset(
             ) from error
 
     content = _files(Path(name)) if local else {"revision": commit} if commit else {}
-    return TextSource(range(shards), read, name=name, content=content, **options)
+    return TextSource(
+        range(shards), read, name=name, content=content, whole_shards=not local, **options
+    )
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +73,11 @@ class ChunkSource(ABC):
     def counts(self) -> dict[str, int]:
         """What became of what the activations are made from, since the start of the run."""
         return {}
+
+    @abstractmethod
+    def lane(self, lane: int, lanes: int) -> ChunkSource:
+        """The share of one of ``lanes`` lanes of the chunks to come; held-out rows are this one's alone, and
+        nothing is to be drawn from it any more."""
 
     @abstractmethod
     def draw(self) -> Any | None:
@@ -238,6 +244,11 @@ class TextChunks(ChunkSource):
     @property
     def counts(self) -> dict[str, int]:
         return self.packer.counts
+
+    def lane(self, lane: int, lanes: int) -> TextChunks:
+        mine = copy(self)
+        mine.packer, mine._held_out_rows = self.packer.lane(lane, lanes), None
+        return mine
 
     def draw(self) -> Chunk | None:
         rows: list[Tensor] = []

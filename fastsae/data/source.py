@@ -46,6 +46,11 @@ class ActivationSource(ABC):
         """Go on where ``state`` was taken. Raises CheckpointError or StreamError if it does not fit."""
 
     @property
+    def ended(self) -> str | None:
+        """A sentence on which part of the source ended, once one did that there are several of."""
+        return None
+
+    @property
     def metadata(self) -> tuple[dict[str, Any], ...]:
         """Of each layer, provenance that travels with its SAE; nothing if empty."""
         return ()
@@ -57,7 +62,8 @@ class ActivationSource(ABC):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Activations kept, and dropped by reason, since the start of the run."""
+        """Activations kept, and dropped by reason, since the start of the run. Where a source is that of
+        several processes: in all of them, which are to ask for it, and for the state, at the same place."""
         return {}
 
     def held_out_text(self) -> HeldOutText | None:
@@ -100,7 +106,7 @@ class IterableSource(ActivationSource):
                 f"{type(batches).__name__} is no iterable of batches; give a list, a loader or a generator "
                 f"of [B, D] tensors (of a function that yields them, what it returns)"
             ) from error
-        self._layers = layers
+        self.layers = layers
         self._outlier_norm = outlier_norm
         names = ["the batches"] if layers == 1 else [f"batches of layer {i}" for i in range(layers)]
         self._norms = FirstNorms(names, outlier_norm)
@@ -123,14 +129,12 @@ class IterableSource(ActivationSource):
         """The rows of a batch that are kept, float32 ``[b, D]`` for each layer; maybe none."""
         found = _unpack(given)
         if (
-            len(found) != self._layers
+            len(found) != self.layers
             or not all(map(_is_batch, found))
             or len({*map(len, found)}) > 1
         ):
             layers = (
-                f" for each of {self._layers} layers, all with the same B"
-                if self._layers > 1
-                else ""
+                f" for each of {self.layers} layers, all with the same B" if self.layers > 1 else ""
             )
             raise StreamError(
                 f"a batch is {_describe(given)}, expected a float tensor [B, D] with at least one row{layers}; "

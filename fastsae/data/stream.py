@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import Site, TrainConfig
 from ..device import resolve_device
 from ..lm.held_out import HeldOutText
+from ..team import ALONE, Team
 from .buffer import ActivationBuffer
 from .cache import open_cache
 from .harvest import ChunkSource
+from .lanes import Lanes, lane_buffer
 from .opening import open_text_chunks
 from .source import ActivationSource
 
@@ -65,12 +66,15 @@ class Stream(ActivationSource):
         self.buffer.load_state_dict(state)
 
 
-def open_stream(config: TrainConfig, places: Sequence[int | Site] | None = None) -> Stream:
+def open_stream(
+    config: TrainConfig, places: Sequence[int | Site] | None = None, team: Team = ALONE
+) -> Stream | Lanes:
     """Open model and text, or the cache, and take the held-out rows.
 
     Args:
         places: the sites (or layers, for the residual stream after them) of one forward pass; that of
             ``config`` alone if absent.
+        team: the processes that host the lanes, if ``config`` asks for several.
 
     Raises ConfigError and StreamError for everything a user can get wrong about device, model, text
     and cache; what is quick to check is checked first. Nothing is written but a cache.
@@ -79,15 +83,9 @@ def open_stream(config: TrainConfig, places: Sequence[int | Site] | None = None)
     sites = (config.site,) if places is None else tuple(map(Site.of, places))
     source: ChunkSource
     if config.cache_dir is not None:
-        source = open_cache(config, sites, device)
+        source = open_cache(config, sites, device, team)
     else:
         source = open_text_chunks(config, sites, device)
-    buffer = ActivationBuffer(
-        source,
-        batch_size=config.batch_size,
-        pool_tokens=config.pool_tokens,
-        reuse=config.reuse,
-        seed=config.resolved_stream_seed,
-        dtype=torch.bfloat16 if config.activation_dtype == "bf16" else torch.float32,
-    )
-    return Stream(source, buffer)
+    if (config.lanes or 1) > 1:
+        return Lanes(source, config, team)
+    return Stream(source, lane_buffer(source, config))

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 30, 60, 60, 60, 60)
 """Waits between attempts to read on when the network fails; after the last one the run stops."""
+_WHOLE = (0, 1, 1)
+"""The lane that is the whole text: every shard, and every document of it."""
 
 
 class TextSource:
@@ -39,6 +42,8 @@ class TextSource:
     Args:
         name: for messages.
         content: what tells the text apart from another one of the same shape, by file or by name.
+        whole_shards: whether lanes are dealt whole shards, where there are enough: each is far away, and
+            there are many, of one size.
 
     ``counts``: ``documents`` read, ``blank_documents`` and ``skipped_records``.
     """
@@ -52,12 +57,16 @@ class TextSource:
         seed: int = 0,
         skip_bad_lines: bool = False,
         content: Mapping[str, str] | None = None,
+        whole_shards: bool = False,
     ) -> None:
         order = np.random.default_rng(seed).permutation(len(shards))
         self.name = name
         self.skip_bad_lines = skip_bad_lines
         self.counts = Counter(documents=0, blank_documents=0, skipped_records=0)
         self._content = dict(content or {})
+        self._whole_shards = whole_shards
+        # Of the shards (by their place in the order), and of the documents of one, every how many-th is read.
+        self._lane, self._of_shards, self._of_documents = _WHOLE
         self._shards = [shards[i] for i in order]
         self._read = read
         self._shard = 0
@@ -98,10 +107,16 @@ class TextSource:
         raise StopIteration
 
     def _next_of_shard(self) -> Document | StreamError | None:
+        if (self._shard - self._lane) % self._of_shards:
+            return None  # another lane's
+        # The shard's number rotates which lane begins.
+        others = (self._lane - self._shard - self._document) % self._of_documents
         if self._reader is None:
-            self._reader = islice(self._read(self._shards[self._shard]), self._document, None)
+            records = self._read(self._shards[self._shard])
+            self._reader = islice(records, self._document + others, None, self._of_documents)
         record = next(self._reader, None)
-        self._document += record is not None
+        if record is not None:
+            self._document += others + 1
         return record
 
     def _skip(self, bad: StreamError) -> None:
@@ -126,13 +141,28 @@ class TextSource:
         log.warning("reading %s failed (%s); trying again in %d s", self.name, error, seconds)
         time.sleep(seconds)
 
+    def lane(self, lane: int, lanes: int, start: Mapping[str, Any]) -> TextSource:
+        """The share of one of ``lanes`` lanes of the documents behind ``start``, a state of this text:
+        whole shards, or else every so many-th document of each. The first lane counts what came before.
+
+        Every document is read by one lane. A lane passes over what others read, but does not keep it.
+        """
+        whole_shards = self._whole_shards and len(self._shards) - start["shard"] >= lanes
+        dealt = [lane, lanes, 1] if whole_shards else [lane, 1, lanes]
+        mine = copy(self)
+        mine.load_state_dict({**start, "lane": dealt, "counts": {} if lane else start["counts"]})
+        mine._content = {}  # the state of the whole text tells it
+        return mine
+
     def state_dict(self) -> dict[str, Any]:
+        dealt = (self._lane, self._of_shards, self._of_documents)
         return {
             "shard": self._shard,
             "document": self._document,
             "shards": len(self._shards),
             "counts": dict(self.counts),
             "content": self._content,
+            **({} if dealt == _WHOLE else {"lane": list(dealt)}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,6 +180,7 @@ class TextSource:
                 f"{len(self._shards)}; give the same text to go on, or another --name to start anew"
             )
         self._shard, self._document, self._reader = state["shard"], state["document"], None
+        self._lane, self._of_shards, self._of_documents = state.get("lane", _WHOLE)
         self.counts = Counter({**dict.fromkeys(self.counts, 0), **state.get("counts", {})})
 
 

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,6 +120,17 @@ class TokenPacker:
         self._text_state, self._counts = new.text, new.counts
         return True
 
+    def lane(self, lane: int, lanes: int) -> TokenPacker:
+        """A packer of one of ``lanes`` lanes of the text that is not tokenised yet; the first one has the
+        tokens that were not given out, too. Nothing is to be taken out of this packer any more."""
+        self._stop_reading()
+        mine = copy(self)
+        mine.text = self.text.lane(lane, lanes, self._text_state)
+        mine._text_state, mine.seconds = mine.text.state_dict(), 0.0
+        if lane:
+            mine._ids, mine._taken, mine._counts = np.empty(0, np.int32), 0, Counter()
+        return mine
+
     @property
     def counts(self) -> dict[str, int]:
         both = Counter(self._text_state["counts"])
@@ -133,13 +145,16 @@ class TokenPacker:
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on with the row that came next at ``state``; nothing is tokenised again."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        self._stop_reading()
         self.text.load_state_dict(state["meta"]["text"])
         self._text_state = self.text.state_dict()
         self._counts = Counter(state["meta"].get("counts", {}))
         self._ids, self._taken = state["tensors"]["leftover"].numpy().astype(np.int32), 0
+
+    def _stop_reading(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
 
 def _tokenised(
