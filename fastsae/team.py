@@ -26,6 +26,8 @@ from .errors import ConfigError, FastsaeError, Interrupted, PeerLostError
 
 T = TypeVar("T")
 
+# PyTorch 2.13 has it under another name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 PATIENCE = datetime.timedelta(minutes=15)
 """A process that says nothing for so long is taken for lost. Longer than a lost network is waited for."""
 
@@ -50,9 +52,10 @@ class Team:
         return self.rank == 0
 
     def hosted(self, parts: int, rank: int | None = None) -> range:
-        """Which of ``parts`` parts this process hosts, or that of ``rank``."""
+        """Which of ``parts`` parts this process hosts, or that of ``rank``; of a single part, the first."""
         rank = self.rank if rank is None else rank
-        return range(rank * parts // self.size, (rank + 1) * parts // self.size)
+        first, last = (-(-each * parts // self.size) for each in (rank, rank + 1))
+        return range(first, last)
 
     def counts(self, parts: int) -> list[int]:
         """How many of ``parts`` parts each process hosts."""
@@ -78,7 +81,7 @@ class Team:
         padded[: len(mine)] = mine
         rows = mine.new_empty(self.size * most, *mine.shape[1:])
         with _peers():
-            dist.all_gather_into_tensor(rows, padded)
+            _all_gather(rows, padded)
         self.received[purpose] += gathered_bytes(counts, padded[:1].nbytes)
         if min(counts) == most:
             return rows

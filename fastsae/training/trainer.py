@@ -16,6 +16,7 @@ import torch
 
 from ..config import Sweep, TrainConfig
 from ..data.source import ActivationSource, Batches, IterableSource
+from ..data.lanes import IterableLanes, Lanes
 from ..data.stream import Stream, open_stream
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
@@ -101,7 +102,7 @@ def _sweep(config: TrainConfig | Sweep, source: object) -> Sweep:
             f"fastsae.train(batches, config), and fastsae.Trainer(config, batches)"
         )
     sweep = config if isinstance(config, Sweep) else Sweep(config)
-    if sweep.base.reuse > 1 and source is not None and not isinstance(source, Stream):
+    if sweep.base.reuse > 1 and source is not None and not isinstance(source, (Stream, Lanes)):
         raise ConfigError(
             f"reuse = {sweep.base.reuse} is for the activations of a language model, which a pool mixes; "
             f"batches of your own are each taken once: give them as often as you want them trained on"
@@ -228,6 +229,14 @@ class Trainer:
             factor = self.config.outlier_norm or math.inf
             kept = None if math.isinf(factor) else factor
             source = IterableSource(source, len(sweep.sites), kept)
+            if team.size > 1:
+                source = IterableLanes(source, team, self.device)
+        elif team.size > 1 and not isinstance(source, (Lanes, IterableLanes)):
+            raise ConfigError(
+                f"{team.size} processes train together, and a {type(source).__name__} gives each of them what it "
+                f"likes: give an iterable of batches, of which every process has its own, or train on the "
+                f"language model's stream"
+            )
         self.source = source
         self._metadata = source.metadata or ({},) * len(sweep.sites)
         self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
@@ -537,7 +546,8 @@ class Trainer:
             return
         self._save(training)
         raise StreamError(
-            f"the text ended after {seen:,} activations of the {asked:,} asked for. Everything is saved "
+            f"the text ended after {seen:,} activations of the {asked:,} asked for"
+            f"{f' ({self.source.ended})' if self.source.ended else ''}. Everything is saved "
             f"in {_paths(self.folders)}: give the same command with --tokens {seen} to finish there, or "
             f"train on more text"
         )
