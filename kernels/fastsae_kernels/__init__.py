@@ -6,6 +6,7 @@ from .dispatch import use
 from .encode_topk import encode_batch_topk
 from .encoder import Encoded, encode_with_group_max
 from .selection import GroupMax, Selection, batch_topk, group_max, topk
+from .sharded_topk import select_across
 from .sparse import CSC, CSR
 from .sparse_decoder import (
     DecodeLoss,
@@ -47,6 +48,7 @@ __all__ = [
     "normalize_rows_",
     "project_gradient",
     "project_gradient_",
+    "select_across",
     "sparse_decode",
     "sparse_decode_loss",
     "topk",
