@@ -1,8 +1,10 @@
 """Pre-activations on which a selection goes wrong if it can, and what makes one right."""
 
+from collections.abc import Sequence
+
 import torch
 
-from fastsae_kernels import batch_topk, csr_to_csc, reference, topk
+from fastsae_kernels import batch_topk, csr_to_csc, reference, select_across, topk
 
 
 def cases(B: int = 4, F: int = 75) -> dict[str, torch.Tensor]:
@@ -70,6 +72,33 @@ def assert_batch_topk(pre: torch.Tensor, num_selected: int, quota: float = 0.0) 
     assert torch.equal(positions[:nnz], expected_csc.positions)
     assert not rows[nnz:].any() and not positions[nnz:].any()
     assert torch.equal(csc.counts().cpu(), mask.sum(0))
+
+
+def assert_select_across(
+    pre: torch.Tensor, widths: Sequence[int], num_selected: int, quota: float = 0.0
+) -> None:
+    """The parts of shards of ``widths`` latents against the oracle and the selection from all at once."""
+    selections = [
+        batch_topk(part, num_selected, quota=quota).csr for part in pre.split(list(widths), dim=1)
+    ]
+    parts, threshold = select_across(
+        selections, range(len(widths)), widths, num_selected, quota,
+        tokens=len(pre), dtype=pre.dtype, device=pre.device,
+    )  # fmt: skip
+    assert torch.equal(threshold, batch_topk(pre, num_selected, quota=quota).threshold)
+    assert threshold.dtype == torch.float32 and threshold.shape == ()
+    pre = pre.cpu()
+    mask = reference.batch_topk_mask(pre, min(max(num_selected, 0), pre.numel()), quota)
+    slices = zip(pre.split(list(widths), dim=1), mask.split(list(widths), dim=1), strict=True)
+    for part, given, of_shard in zip(parts, selections, slices, strict=True):
+        expected, nnz = reference.to_csr(*of_shard), int(of_shard[1].sum())
+        values, indices, offsets = (t.cpu() for t in part)
+        assert indices.dtype == offsets.dtype == torch.int32 and values.dtype == pre.dtype
+        assert len(values) == len(indices) == len(given.values)
+        assert torch.equal(offsets, expected.offsets)
+        assert torch.equal(indices[:nnz], expected.indices)
+        assert torch.equal(values[:nnz], expected.values)
+        assert not values[nnz:].any() and not indices[nnz:].any()
 
 
 def assert_topk(pre: torch.Tensor, k: int) -> None:

@@ -43,6 +43,13 @@ FUSED_STEP = 4e-6
 # v near zero divides.
 FUSED_STEP_SHORT_RUN = 1e-9
 
+# A thousand steps in float64 with the dictionary in shards beside the whole one, of the largest value: two
+# sums of at most 64 terms run in another order.
+SHARDS = 1e-9
+
+# Tens of steps of the same in float32, where a v near zero divides.
+SHARDS_FLOAT32 = 2e-4
+
 # A float32 row divided by its own norm: the error of the norm's sum and of one division.
 UNIT_NORM = 4e-7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class SAE(nn.Module):
             ``"layer_norm"`` (per token: unbiased std, eps 1e-5 added to it).
         inference: how eval mode selects; see :class:`BatchTopK`.
         activation: use this module instead of ``BatchTopK(k)``.
+        part: of the d_sae latents hold these alone, which begin as they do in the whole; ``d_sae`` is then their
+            number. None at all is a part too.
         metadata: provenance kept with the SAE and written to disk with it. The levels of a Matryoshka SAE
             are its ``training_architecture_details``' ``matryoshka_widths``, as SAELens has them.
 
@@ -70,6 +73,7 @@ class SAE(nn.Module):
         normalize: Normalize = "none",
         inference: Inference = "topk",
         activation: nn.Module | None = None,
+        part: range | None = None,
         metadata: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -86,7 +90,7 @@ class SAE(nn.Module):
             activation = BatchTopK(k, inference)
         if k is not None and k > d_sae:
             raise ConfigError(f"k = {k:g} is more than d_sae = {d_sae}")
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in = d_in
         self.normalize: Normalize = normalize
         self.precision: Precision = "fp32"
         self.activation = activation
@@ -96,8 +100,11 @@ class SAE(nn.Module):
         widths = details.get("matryoshka_widths") if isinstance(details, dict) else None
         self.levels = checked_levels(widths or (d_sae,), d_sae)
 
-        # Drawn on the CPU in fp32, so that a seed gives the same weights on every device.
-        rows = reference.normalize_rows(torch.randn(d_sae, d_in, generator=generator).to(dtype))
+        rows = random_rows(d_sae, d_in, range(d_sae) if part is None else part, dtype, generator)
+        if part is not None:
+            d_sae = len(part)
+            self.levels = (d_sae,)
+        self.d_sae = d_sae
         self.W_enc = nn.Parameter(rows.clone().T)
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
@@ -349,3 +356,29 @@ class SAE(nn.Module):
         if self.precision != "bf16":
             return t
         return t + (t.bfloat16().to(t.dtype) - t).detach()
+
+
+ROWS_TOGETHER = 1024
+
+
+def random_rows(
+    d_sae: int, width: int, part: range, dtype: torch.dtype, generator: torch.Generator | None
+) -> Tensor:
+    """Those of ``part`` among ``d_sae`` random unit rows, the same whatever the part.
+
+    Drawn on the CPU in fp32, so that a seed gives the same weights on every device; and in blocks, so that
+    the others' rows need no memory. A draw of fewer than 16 numbers goes another way, so that no block is
+    as small as that, and the blocks have the bits of one draw.
+    """
+    rows = torch.empty(len(part), width, dtype=dtype)
+    last = max(0, d_sae - 16)  # where a block may begin
+    starts = [*range(0, last + 1, ROWS_TOGETHER), d_sae]
+    for first, stop in itertools.pairwise(starts):
+        if first >= part.stop:
+            break
+        block = torch.randn(stop - first, width, generator=generator)
+        here = range(max(first, part.start), min(stop, part.stop))
+        if len(here):
+            block = block[here.start - first : here.stop - first].to(dtype)
+            rows[here.start - part.start : here.stop - part.start] = reference.normalize_rows(block)
+    return rows

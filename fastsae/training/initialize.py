@@ -43,6 +43,7 @@ def initialize_sae(
     origin: SAE | None = None,
     metadata: dict[str, Any] | None = None,
     target: Tensor | None = None,
+    part: range | None = None,
 ) -> SAE:
     """The SAE that a run begins with: scaled by its first activations, with latents of its own seed or
     those of ``origin``.
@@ -52,6 +53,7 @@ def initialize_sae(
         origin: what ``config.init_from`` names, see :func:`load_origin`; not changed.
         metadata: provenance of the activations, which travels with the SAE.
         target: ``[N, D_out]``, what a transcoder is to reconstruct of the same tokens.
+        part: of an autoencoder, hold these latents alone.
 
     Raises:
         ConfigError: k exceeds the dictionary, or ``origin`` has another width.
@@ -63,13 +65,15 @@ def initialize_sae(
         sae = new_sae(config, d_in, d_sae, metadata, target.shape[1])
         _estimate_of_transcoder(sae, rows, target)
         return sae
-    sae = new_sae(config, d_in, d_sae, metadata)
+    sae = new_sae(config, d_in, d_sae, metadata, part=part if origin is None else None)
     _estimate_scaling(sae, rows)
     if origin is not None:
         assert config.init_from is not None
         center = sae.b_dec.detach().clone()
         _continue_from(origin, sae, config.init_from)
         _refit(sae, rows[:REFIT_ROWS], center)
+        if part is not None:
+            return _part_of(sae, part, config)
     return sae
 
 
@@ -79,8 +83,10 @@ def new_sae(
     d_sae: int,
     metadata: dict[str, Any] | None = None,
     d_out: int | None = None,
+    part: range | None = None,
 ) -> SAE:
-    """The SAE of a run, or its transcoder to width ``d_out``, before it has seen any activation."""
+    """The SAE of a run, of its latents ``part`` alone if given, or its transcoder to width ``d_out``, before it
+    has seen any activation."""
     if config.matryoshka:
         details = {"k": config.k, "matryoshka_widths": list(config.matryoshka)}
         nested = {"training_architecture": "matryoshka_batchtopk"}
@@ -93,11 +99,22 @@ def new_sae(
         "generator": torch.Generator().manual_seed(config.seed),
     }
     if config.target is None:
-        sae = SAE(d_in, d_sae, config.k, **options)
+        sae = SAE(d_in, d_sae, config.k, part=part, **options)
     else:
         assert d_out is not None
         sae = Transcoder(d_in, d_out, d_sae, config.k, skip=config.skip, **options)
     sae.precision = resolve_precision(config.precision, device)
+    return sae
+
+
+def _part_of(whole: SAE, part: range, config: TrainConfig) -> SAE:
+    """An SAE of some latents of ``whole``."""
+    sae = new_sae(config, whole.d_in, whole.d_sae, part=part)
+    state, at = whole.state_dict(), slice(part.start, part.stop)
+    state |= {"W_enc": state["W_enc"][:, at]}
+    state |= {name: state[name][at] for name in ("W_dec", "b_enc")}
+    sae.load_state_dict(state)
+    sae.metadata = whole.metadata
     return sae
 
 

@@ -147,10 +147,10 @@ class Update(ABC):
             "aux": result.aux,
             "mse": squared[-1].mean(),
             "explained_variance": explained[-1],
-            "l0": result.counts.sum() / len(x),
+            "l0": self._total(result.counts.sum()) / len(x),
             "alive_fraction": self.alive_fraction(),
             "alive_window_tokens": self.alive_window,
-            "dead": self.dead.sum(),
+            "dead": self._total(self.dead.sum()),
             "threshold": threshold,
             "lr": self.lr,
         }
@@ -160,6 +160,10 @@ class Update(ABC):
         numbers = {name: float(value) for name, value in values.items()}
         whole = ("dead", "alive_window_tokens")
         return numbers | {name: int(numbers[name]) for name in whole}
+
+    def _total(self, count: Tensor) -> Tensor:
+        """A number of latents or of their uses, in all of the dictionary."""
+        return count
 
     def alive_fraction(self) -> float:
         """The share of the latents that is :attr:`alive`."""
@@ -196,13 +200,19 @@ class Update(ABC):
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
         """
-        for name, tensor in Update.state_dict(self).items():
-            if tensor.shape != state[name].shape:
-                raise RuntimeError(
-                    f"{name}: saved {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-                )
-            tensor.copy_(state[name])
+        copy_state(Update.state_dict(self), state)
         self.tokens_seen = int(state["tokens_seen"])
+
+
+def copy_state(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Write what was ``saved`` into the tensors of the same names. Raises KeyError and RuntimeError where one is
+    missing or has another shape."""
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise RuntimeError(
+                f"{name}: saved {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+        tensor.copy_(saved[name])
 
 
 class AutogradUpdate(Update):
@@ -288,17 +298,18 @@ class FusedUpdate(Update):
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             self._biases["W_skip"] = BiasState.start(sae.W_skip.data)
         self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
-        self._dead_counts = _LaggedCount(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
+        self._dead_counts = LaggedCounts(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
     def mark_dead(self, latents: Tensor) -> None:
         super().mark_dead(latents)
-        self._dead_counts.fill(int(self.dead.sum()))
+        self._dead_counts.fill(self.dead.sum())
 
     @torch.no_grad()
     def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
-        aux = self.config.aux_weight > 0
-        capacity = min(self._dead_counts.update(self.dead), self.sae.d_sae) if aux else 0
+        capacity = 0
+        if self.config.aux_weight > 0:
+            capacity = min(*self._dead_counts.update(self.dead.sum()), self.sae.d_sae)
         quota = self.activation.latent_quota
         batch = x if target is None else torch.cat([x, target], 1)
         return (self._graphs or self._on_device)(batch, budget, quota, capacity)
@@ -439,49 +450,50 @@ class Graphs:
         return graph, result
 
 
-class _LaggedCount:
+class LaggedCounts:
     """How many latents were dead ``lag`` steps ago, rounded up, without waiting for the device.
 
-    With ``lag = 0`` the count is today's: on a CPU there is nothing to wait for.
+    One number ``[]``, or one for each shard ``[S]``. With ``lag = 0`` they are today's: on a CPU there is nothing
+    to wait for.
     """
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
         self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
-    def update(self, dead: Tensor) -> int:
-        """Note today's dead latents ``[F]``; returns a capacity for those of ``lag`` steps ago."""
-        count = dead.sum()
+    def update(self, counts: Tensor) -> list[int]:
+        """Note today's ``counts``; returns capacities for those of ``lag`` steps ago."""
         if self._lag == 0:
-            return int(count)
-        host, event = count, None
-        if count.is_cuda:
-            host = torch.empty((), dtype=count.dtype, pin_memory=True)
-            host.copy_(count, non_blocking=True)
+            return counts.flatten().tolist()
+        host, event = counts, None
+        if counts.is_cuda:
+            host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            host.copy_(counts, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending.append((host, event))
         if len(self._pending) <= self._lag:
-            return 0
+            return [0] * counts.numel()
         old, arrived = self._pending.pop(0)
         if arrived is not None:
             arrived.synchronize()  # recorded steps ago: it has long arrived
         # Powers of two, so that few shapes ever occur; twice the count leaves room for new deaths.
-        return 1 << (2 * int(old) - 1).bit_length() if int(old) else 0
+        return [1 << (2 * n - 1).bit_length() if n else 0 for n in old.flatten().tolist()]
 
     def state(self) -> Tensor:
-        """The counts on their way, oldest first ``[n]`` int64."""
+        """The counts on their way, oldest first ``[n]`` or ``[n, S]`` int64."""
         for _, arrived in self._pending:
             if arrived is not None:
                 arrived.synchronize()
-        return torch.tensor([int(count) for count, _ in self._pending], dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        return torch.stack([counts for counts, _ in self._pending]) if self._pending else none
 
-    def fill(self, count: int) -> None:
-        """Let it be as if ``count`` had been dead all along."""
-        self.restore(torch.full((self._lag,), count))
+    def fill(self, counts: Tensor) -> None:
+        """Let it be as if ``counts`` had been dead all along."""
+        self.restore(counts.expand(self._lag, *counts.shape))
 
     def restore(self, counts: Tensor) -> None:
-        self._pending = [(count, None) for count in counts.cpu()]
+        self._pending = [(each, None) for each in counts.cpu()]
 
 
 def _feature_major(tensor: Tensor, name: str) -> Tensor:

@@ -6,16 +6,18 @@ from .dispatch import use
 from .encode_topk import encode_batch_topk
 from .encoder import Encoded, encode_with_group_max
 from .selection import GroupMax, Selection, batch_topk, group_max, topk
+from .sharded_topk import select_across
 from .sparse import CSC, CSR
 from .sparse_decoder import (
     DecodeLoss,
+    decode_part,
     nested_decode_loss,
     nested_gradient,
     sparse_decode,
     sparse_decode_loss,
 )
 from .transpose import csr_to_csc
-from .update import clip_factor, fused_update_, gradient_norm
+from .update import clip_factor, fused_update_, fused_update_latents_, gradient_norm
 from .update.state import AuxGradients, BiasState, MatrixState
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "batch_topk",
     "clip_factor",
     "csr_to_csc",
+    "decode_part",
     "encode_batch_topk",
     "encode_with_group_max",
     "fused_update_",
+    "fused_update_latents_",
     "gradient_norm",
     "group_max",
     "nested_decode_loss",
@@ -44,6 +48,7 @@ __all__ = [
     "normalize_rows_",
     "project_gradient",
     "project_gradient_",
+    "select_across",
     "sparse_decode",
     "sparse_decode_loss",
     "topk",

@@ -125,7 +125,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _loss_and_error_gradient(
+def loss_and_error_gradient(
     E: Tensor, residual: Tensor, target: Tensor, n_dead: Tensor, k_aux: int, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``(aux [], dE [B, D])`` from ``E = A @ W_dec[S] - r``, which becomes ``dE`` in place."""
@@ -139,7 +139,7 @@ def _loss_and_error_gradient(
     return loss, dE.masked_fill_(~some, 0.0)
 
 
-def _chosen_dead(tokens_since_active: Tensor, dead_after: int, max_dead: int) -> Tensor:
+def chosen_dead(tokens_since_active: Tensor, dead_after: int, max_dead: int) -> Tensor:
     """The dead latents ``[F]`` bool, of more than ``max_dead`` those that have been dead longest."""
     dead = tokens_since_active >= dead_after
     if max_dead >= len(dead):
@@ -162,6 +162,41 @@ def _compact(dead: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return latents[:rows], slots, dead.sum()
 
 
+class ActiveDead(NamedTuple):
+    """What ``n`` dead latents of a dictionary or of a part of it give on a batch, and what they gave it from."""
+
+    A: Tensor  # [B, n], in the accumulator's dtype
+    centred: Tensor  # [B, D], what the encoder multiplied
+    w_dec: Tensor  # [n, D]
+    slots: Tensor  # [F] int32: the column of each latent, -1 for none
+    n_dead: Tensor  # [], so many of the columns are in use
+
+    def reconstruction(self) -> Tensor:
+        """``A @ w_dec [B, D]``, in the accumulator's dtype."""
+        return _mm(self.A.to(self.w_dec.dtype), self.w_dec)
+
+    def gradients(self, dE: Tensor) -> AuxGradients:
+        """From that of the reconstruction, ``dE [B, D]`` in the operands' dtype."""
+        dA = _mm(dE, self.w_dec.T).mul_(self.A > 0)
+        dW_enc = _mm(dA.to(dE.dtype).T, self.centred)
+        dW_dec = _mm(self.A.to(dE.dtype).T, dE)
+        return AuxGradients(dW_enc, dA.sum(0), dW_dec, self.slots)
+
+
+def active_dead(
+    dead: Tensor, n: int, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+    k_aux: int,
+) -> ActiveDead:  # fmt: skip
+    """Of the latents ``dead [F]``, at most ``n``, each token's ``k_aux`` largest positive pre-activations."""
+    latents, slots, n_dead = _compact(dead, n)
+    used = torch.arange(n, device=x.device) < n_dead
+    work = accumulator(x.dtype)
+    centred = (x.to(work) - b_dec).to(W_enc.dtype)
+    A = _mm(centred, W_enc[latents].T) + b_enc[latents].to(work)
+    A = _keep_largest_(A.masked_fill_(~used, 0.0), k_aux)
+    return ActiveDead(A, centred, W_dec[latents], slots, n_dead)
+
+
 def _fake_gradients(x, residual, W_enc, b_enc, W_dec, b_dec, since, dead_after, max_dead, *_):
     new = lambda *shape: x.new_empty(shape, dtype=accumulator(x.dtype))
     slots = torch.empty_like(since, dtype=torch.int32)
@@ -175,7 +210,7 @@ def _aux_k_gradients(
     tokens_since_active: Tensor, dead_after: int, max_dead: int,
     k_aux: int, normalization: str, coefficient: float, target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dead = _chosen_dead(tokens_since_active, dead_after, max_dead)
+    dead = chosen_dead(tokens_since_active, dead_after, max_dead)
     # A CPU knows how many there are without waiting, and multiplies by no more than those.
     n = max_dead if implementation(x) == "triton" else int(dead.sum())
     gather = not x.is_cuda and implementation(x) == "torch" and 0 < SPARSE_FROM * k_aux < n
@@ -197,21 +232,12 @@ def _dense_gradients(
     W_dec: Tensor, b_dec: Tensor, k_aux: int, normalization: str, coefficient: float, target: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``loss, slots, dW_enc, db_enc, dW_dec`` by dense products over ``n`` latents, the dead first."""
-    latents, slots, n_dead = _compact(dead, n)
-    used = torch.arange(n, device=x.device) < n_dead
-    work = accumulator(x.dtype)
-    centred = (x.to(work) - b_dec).to(W_enc.dtype)
-    w_enc, w_dec = W_enc[latents], W_dec[latents]
-
-    A = _mm(centred, w_enc.T) + b_enc[latents].to(work)
-    A = _keep_largest_(A.masked_fill_(~used, 0.0), k_aux)
-    low = A.to(w_dec.dtype)
-    E = _mm(low, w_dec).sub_(residual)
-    loss, dE = _loss_and_error_gradient(E, residual, target, n_dead, k_aux, normalization)
+    active = active_dead(dead, n, x, W_enc, b_enc, W_dec, b_dec, k_aux)
+    E = active.reconstruction().sub_(residual)
+    loss, dE = loss_and_error_gradient(E, residual, target, active.n_dead, k_aux, normalization)
     # The coefficient first: with it the gradient is as large as the loss's own, and float16 holds it.
-    dE = dE.mul_(coefficient).to(w_dec.dtype)
-    dA = _mm(dE, w_dec.T).mul_(A > 0)
-    return loss, slots, _mm(dA.to(centred.dtype).T, centred), dA.sum(0), _mm(low.T, dE)
+    *gradients, slots = active.gradients(dE.mul_(coefficient).to(W_dec.dtype))
+    return loss, slots, *gradients
 
 
 def _gathered_gradients(
@@ -240,7 +266,7 @@ def _gathered_gradients(
         table = W_dec[:, strip].index_select(0, latents).to(work)
         E[:, strip] = row_sums(values, columns, offsets, table)
     E -= residual
-    loss, dE = _loss_and_error_gradient(E, residual, target, n_dead, k_aux, normalization)
+    loss, dE = loss_and_error_gradient(E, residual, target, n_dead, k_aux, normalization)
     dE = rounded(dE.mul_(coefficient))
 
     rows, positions, starts = csr_to_csc_torch(columns, offsets, n)

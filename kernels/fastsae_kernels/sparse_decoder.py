@@ -216,8 +216,9 @@ def _row_sums_torch(values: Tensor, indices: Tensor, offsets: Tensor, table: Ten
     return row_sums(values[:nnz].to(table.dtype), indices[:nnz], offsets, table)
 
 
-def _fake_row_sums(values, indices, offsets, table, bias):
-    return table.new_empty(offsets.shape[0] - 1, table.shape[1])
+def _fake_row_sums(values, indices, offsets, table, bias, unrounded=False):
+    dtype = accumulator(table.dtype) if unrounded else table.dtype
+    return table.new_empty(offsets.shape[0] - 1, table.shape[1], dtype=dtype)
 
 
 def _fake_value_gradients(dx_hat, values, indices, offsets, W_dec):
@@ -267,13 +268,14 @@ def _decode_backward(ctx, dx_hat) -> tuple[Tensor | None, ...]:
 
 @register(fake=_fake_row_sums)
 def _weighted_row_sums(
-    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None
-) -> Tensor:
+    values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor, bias: Tensor | None,
+    unrounded: bool = False,
+) -> Tensor:  # fmt: skip
     values, table = values.contiguous(), table.contiguous()
+    out = _fake_row_sums(values, indices, offsets, table, bias, unrounded)
     if implementation(table) == "torch":
         total = _row_sums_torch(values, indices, offsets, table)
-        return (total if bias is None else total + bias).to(table.dtype)
-    out = _fake_row_sums(values, indices, offsets, table, bias)
+        return (total if bias is None else total + bias).to(out.dtype)
     bias = None if bias is None else bias.contiguous()
     _launch_segment_sums(
         weighted_row_sums_kernel, len(out), values, indices, offsets, table,
@@ -394,6 +396,13 @@ def sparse_decode(csr: CSR, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """
     _check(csr, W_dec, b_dec)
     return _sparse_decode(*csr, W_dec, b_dec)
+
+
+def decode_part(csr: CSR, W_dec: Tensor) -> Tensor:
+    """``z @ W_dec [B, D]``, what some latents add to a reconstruction: not rounded, in float32 (float64 for
+    float64), and without the bias. Not differentiable; the rest as :func:`sparse_decode`."""
+    _check(csr, W_dec, W_dec.new_empty(W_dec.shape[1]))
+    return _weighted_row_sums(*csr, W_dec, None, True)
 
 
 class DecodeLoss(NamedTuple):

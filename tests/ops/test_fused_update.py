@@ -12,6 +12,7 @@ from fastsae_kernels import (
     aux_k_gradients,
     clip_factor,
     fused_update_,
+    fused_update_latents_,
     gradient_norm,
     nested_decode_loss,
     nested_gradient,
@@ -325,6 +326,48 @@ def test_kernels_store_what_torch_stores(form):
             assert len(a.unique()) > 50
 
 
+@pytest.mark.parametrize("form", ["whole", "split 8-bit"])
+@pytest.mark.slow_interpreted
+def test_parts_of_the_dictionary_become_what_they_become_in_the_whole(device, form):
+    """Bit by bit; 8-bit moments hash the latent of the whole. And together they give b_dec's gradient."""
+    state, x, mask = start(14)
+    state.tokens_since_active[[1, 3, 8]] = 100
+    settings = reference.Settings(k=4, k_aux=3, dead_after_tokens=100, aux_coefficient=0.5)
+    whole = Fused(state, torch.float32, device, **FORMS[form])
+    csr, csc, x, residual = whole.inputs(x, mask)
+    aux = whole.aux_k(x, residual[0], (state, settings))
+    b_dec, lr = whole.b_dec.weight.clone(), torch.tensor(3e-4, device=device)
+    step = torch.tensor(state.step + 1, device=device)
+    parts, db_dec = [], residual[0].sum(0) * -0.01
+    # Four rows are a multiple of every vector's length: torch's Adam rounds a remainder otherwise.
+    for at in (slice(0, 4), slice(4, 8), slice(8, LATENTS)):
+        part = Fused(state, torch.float32, device, **FORMS[form])
+        W_enc, W_dec, b_enc = (
+            type(own)(*(None if t is None else t[at].clone() for t in own))
+            for own in (part.W_enc, part.W_dec, part.b_enc)
+        )
+        here = csr.dense(LATENTS)[:, at].contiguous()
+        own = selection(mask.to(device)[:, at], here)
+        slots = aux._replace(slots=aux.slots[at].contiguous())
+        db_dec += fused_update_latents_(
+            W_enc, b_enc, W_dec, b_dec, *own, x, residual[0], lr, step,
+            dY_scale=-0.01, aux_gradients=slots, first_row=at.start,
+        )  # fmt: skip
+        parts.append([t for own in (W_enc, W_dec) for t in own if t is not None] + [*b_enc])
+    moment = whole.b_dec.m.clone()
+    fused_update_(
+        whole.W_enc, whole.b_enc, whole.W_dec, whole.b_dec, csr, csc, x, residual[0], lr, step,
+        dY_scale=-0.01, aux_gradients=aux,
+    )  # fmt: skip
+    rows = [t for own in (whole.W_enc, whole.W_dec) for t in own if t is not None]
+    *matrices, weight, m, v = (torch.cat(got) for got in zip(*parts, strict=True))
+    assert all(got.equal(expected) for got, expected in zip(matrices, rows, strict=True))
+    for got, expected in zip((weight, m, v), whole.b_enc, strict=True):
+        assert (got - expected).abs().max() <= FUSED_STEP * expected.abs().max()
+    gradient = (whole.b_dec.m - 0.9 * moment) / 0.1
+    assert (db_dec - gradient).abs().max() <= FUSED_STEP * gradient.abs().max()
+
+
 def test_latents_without_actives_follow_their_momentum(device):
     state, x, mask = start(5)
     expected = reference.train_step(
@@ -393,7 +436,8 @@ def flat_arguments(device="cpu"):
     csr, csc, x, residual = fused.inputs(x, mask)
     lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
     W_enc, W_dec = _parts(fused.W_enc), _parts(fused.W_dec)
-    parameters = (*W_enc, [*fused.b_enc], *W_dec, [*fused.b_dec])
+    db_dec = torch.zeros_like(fused.b_dec.weight)
+    parameters = (*W_enc, [*fused.b_enc], *W_dec, [*fused.b_dec], db_dec)
     inputs = ([csr.values, *csc, x, residual], -0.1, [])
     matrices = fused.W_enc, fused.W_dec
     weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]
@@ -450,7 +494,8 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
     csr, csc, x, residual = inputs
     with Sizes():
         torch_impl.fused_update(
-            Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec),
+            Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec.weight, fused.b_dec[1:]),
+            torch.zeros(WIDTH),
             Batch(csr.values, csc, x, residual, -0.1, None),
             Adam(torch.tensor(1e-3), torch.tensor(1), None, 0.9, 0.999, 1e-8),
         )

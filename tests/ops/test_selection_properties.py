@@ -3,7 +3,7 @@ those run where Hypothesis is not installed."""
 
 import pytest
 import torch
-from selection_cases import assert_batch_topk, assert_topk
+from selection_cases import assert_batch_topk, assert_select_across, assert_topk
 
 from fastsae_kernels import batch_topk
 from fastsae_kernels.selection.torch_impl import keep_largest
@@ -58,6 +58,23 @@ def test_a_quota_uses_every_latent_and_no_place_more(data, B, F, seed, quota):
     assert threshold >= plain.threshold  # what peaks displace are the smallest others
     if quota == 0:
         assert all(map(torch.equal, csr, plain.csr)) and torch.equal(threshold, plain.threshold)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    B=st.integers(1, 9),
+    widths=st.lists(st.integers(0, 12), min_size=1, max_size=9),
+    seed=st.integers(0, 2**31),
+    quota=QUOTAS,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_shards_select_what_one_would(data, B, widths, seed, quota, dtype):
+    pool = [-1.0, 0.0, 1e-45, 1e-38, 0.5, 0.5, 1.0, 1.0 + 2**-20, 3e38, torch.inf, torch.nan]
+    allowed = torch.tensor(data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=6)))
+    generator = torch.Generator().manual_seed(seed)
+    pre = allowed[torch.randint(len(allowed), (B, sum(widths)), generator=generator)].to(dtype)
+    assert_select_across(pre, widths, data.draw(st.integers(0, pre.numel() + 1)), quota)
 
 
 @settings(max_examples=25, deadline=None)

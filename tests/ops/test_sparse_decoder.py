@@ -13,6 +13,8 @@ from fastsae_kernels.sparse_decoder import (
     _nested_decode_loss,
     _sparse_decode,
     _sparse_decode_loss,
+    _weighted_row_sums,
+    decode_part,
     nested_decode_loss,
     sparse_decode,
     sparse_decode_loss,
@@ -59,6 +61,15 @@ def test_decode_is_the_dense_product(device, dtype):
     z, W, b = z.double(), W_dec.double(), b_dec.double()
     magnitudes = z.abs() @ W.abs() + b.abs()
     assert_sums(x_hat, reference.decode(z, W, b), magnitudes, csr.offsets.diff() + 2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_part_of_a_reconstruction_is_not_rounded(device, dtype):
+    csr, W_dec, _, _, _ = inputs(dtype, device)
+    part = decode_part(csr, W_dec)
+    assert part.dtype == torch.float32
+    assert part.equal(decode_part(csr, W_dec.float()))
+    assert part.to(dtype).equal(sparse_decode(csr, W_dec, torch.zeros_like(W_dec[0])))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -170,6 +181,7 @@ def test_operations_are_well_registered(device):
     torch.library.opcheck(_sparse_decode_loss, (values, *csr[1:], W_dec, b_dec, x.requires_grad_()))
     plain = [t.detach() for t in (values, *csr[1:], W_dec, b_dec, x)]
     torch.library.opcheck(_nested_decode_loss, (*plain, 1))
+    torch.library.opcheck(_weighted_row_sums, (*plain[:3], plain[3].bfloat16(), None, True))
 
 
 def test_compiles_whole_with_dynamic_tokens():

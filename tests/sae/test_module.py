@@ -208,3 +208,29 @@ class TestConstruction:
             sae.encode(torch.zeros(1, 12), "topk")
         with pytest.raises(fastsae.ConfigError, match="one way to select"):
             sae.inference = "topk"
+
+
+class TestParts:
+    @pytest.mark.parametrize(("latents", "width"), [(2 * 1024 + 3, 3), (1040, 1), (7, 5), (3, 2)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_begin_as_in_the_whole_which_is_one_draw(
+        self, latents: int, width: int, dtype: torch.dtype
+    ) -> None:
+        g = torch.Generator().manual_seed(3)
+        rows = ref.normalize_rows(torch.randn(latents, width, generator=g).to(dtype))
+
+        def drawn(part: range | None) -> fastsae.SAE:
+            g = torch.Generator().manual_seed(3)
+            return fastsae.SAE(width, latents, 2, part=part, dtype=dtype, generator=g)
+
+        assert drawn(None).W_dec.equal(rows) and drawn(None).W_enc.equal(rows.T)
+        for part in (range(latents // 3), range(latents // 3, latents), range(1, 1)):
+            sae = drawn(part)
+            assert sae.W_dec.equal(rows[part.start : part.stop])
+            assert sae.W_enc.equal(sae.W_dec.T) and sae.W_enc.T.is_contiguous()
+            assert sae.d_sae == len(sae.b_enc) == len(part)
+
+    def test_k_is_of_the_whole(self) -> None:
+        assert fastsae.SAE(4, 40, 30, part=range(10)).k == 30
+        with pytest.raises(fastsae.ConfigError, match="k = 41 is more than d_sae = 40"):
+            fastsae.SAE(4, 40, 41, part=range(10))

@@ -228,3 +228,21 @@ def test_no_sae_there() -> None:
     config = dataclasses.replace(CONFIG, init_from="/nowhere")
     with pytest.raises(fastsae.FormatError, match="/nowhere does not exist"):
         fastsae.Trainer(config, Mixtures(0, 0))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_part_begins_as_in_the_whole(tmp_path: Path, warm: bool) -> None:
+    config, x = dataclasses.replace(CONFIG, d_sae=60), activations(200, 12)
+    if warm:
+        save(small_sae(k=4), tmp_path / "sae")
+        config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "sae"))
+    origin = load_origin(fastsae.Sweep(config)) if warm else None
+    whole = initialize_sae(config, x, origin)
+    part = initialize_sae(config, x, origin, part=range(11, whole.d_sae - 4))
+    expected = whole.state_dict()
+    expected["W_enc"] = expected["W_enc"][:, 11:-4]
+    expected |= {name: expected[name][11:-4] for name in ("W_dec", "b_enc")}
+    assert part.d_sae == whole.d_sae - 15 and part.scale != 1
+    assert part.metadata == whole.metadata
+    for name, tensor in part.state_dict().items():
+        assert tensor.equal(expected[name]), name

@@ -67,21 +67,24 @@ def _gradient_norm(
     )
 
 
-@register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec"))
+@register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec", "db_dec"))
 def _fused_update_(
     W_enc: list[Tensor], W_enc_parts: str, b_enc: list[Tensor],
-    W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor],
+    W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor], db_dec: Tensor,
     batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
-    tied: bool = True,
+    tied: bool = True, first_row: int = 0,
 ) -> None:  # fmt: skip
     (torch_impl if implementation(b_dec[0]) == "torch" else triton_impl).fused_update(
         Parameters(
             MatrixState(**dict(zip(W_enc_parts.split(), W_enc, strict=True))),
             BiasState(*b_enc),
             MatrixState(**dict(zip(W_dec_parts.split(), W_dec, strict=True))),
-            BiasState(*b_dec),
+            b_dec[0],
+            tuple(b_dec[1:]),
+            first_row,
         ),
+        db_dec,
         _inputs(batch, dY_scale, aux, tied),
         Adam(lr, step, clip, beta1, beta2, eps),
     )
@@ -201,15 +204,60 @@ def fused_update_(
     shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
     the determinism and the bytes moved.
     """
+    parts = (W_enc, b_enc, W_dec, [*b_dec]), (csr, csc, x, dY), (lr, step, clip, *betas, eps)
+    _update(*parts, None, dY_scale, aux_gradients, levels, tied, 0)
+
+
+def fused_update_latents_(
+    W_enc: MatrixState,
+    b_enc: BiasState,
+    W_dec: MatrixState,
+    b_dec: Tensor,
+    csr: CSR,
+    csc: CSC,
+    x: Tensor,
+    dY: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    dY_scale: float = 1.0,
+    aux_gradients: AuxGradients | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """:func:`fused_update_` of some consecutive latents of a dictionary, ``first_row`` and those after it.
+
+    The state, ``csr`` and ``csc`` hold these latents alone. ``b_dec [D]`` is only read: returns what they
+    add to its gradient ``[D]``, ``-Σ_f db_enc[f] · W_enc[f]``, beside the ``Σ_b dY[b]`` of no latent. Their
+    rows, 8-bit moments too, become what they become in an update of the whole dictionary.
+    """
+    part = torch.zeros_like(b_dec)
+    parts = (W_enc, b_enc, W_dec, [b_dec]), (csr, csc, x, dY), (lr, step, None, *betas, eps)
+    _update(*parts, part, dY_scale, aux_gradients, None, True, first_row)
+    return part
+
+
+def _update(
+    state: tuple[MatrixState, BiasState, MatrixState, list[Tensor]],
+    inputs: tuple[CSR, CSC, Tensor, Tensor],
+    adam: tuple[Tensor, Tensor, Tensor | None, float, float, float],
+    db_dec: Tensor | None,
+    dY_scale: float, aux_gradients: AuxGradients | None, levels: Tensor | None, tied: bool,
+    first_row: int,
+) -> None:  # fmt: skip
+    """Check, then update; the latents' part is taken from ``db_dec``, which is the output's if absent."""
+    W_enc, b_enc, W_dec, b_dec = state
     biases = {f"b_enc.{part}": tensor for part, tensor in b_enc._asdict().items()}
-    biases |= {f"b_dec.{part}": tensor for part, tensor in b_dec._asdict().items()}
-    batch, aux = _checked(
-        W_enc, W_dec, b_dec.weight, biases, csr, csc, x, dY, aux_gradients, levels, tied
-    )
+    biases |= {f"b_dec.{i}": tensor for i, tensor in zip(BiasState._fields, b_dec, strict=False)}
+    batch, aux = _checked(W_enc, W_dec, b_dec[0], biases, *inputs, aux_gradients, levels, tied)
+    lr, step, *_ = adam
     if lr.numel() != 1 or step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(
             "lr and step: expected one-element tensors, step int64, got "
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
-    parameters = (*_parts(W_enc), [*b_enc], *_parts(W_dec), [*b_dec])
-    _fused_update_(*parameters, batch, dY_scale, aux, lr, step, clip, *betas, eps, tied)
+    if db_dec is None:
+        db_dec = _inputs(batch, dY_scale, [], tied).output_gradient(b_dec[0].dtype)
+    parameters = (*_parts(W_enc), [*b_enc], *_parts(W_dec), b_dec, db_dec)
+    _fused_update_(*parameters, batch, dY_scale, aux, *adam, tied, first_row)

@@ -101,7 +101,9 @@ class Parameters(NamedTuple):
     W_enc: MatrixState
     b_enc: BiasState
     W_dec: MatrixState
-    b_dec: BiasState
+    b_dec: Tensor  # [D]
+    b_dec_moments: tuple[Tensor, ...] = ()  # m and v; without them b_dec is left alone
+    first_row: int = 0  # which of all latents the first of these is
 
 
 class AuxGradients(NamedTuple):
@@ -124,6 +126,10 @@ class Batch(NamedTuple):
     aux: AuxGradients | None
     levels: Tensor | None = None  # [L] int32, where L > 1: latent f is of the first above it
     tied: bool = True  # x is centred by b_dec, which is the output's bias too
+
+    def output_gradient(self, dtype: torch.dtype) -> Tensor:
+        """The gradient ``[D]`` of a bias of the output."""
+        return self.dY[0].sum(0, dtype=dtype) * self.dY_scale
 
 
 class Adam(NamedTuple):
@@ -174,7 +180,7 @@ def decode_moment(code: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_moment_(code: Tensor, scale: Tensor, value: Tensor, first: int, step: Tensor) -> None:
-    """Write a block of rows ``value`` as ``code`` and ``scale``; the block begins at ``first``."""
+    """Write a block of rows ``value`` as ``code`` and ``scale``; the first is of latent ``first``."""
     top, tiny = torch.iinfo(code.dtype).max, torch.finfo(torch.float32).tiny
     torch.amax(value.abs(), 1, out=scale)
     ratio = value.abs() / scale.clamp_min(tiny)[:, None]
@@ -232,8 +238,11 @@ def load_moment(ptr, scale_ptr, row, at, mask, TOP: tl.constexpr):
 
 
 @jit
-def store_moment(ptr, scale_ptr, row, at, columns, mask, moment, step, TOP: tl.constexpr):
-    """Masked columns of ``moment`` are zero."""
+def store_moment(
+    ptr, scale_ptr, row, first_row, at, columns, mask, moment, step,
+    TOP: tl.constexpr,
+):  # fmt: skip
+    """Masked columns of ``moment`` are zero; the row is the latent ``first_row + row`` of all."""
     if scale_ptr is None:
         tl.store(ptr + at, moment, mask=mask)
     else:
@@ -245,7 +254,7 @@ def store_moment(ptr, scale_ptr, row, at, columns, mask, moment, step, TOP: tl.c
         below = tl.minimum(tl.maximum(below, 0.0), TOP - 1.0)
         low = tl.where(below > 0, tl.exp2((below - TOP) * 0.125), 0.0)
         high = tl.exp2((below + 1 - TOP) * 0.125)
-        key = mix((step * 2 + (TOP == 127)).to(tl.uint32)) ^ row.to(tl.uint32)
+        key = mix((step * 2 + (TOP == 127)).to(tl.uint32)) ^ (first_row + row).to(tl.uint32)
         uniform = (mix(mix(key) ^ columns.to(tl.uint32)) >> 8).to(tl.float32) * (1.0 / 16777216)
         near = below + tl.where(uniform * (high - low) < ratio - low, 1.0, 0.0)
         if TOP == 255:

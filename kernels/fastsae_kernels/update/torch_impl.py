@@ -67,7 +67,7 @@ def _gradient_blocks(
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
-    db_dec = inputs.dY[0].sum(0, dtype=b_dec.dtype) * inputs.dY_scale
+    db_dec = inputs.output_gradient(b_dec.dtype)
     squares = b_dec.new_zeros(())
     for block in _gradient_blocks(W_enc, W_dec, b_dec, inputs):
         for gradient in (block.dW_enc, block.db_enc, block.dW_dec):
@@ -76,8 +76,8 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
     return (squares + db_dec.square().sum()).sqrt()
 
 
-def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
-    W_enc, b_enc, W_dec, b_dec = parameters
+def fused_update(parameters: Parameters, db_dec: Tensor, inputs: Batch, adam: Adam) -> None:
+    W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
     options: dict[str, Any] = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps}
     options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
@@ -91,8 +91,7 @@ def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
         steps = [t] * len(weights)
         torch._fused_adam_(weights, gradients, m, v, [], steps, **options)  # pyright: ignore
 
-    db_dec = inputs.dY[0].sum(0, dtype=b_dec.weight.dtype) * inputs.dY_scale
-    for block in _gradient_blocks(W_enc, W_dec, b_dec.weight, inputs):
+    for block in _gradient_blocks(W_enc, W_dec, b_dec, inputs):
         at, masters = block.at, (block.w_enc, block.w_dec)
         states = _rows(W_enc, at), _rows(W_dec, at)
         m, v = zip(*(state.moments() for state in states), strict=True)
@@ -102,8 +101,10 @@ def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
         norm = torch.linalg.vector_norm(block.w_dec, dim=1, keepdim=True)
         block.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
         for state, master, m_rows, v_rows in zip(states, masters, m, v, strict=True):
-            _store_(state, master, m_rows, v_rows, at.start, step)
-    update([b_dec.weight], [db_dec], [b_dec.m], [b_dec.v])
+            _store_(state, master, m_rows, v_rows, first_row + at.start, step)
+    if moments:
+        m, v = moments
+        update([b_dec], [db_dec], [m], [v])
 
 
 def _rows(state: MatrixState, at: slice) -> MatrixState:

@@ -16,6 +16,7 @@ from ..sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 from .state import (
     Adam,
     Batch,
+    BiasState,
     MatrixState,
     Parameters,
     load_master,
@@ -132,7 +133,7 @@ def decoder_kernel(
     values_ptr, rows_ptr, positions_ptr, offsets_ptr, dY_ptr,
     starts_ptr, chunk_dW_dec_ptr, aux_slots_ptr, aux_dW_dec_ptr,
     dz_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr, levels_ptr,
-    D, level_stride, dY_scale, eps,
+    first_row, D, level_stride, dY_scale, eps,
     BETA1: tl.constexpr, BETA2: tl.constexpr,
     LEVELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +171,12 @@ def decoder_kernel(
         v = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside, 255)
         w, m, v = _adam(w, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
         store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
-        store_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, columns, inside, m, step, 127)
-        store_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, columns, inside, v, step, 255)
+        store_moment(
+            W_dec_m_ptr, W_dec_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
+        )
+        store_moment(
+            W_dec_v_ptr, W_dec_v_scale_ptr, f, first_row, at, columns, inside, v, step, 255
+        )
 
 
 @jit
@@ -181,7 +186,7 @@ def encoder_kernel(
     b_dec_ptr, rows_ptr, offsets_ptr, x_ptr,
     starts_ptr, chunk_dW_enc_ptr, aux_slots_ptr, aux_dW_enc_ptr, aux_db_enc_ptr,
     dz_ptr, db_enc_ptr, block_db_dec_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr,
-    F, D, eps,
+    F, first_row, D, eps,
     BETA1: tl.constexpr, BETA2: tl.constexpr,
     CHUNK: tl.constexpr, LATENTS_PER_PROGRAM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -231,8 +236,12 @@ def encoder_kernel(
             v = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside, 255)
             w, m, v = _adam(w, gradient, m, v, scalars_ptr, clip_ptr, eps, BETA1, BETA2)
             store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
-            store_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, columns, inside, m, step, 127)
-            store_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, columns, inside, v, step, 255)
+            store_moment(
+                W_enc_m_ptr, W_enc_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
+            )
+            store_moment(
+                W_enc_v_ptr, W_enc_v_scale_ptr, f, first_row, at, columns, inside, v, step, 255
+            )
     if b_dec_ptr is not None:
         tl.store(block_db_dec_ptr + block.to(tl.int64) * D + columns, db_dec, mask=inside)
 
@@ -279,9 +288,10 @@ def _launch(
     b_dec: Tensor,
     inputs: Batch,
     squares: tuple[Tensor, Tensor] | tuple[None, None],
+    db_dec: Tensor,
     **adam,
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernels over all rows; returns ``db_enc [F]`` and ``db_dec [D]``.
+) -> Tensor:
+    """Launch the kernels over all rows; returns ``db_enc [F]``, and takes their part from ``db_dec [D]``.
 
     With ``squares`` (``[F]`` and ``[tiles, F]``) they take the gradients' norms, else they update.
     """
@@ -330,7 +340,8 @@ def _launch(
         LATENTS_PER_PROGRAM=LATENTS_PER_PROGRAM,
         **common, **tiles, **adam,
     )  # fmt: skip
-    return db_enc, dY[0].sum(0, dtype=torch.float32) * dY_scale - block_db_dec.sum(0)
+    db_dec -= block_db_dec.sum(0)
+    return db_enc
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
@@ -338,13 +349,15 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
     tiles = triton.cdiv(width, encoder_blocks(width, False)["BLOCK_D"])
     squares = torch.empty(1 + tiles, latents, dtype=torch.float32, device=b_dec.device)
     unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
-    unused |= dict.fromkeys(("eps", "BETA1", "BETA2"), 0.0)
-    db_enc, db_dec = _launch(W_enc, W_dec, b_dec, inputs, (squares[0], squares[1:]), **unused)
+    unused |= dict.fromkeys(("eps", "BETA1", "BETA2"), 0.0) | {"first_row": 0}
+    db_dec = inputs.output_gradient(torch.float32)
+    both = squares[0], squares[1:]
+    db_enc = _launch(W_enc, W_dec, b_dec, inputs, both, db_dec, **unused)
     return (squares.sum() + db_enc.square().sum() + db_dec.square().sum()).sqrt()
 
 
-def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
-    W_enc, b_enc, W_dec, b_dec = parameters
+def fused_update(parameters: Parameters, db_dec: Tensor, inputs: Batch, adam: Adam) -> None:
+    W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
     scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
     step_scalars_kernel[(1,)](
@@ -352,8 +365,10 @@ def fused_update(parameters: Parameters, inputs: Batch, adam: Adam) -> None:
         LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2),
     )  # fmt: skip
     shared = {"scalars_ptr": scalars, "clip_ptr": clip, "eps": eps, "BETA1": beta1, "BETA2": beta2}
-    gradients = _launch(W_enc, W_dec, b_dec.weight, inputs, (None, None), step_ptr=step, **shared)
-    for bias, gradient in zip((b_enc, b_dec), gradients, strict=True):
+    own = {"step_ptr": step, "first_row": first_row}
+    db_enc = _launch(W_enc, W_dec, b_dec, inputs, (None, None), db_dec, **own, **shared)
+    biases = [(b_enc, db_enc)] + ([(BiasState(b_dec, *moments), db_dec)] if moments else [])
+    for bias, gradient in biases:
         bias_update_kernel[(triton.cdiv(len(gradient), BLOCK_BIAS),)](
             bias_ptr=bias.weight, m_ptr=bias.m, v_ptr=bias.v, gradient_ptr=gradient,
             length=len(gradient),
