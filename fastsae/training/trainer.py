@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..config import Sweep, TrainConfig
-from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.lanes import IterableLanes, Lanes
+from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import Stream, open_stream
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError

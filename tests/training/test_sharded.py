@@ -1,9 +1,6 @@
 """The step on a dictionary in shards: that of the whole one, and the same bits on any number of processes."""
 
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ import fastsae
 from fastsae.team import ALONE, Team
 from fastsae.training.sharded import ShardedUpdate
 from fastsae.training.update import FusedUpdate, Update
-from tests.processes import run_together
 
 D, F, B = 12, 50, 36
 CONFIG = fastsae.TrainConfig(
