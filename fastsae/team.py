@@ -116,6 +116,10 @@ class Team:
         mine = torch.tensor(values, dtype=torch.int64)[None]
         return self.gather(mine, [1] * self.size, purpose).tolist()
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.agree(0)
+
     def tell(self, value: T, source: int = 0) -> T:
         """``value`` of the process ``source``, which JSON can hold; what the others give is not looked at."""
         if self.size == 1:
@@ -191,6 +195,8 @@ class Team:
 ALONE = Team()
 """A single process, whether or not there are others."""
 
+_meeting: tuple[dist.Store, int, int] | None = None
+_groups = 0
 _store: dist.Store | None = None
 _current: Team | None = None
 
@@ -205,18 +211,21 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
 
     Raises PeerLostError if the others do not come.
     """
-    global _store, _current
+    global _store, _current, _meeting, _groups
     if _current is not None:
         return _current
     if not dist.is_initialized():
         if not is_launched():
             return Team()
         with _peers():
-            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-            # torchrun's store outlives a restart: without a name of its own the new group would dial the
-            # addresses of the old one.
+            if _meeting is None:
+                _meeting = next(dist.rendezvous("env://", timeout=patience))
+            store, rank, size = _meeting
+            # The store outlives a restart by torchrun, and a group that has been left: without a name of its
+            # own the new group would dial the addresses of the old one.
+            _groups += 1
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = _store = dist.PrefixStore(f"attempt-{attempt}", store)
+            store = _store = dist.PrefixStore(f"attempt-{attempt}-{_groups}", store)
             store.set_timeout(patience)
             cuda = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(

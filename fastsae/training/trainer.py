@@ -564,5 +564,5 @@ class Trainer:
             run.finish(totals if run in training else idle, text if rows is None else rows)
             for run in self.runs
         ]
-        self.team.agree()  # the others may read what the first has written
+        self.team.wait()  # the others may read what the first has written
         return [sae for sae in saes if sae is not None]

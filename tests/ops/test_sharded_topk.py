@@ -1,6 +1,6 @@
 """The selection across shards of latents is that of one device, on any number of processes."""
 
-from itertools import cycle, product
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ QUOTAS = (0.0, 0.15, 0.4, 1.0)
 
 def even(latents: int, shards: int) -> list[int]:
     ends = [part * latents // shards for part in range(shards + 1)]
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 @pytest.mark.parametrize("name", CASES)
