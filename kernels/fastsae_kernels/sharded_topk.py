@@ -48,10 +48,9 @@ def select_across(
     threshold is float32 ``[]``, the smallest selected value, peaks aside; +inf where there is none.
 
     ``add`` adds an integer tensor over the processes, in place, and returns it; all of them call this at
-    the same place, and each receives a share of the same bytes (purpose: the selection), whatever the data:
-    int32 histograms of 2^15, 2^16, B + 1 and S counts, 393 KB and 4 B a token (of float64 2^15, three times
-    2^16, B + 1 and S). With ``int(quota * K)`` from 1 to F - 1 all of them come twice; from F on one int64
-    comes before them.
+    the same place. Added are, whatever the data, int32 histograms of 2^15, 2^16, B + 1 and S counts, one
+    after another: 393 KB and 4 B a token (float64: 2^15, three times 2^16, B + 1 and S). With
+    ``int(quota * K)`` from 1 to F - 1 all of them come twice; from F on one int64 comes before them.
 
     Not differentiable. Deterministic; never waits for the device. Raises ValueError for a quota that is
     no share, selections that are not the hosted shards', more entries than 32 bits count.
