@@ -48,9 +48,9 @@ def select_across(
     threshold is float32 ``[]``, the smallest selected value, peaks aside; +inf where there is none.
 
     ``add`` adds an integer tensor over the processes, in place, and returns it; all of them call this at
-    the same place. They add, of int32, histograms of 2^15, 2^16, B + 1 and S (of float64 2^15, 2^16 three
-    times, B + 1 and S), 393 KB, whatever the data; with ``int(quota * K)`` from 1 to F - 1 all of them
-    twice, with more the number of peaks before them.
+    the same place. Added are, whatever the data, int32 histograms of 2^15, 2^16, B + 1 and S counts, one
+    after another: 393 KB and 4 B a token (float64: 2^15, three times 2^16, B + 1 and S). With
+    ``int(quota * K)`` from 1 to F - 1 all of them come twice; from F on one int64 comes before them.
 
     Not differentiable. Deterministic; never waits for the device. Raises ValueError for a quota that is
     no share, selections that are not the hosted shards', more entries than 32 bits count.
@@ -62,13 +62,13 @@ def select_across(
     shards = list(zip(hosted, selections, strict=True))
     integer = torch.int64 if accumulator(dtype) == torch.float64 else torch.int32
     largest = torch.iinfo(integer).max
+    shifts = range(torch.iinfo(integer).bits - 16, -1, -16)
 
     def joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return torch.cat([torch.empty(0, dtype=dtype, device=device), *parts])
 
     # The bits of positive floats order as the values do; 0 in the slots that hold no entry.
     keys = joined([upcast(csr.values).view(integer) for csr in selections], integer)
-    shifts = range(16, -1, -16) if integer == torch.int32 else range(48, -1, -16)
     levels = [
         ((largest - keys) >> shift & 0xFFFF, min(largest >> shift, 0xFFFF) + 1) for shift in shifts
     ]
@@ -87,9 +87,11 @@ def select_across(
             peaks = add(selected.sum(0, keepdim=True))
         others = others & ~selected
     others, found, last = _first(levels, others, budget - peaks, add)
-    inverse = sum(digit << shift for digit, shift in zip(last, shifts, strict=False))
-    smallest = (largest - inverse).to(integer).view(accumulator(dtype)).float()
-    threshold = torch.where(found > 0, smallest, torch.inf).squeeze(0)
+    smallest = torch.full_like(found, largest)
+    for digit, shift in zip(last, shifts, strict=False):
+        smallest -= digit << shift
+    value = smallest.to(integer).view(accumulator(dtype)).float()
+    threshold = torch.where(found > 0, value, torch.inf).squeeze(0)
     parts = (selected | others).split([len(csr.values) for csr in selections])
     return [_keep(csr, part) for csr, part in zip(selections, parts, strict=True)], threshold
 

@@ -97,6 +97,8 @@ def test_peaks_are_counted_over_all_shards():
     selected, threshold = across(pre, [2, 2], 4, 1)
     assert selected.tolist() == [[9, 8, 2, 1], [0, 0, 0, 0]]
     assert threshold == torch.inf
+    # Half of the four entries there are, not of the budget.
+    assert across(pre[:1], [2, 2], 100, 0.5)[1] == 1
 
 
 def test_what_is_refused():
@@ -162,7 +164,7 @@ def hosted_parts(team: Team) -> tuple[list[list[CSR]], list[Tensor], int]:
     return found, thresholds, team.received["selection"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_select_what_one_selects(size: int, tmp_path: Path) -> None:
     found, thresholds, none = hosted_parts(ALONE)
     everyone = run_together(size, hosted_parts, folder=tmp_path)
