@@ -29,7 +29,7 @@ from fastsae.data.opening import open_text_chunks
 from fastsae.data.source import IterableSource
 from fastsae.data.stream import Stream, open_stream
 from fastsae.data.text import TextSource
-from fastsae.errors import CheckpointError, ConfigError, StreamError
+from fastsae.errors import CheckpointError, ConfigError, PeerLostError, StreamError
 from fastsae.team import ALONE, Team
 from tests.processes import run_together
 
@@ -183,6 +183,29 @@ def test_a_lane_that_fails_leaves_the_state_before_the_batch(folder: Path) -> No
     resumed.load_state_dict(through_disk(stream.state_dict()))
     assert len(served) > 20
     assert_equal(served + list(iter(resumed.next_batch, None)), expected)
+
+
+def test_where_another_process_is_lost_nothing_more_is_asked_of_it(folder: Path) -> None:
+    """What it would be asked next is not what it was asked last: the answers would be mixed up."""
+    asked = []
+
+    class Lost(Team):
+        def gather(self, mine: Tensor, counts: Any, purpose: str) -> Tensor:
+            asked.append(purpose)
+            raise PeerLostError("gone")
+
+    own = IterableSource(given_to(0, 5), layers=2)
+    for source in (
+        open_stream(config(folder), team=Lost(0, 2)),
+        IterableLanes(own, Lost(0, 2), CPU),
+    ):
+        with pytest.raises(PeerLostError):
+            source.next_batch()
+        with pytest.raises(CheckpointError, match="the last checkpoint is whole"):
+            source.state_dict()
+        with pytest.raises(CheckpointError, match="in the middle of a step"):
+            _ = source.counts
+    assert asked == ["agreement"] * 2
 
 
 # --- on several processes, or on threads that stand in for them ---
