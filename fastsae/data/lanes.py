@@ -50,7 +50,42 @@ def _pool_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.activation_dtype == "bf16" else torch.float32
 
 
-class Lanes(ActivationSource):
+class _OfSeveral(ActivationSource):
+    """A source of several processes, and what they tell each other of it.
+
+    Once this process or another one has failed within a batch there is nothing more to be told: the others
+    are at another place. Then ``counts`` and ``state_dict`` raise CheckpointError.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._within = False  # a batch that is begun and not served
+
+    def _from_all(self, content: bytes) -> list[bytes]:
+        """The ``content`` of every process, in their order."""
+        if self._within and self._team.size > 1:
+            raise CheckpointError(
+                "a process failed in the middle of a step, so that what all of them hold cannot be put "
+                "together; the last checkpoint is whole"
+            )
+        sizes = [size for (size,) in self._team.agree(len(content))]
+        mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        parts = self._team.gather(mine, sizes, "state").split(sizes)
+        return [part.numpy().tobytes() for part in parts]
+
+    def _told_by_all(self, value: Any) -> list[Any]:
+        """The ``value`` of every process, which JSON can hold, in their order."""
+        return [json.loads(text) for text in self._from_all(json.dumps(value).encode())]
+
+    def _summed(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The counts of all processes, under the names that any of them has."""
+        total = Counter[str]()
+        for each in self._told_by_all(counts):
+            total.update(each)
+        return dict(total)
+
+
+class Lanes(_OfSeveral):
     """Activations of a language model on a text in ``config.lanes`` lanes.
 
     Held-out rows are the first of the undivided text, the same for any number of lanes; what is behind them
@@ -66,9 +101,9 @@ class Lanes(ActivationSource):
     """
 
     def __init__(self, whole: ChunkSource, config: TrainConfig, team: Team) -> None:
+        super().__init__(team)
         lanes = config.lanes or 1
         self._whole = whole
-        self._team = team
         self._dtype = _pool_dtype(config)
         self._shares = [_share(config.batch_size, lane, lanes) for lane in range(lanes)]
         self._hosted = [team.hosted(lanes, rank) for rank in range(team.size)]
@@ -77,7 +112,7 @@ class Lanes(ActivationSource):
             lane: lane_buffer(source, config, lane, lanes) for lane, source in self._sources.items()
         }
         self._last: list[int] | None = None  # of the last batch, how many rows each lane gave
-        self._unserved: list[Moment] | None = None  # before the batch that is being served
+        self._before: list[Moment] = []  # of each buffer, before the batch that was begun last
 
     def next_batch(self) -> Batches | None:
         """``[batch_size, D]`` float32 for each hooked layer, the rows of all lanes, on every process; the
@@ -87,7 +122,8 @@ class Lanes(ActivationSource):
         """
         if self._last is not None:
             return None
-        self._unserved = [buffer.moment() for buffer in self._buffers.values()]
+        self._before = [buffer.moment() for buffer in self._buffers.values()]
+        self._within = True
         served = [buffer.next_batch() for buffer in self._buffers.values()]
         given = [batches for batches in served if batches is not None]
         rows = self._agreed([0 if batches is None else len(batches[0]) for batches in served])
@@ -99,7 +135,7 @@ class Lanes(ActivationSource):
             if self._team.size > 1:  # as the pool has them
                 mine = self._team.gather(mine.to(self._dtype), counts, "activations").float()
             joined.append(mine)
-        self._unserved = None
+        self._within = False
         if rows != self._shares:
             self._last = rows
         return tuple(joined) if any(rows) else None
@@ -119,8 +155,8 @@ class Lanes(ActivationSource):
         pairs = enumerate(zip(self._last, self._shares, strict=True))
         short = [f"lane {i} gave {n:,} of its {share:,}" for i, (n, share) in pairs if n < share]
         return (
-            f"of {len(self._shares)} lanes some ended first: to the last batch {', '.join(short)} rows. What the "
-            f"others have left is not read; with fewer --lanes that is less"
+            f"{', '.join(short)} rows of the last batch; what the others of {len(self._shares)} lanes have left "
+            f"is not read, and is less with fewer --lanes"
         )
 
     def held_out(self) -> Batches:
@@ -140,7 +176,7 @@ class Lanes(ActivationSource):
         found = Counter[str]()
         for lane, buffer in self._buffers.items():
             found.update(asdict(buffer.counts) | self._sources[lane].counts)
-        return _summed(self._team, found)
+        return self._summed(found)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -151,15 +187,14 @@ class Lanes(ActivationSource):
         return found | {"harvest": sum(b.harvest_seconds for b in self._buffers.values())}
 
     def state_dict(self) -> dict[str, Any]:
-        moments = self._unserved or [buffer.moment() for buffer in self._buffers.values()]
         tensors: dict[str, Tensor] = {}
         metas: list[Any] = []
-        for (lane, buffer), moment in zip(self._buffers.items(), moments, strict=True):
-            state = buffer.state_dict(moment)
+        for i, (lane, buffer) in enumerate(self._buffers.items()):
+            state = buffer.state_dict(self._before[i] if self._within else None)
             tensors |= {_prefix(lane) + name: t for name, t in state["tensors"].items()}
             metas.append(state["meta"])
-        files = _from_all(self._team, safetensors.torch.save(tensors))
-        lanes = [meta for told in _told_by_all(self._team, metas) for meta in told]
+        files = self._from_all(safetensors.torch.save(tensors))
+        lanes = [meta for told in self._told_by_all(metas) for meta in told]
         whole = self._whole.state_dict()
         tensors = {f"whole.{name}": t for name, t in whole["tensors"].items()}
         for file in files:
@@ -176,10 +211,10 @@ class Lanes(ActivationSource):
         for lane, buffer in self._buffers.items():
             own = _below(_prefix(lane), tensors)
             buffer.load_state_dict({"tensors": own, "meta": meta["lanes"][lane]})
-        self._last, self._unserved = meta["last"], None
+        self._last, self._within = meta["last"], False
 
 
-class IterableLanes(ActivationSource):
+class IterableLanes(_OfSeveral):
     """The iterables that several processes were given, one each, as one: a batch is the rows of all their
     batches, in the order of the processes, whatever the number of rows in each.
 
@@ -195,23 +230,23 @@ class IterableLanes(ActivationSource):
     initialization_batches = 1
 
     def __init__(self, source: IterableSource, team: Team, device: torch.device) -> None:
+        super().__init__(team)
         self._source = source
-        self._team = team
         self._device = device
         self._unmatched = 0
         self._ended = False
-        self._unserved: dict[str, Any] | None = None  # before the batch that is being served
+        self._state = source.state_dict()  # behind the last batch that was served
 
     def next_batch(self) -> Batches | None:
         """As :class:`IterableSource`; raises StreamError if the processes have batches of other widths."""
         if self._ended:
             return None
-        self._unserved = self._source.state_dict()
+        self._within = True
         own = self._source.next_batch() or (torch.empty(0, 0),) * self._source.layers
         said = self._team.agree(len(own[0]), *(layer.shape[1] for layer in own))
         rows, widths = [rows for rows, *_ in said], [widths for _, *widths in said]
         if 0 in rows:
-            self._ended, self._unmatched = True, sum(rows)
+            self._ended, self._within, self._unmatched = True, False, sum(rows)
             log.info(
                 "the batches of process %d of %d ended; the %d rows that other processes gave to the same "
                 "step are not trained on", rows.index(0), self._team.size, sum(rows),
@@ -223,18 +258,17 @@ class IterableLanes(ActivationSource):
                     f"the batches of process {rank} have width {', '.join(map(str, found))}, those of process "
                     f"0 {', '.join(map(str, widths[0]))}; give all of them activations of the same place"
                 )
-        self._unserved = None
+        self._within, self._state = False, self._source.state_dict()
         return tuple(
             self._team.gather(layer.to(self._device), rows, "activations") for layer in own
         )
 
     @property
     def counts(self) -> dict[str, int]:
-        return _summed(self._team, self._source.counts) | {"unmatched": self._unmatched}
+        return self._summed(self._source.counts) | {"unmatched": self._unmatched}
 
     def state_dict(self) -> dict[str, Any]:
-        own = (self._unserved or self._source.state_dict())["meta"]
-        return {"tensors": {}, "meta": {"processes": _told_by_all(self._team, own)}}
+        return {"tensors": {}, "meta": {"processes": self._told_by_all(self._state["meta"])}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Pass over the batches that each process has drawn. Raises CheckpointError if there were more
@@ -245,7 +279,8 @@ class IterableLanes(ActivationSource):
                 f"the run was begun by {len(saved)} processes, each with batches of its own, and now there are "
                 f"{self._team.size}; start as many as then, or anew under another --name"
             )
-        self._source.load_state_dict({"tensors": {}, "meta": saved[self._team.rank]})
+        self._state = {"tensors": {}, "meta": saved[self._team.rank]}
+        self._source.load_state_dict(self._state)
 
 
 def _prefix(lane: int) -> str:
@@ -254,23 +289,3 @@ def _prefix(lane: int) -> str:
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _from_all(team: Team, content: bytes) -> list[bytes]:
-    """The ``content`` of every process, in their order."""
-    sizes = [size for (size,) in team.agree(len(content))]
-    mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return [part.numpy().tobytes() for part in team.gather(mine, sizes, "state").split(sizes)]
-
-
-def _told_by_all(team: Team, value: Any) -> list[Any]:
-    """The ``value`` of every process, which JSON can hold, in their order."""
-    return [json.loads(text) for text in _from_all(team, json.dumps(value).encode())]
-
-
-def _summed(team: Team, counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts of all processes, under the names that any of them has."""
-    total = Counter[str]()
-    for each in _told_by_all(team, counts):
-        total.update(each)
-    return dict(total)

@@ -6,7 +6,10 @@ import dataclasses
 import json
 import random
 import re
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from fastsae.data.opening import open_text_chunks
 from fastsae.data.source import IterableSource
 from fastsae.data.stream import Stream, open_stream
 from fastsae.data.text import TextSource
-from fastsae.errors import CheckpointError, ConfigError, StreamError
+from fastsae.errors import CheckpointError, ConfigError, PeerLostError, StreamError
 from fastsae.team import ALONE, Team
 from tests.processes import run_together
 
@@ -182,7 +185,71 @@ def test_a_lane_that_fails_leaves_the_state_before_the_batch(folder: Path) -> No
     assert_equal(served + list(iter(resumed.next_batch, None)), expected)
 
 
-# --- on several processes ---
+def test_where_another_process_is_lost_nothing_more_is_asked_of_it(folder: Path) -> None:
+    """What it would be asked next is not what it was asked last: the answers would be mixed up."""
+    asked = []
+
+    class Lost(Team):
+        def gather(self, mine: Tensor, counts: Any, purpose: str) -> Tensor:
+            asked.append(purpose)
+            raise PeerLostError("gone")
+
+    own = IterableSource(given_to(0, 5), layers=2)
+    for source in (
+        open_stream(config(folder), team=Lost(0, 2)),
+        IterableLanes(own, Lost(0, 2), CPU),
+    ):
+        with pytest.raises(PeerLostError):
+            source.next_batch()
+        with pytest.raises(CheckpointError, match="the last checkpoint is whole"):
+            source.state_dict()
+        with pytest.raises(CheckpointError, match="in the middle of a step"):
+            _ = source.counts
+    assert asked == ["agreement"] * 2
+
+
+# --- on several processes, or on threads that stand in for them ---
+
+
+class Threads(Team):
+    """A team of threads of this process."""
+
+    loading = threading.Lock()
+
+    def __init__(self, rank: int, shared: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(shared))
+        self._shared, self._barrier = shared, barrier
+
+    def gather(self, mine: Tensor, counts: Any, purpose: str) -> Tensor:
+        self._shared[self.rank] = mine
+        self._barrier.wait()
+        found = list(self._shared)
+        self._barrier.wait()
+        assert list(map(len, found)) == list(counts)
+        return torch.cat(found)
+
+
+def run_in_threads(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """As ``run_together``, in a moment."""
+    if size == 1:
+        return [work(ALONE, *arguments)]
+    shared, barrier = [torch.empty(0)] * size, threading.Barrier(size, timeout=120)
+
+    def one(rank: int) -> Any:
+        torch.set_num_threads(1)
+        try:
+            return work(Threads(rank, shared, barrier), *arguments)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def opened(settings: TrainConfig, team: Team) -> Any:
+    with Threads.loading:
+        return open_stream(settings, PLACES, team)
 
 
 def assert_equal(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
@@ -200,7 +267,7 @@ def work(
     team: Team, settings: TrainConfig, cache: str, saved: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The whole stream, a state in the middle of it, and what comes of another team's states."""
-    stream = open_stream(settings, PLACES, team)
+    stream = opened(settings, team)
     batches = list(islice(iter(stream.next_batch, None), 40))
     state, counts = through_disk(stream.state_dict()), stream.counts
     received = dict(team.received)
@@ -212,14 +279,14 @@ def work(
         "stages": sorted(stream.seconds),
     }  # fmt: skip
     if saved is not None:
-        resumed = open_stream(settings, PLACES, team)
+        resumed = opened(settings, team)
         resumed.load_state_dict(saved["end"])
         found["behind the end"] = resumed.next_batch()
         resumed.load_state_dict(saved["state"])
         found["resumed counts"] = resumed.counts
         found["resumed"] = list(iter(resumed.next_batch, None))
     cached = dataclasses.replace(settings, cache_dir=cache)
-    stream = open_stream(cached, PLACES, team)
+    stream = opened(cached, team)
     found["cached"] = list(islice(iter(stream.next_batch, None), 60))
     found["cached counts"] = stream.counts
     middle = through_disk(stream.state_dict())
@@ -229,7 +296,7 @@ def work(
     assert_equal([stream.next_batch() or ()], [next_one])
     if team.size > 1:
         with pytest.raises(ConfigError) as error:
-            open_stream(dataclasses.replace(cached, cache_dir=f"{cache}-missing"), PLACES, team)
+            opened(dataclasses.replace(cached, cache_dir=f"{cache}-missing"), team)
         found["refused"] = str(error.value)
     return found
 
@@ -242,22 +309,15 @@ def cache(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def of(found: list[Any]) -> dict[str, Any]:
-    """What the first process saved."""
-    return {part: found[0][part] for part in ("state", "end")}
-
-
 @pytest.fixture(scope="module")
-def found(
-    folder: Path, cache: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, list[Any]]:
-    """What every process found: of 1, of 4 that go on from what 1 saved too, of 2 from 4, and 0: of 1 from 2."""
+def found(folder: Path, cache: str) -> dict[int, list[Any]]:
+    """What every process found: of 1; of 4, that go on from what 1 saved too; of 2 from 4; of 3 from 2; and
+    0: of 1 from 3."""
     found: dict[int, list[Any]] = {}
     saved = None
-    for name, size in ((1, 1), (4, 4), (2, 2), (0, 1)):
-        scratch = tmp_path_factory.mktemp(str(size))
-        found[name] = run_together(size, work, config(folder), cache, saved, folder=scratch)
-        saved = of(found[name])
+    for name, size in ((1, 1), (4, 4), (2, 2), (3, 3), (0, 1)):
+        found[name] = run_in_threads(size, work, config(folder), cache, saved)
+        saved = {part: found[name][0][part] for part in ("state", "end")}
     return found
 
 
@@ -265,7 +325,7 @@ def test_the_same_batches_on_any_number_of_processes(found: dict[int, list[Any]]
     alone = found[1][0]
     assert len(alone["batches"]) == 40 and len(alone["rest"]) > 20
     assert all(len(x) == len(y) == BATCH for x, y in alone["batches"])
-    for each in (*found[2], *found[4]):
+    for each in (*found[2], *found[3], *found[4]):
         assert_the_same_stream(each, alone)
     counts = alone["counts"]
     assert counts[0]["documents"] <= counts[1]["documents"] <= 200
@@ -273,14 +333,20 @@ def test_the_same_batches_on_any_number_of_processes(found: dict[int, list[Any]]
 
 
 @pytest.mark.slow
-def test_three_processes_host_unequal_numbers_of_lanes(
-    folder: Path, cache: str, tmp_path: Path
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_same_batches_of_real_processes(
+    folder: Path, cache: str, found: dict[int, list[Any]], tmp_path: Path, size: int
 ) -> None:
-    (alone,) = run_together(1, work, config(folder), cache, None, folder=tmp_path)
-    for each in run_together(3, work, config(folder), cache, of([alone]), folder=tmp_path):
+    alone = found[1][0]
+    assert not alone["received"]
+    most = max(sum(SHARES[lane] for lane in Team(r, size).hosted(LANES)) for r in range(size))
+    for each in run_together(size, work, config(folder), cache, alone, folder=tmp_path):
         assert_the_same_stream(each, alone)
         assert_equal(each["resumed"], alone["rest"])
         assert_equal(each["cached"], alone["cached"])
+        sent = 40 * 2 * 64 * len(PLACES) * most * (size - 1)  # bf16, as the pool holds them
+        assert each["received"]["activations"] == sent
+        assert each["received"]["agreement"] >= 40 * (size - 1) * 8 * 2
 
 
 def assert_the_same_stream(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -315,16 +381,6 @@ def test_each_activation_of_a_lane_once(found: dict[int, list[Any]], folder: Pat
         assert (served[lane] == there[lane]) == (last[lane] < SHARES[lane])
 
 
-def test_what_is_sent_is_what_the_pool_holds(found: dict[int, list[Any]]) -> None:
-    assert not found[1][0]["received"]
-    for size in (2, 4):
-        for each in found[size]:
-            rows = max(sum(SHARES[: LANES // size]), sum(SHARES[-(LANES // size) :]))
-            sent = 2 * 64 * len(PLACES) * rows * (size - 1)  # bf16, for either layer
-            assert each["received"]["activations"] == 40 * sent
-            assert each["received"]["agreement"] >= 40 * (size - 1) * 8 * LANES // size
-
-
 def test_a_lane_that_ends_first_ends_all_in_the_same_step(found: dict[int, list[Any]]) -> None:
     alone = found[1][0]
     last = alone["rest"][-1]
@@ -335,7 +391,7 @@ def test_a_lane_that_ends_first_ends_all_in_the_same_step(found: dict[int, list[
     for lane in range(LANES):
         line = f"lane {lane} gave {rows[lane]} of its {SHARES[lane]}"
         assert (line in alone["ended"]) == (lane in short)
-    for each in (*found[2], *found[4]):
+    for each in (*found[2], *found[3], *found[4]):
         assert each["ended"] == alone["ended"]
         assert each["behind the end"] is None
 
@@ -345,7 +401,7 @@ def test_the_state_is_of_all_lanes_and_any_team_goes_on(found: dict[int, list[An
     names = alone["state"]["tensors"].keys()
     assert {f"lane.{lane:02}.tokens" for lane in range(LANES)} <= names
     assert "whole.held_out.tokens" in names
-    for each in (*found[4], *found[2], *found[0]):
+    for each in (*found[4], *found[2], *found[3], *found[0]):
         assert_equal(each["resumed"], alone["rest"])
         assert each["resumed counts"] == alone["counts"][0]
 
@@ -354,7 +410,7 @@ def test_a_cache_is_read_by_several_and_written_by_one(found: dict[int, list[Any
     alone = found[1][0]
     assert len(alone["cached"]) == 60
     assert all(len(x) == BATCH for x, _ in alone["cached"])
-    for each in (*found[2], *found[4]):
+    for each in (*found[2], *found[3], *found[4]):
         assert_equal(each["cached"], alone["cached"])
         assert each["cached counts"] == alone["cached counts"]
         assert "without torchrun and with --lanes 4" in each["refused"]
@@ -394,8 +450,8 @@ def of_iterables(team: Team) -> dict[str, Any]:
     return found
 
 
-def test_iterables_of_several_processes_are_one(tmp_path: Path) -> None:
-    one, two = run_together(2, of_iterables, folder=tmp_path)
+def test_iterables_of_several_processes_are_one() -> None:
+    one, two = run_in_threads(2, of_iterables)
     expected = []
     for i in range(5):
         mine, theirs = given_to(0, 5)[i], given_to(1, 5)[i]

@@ -286,7 +286,7 @@ def dataset(tmp_path: Path) -> str:
 
 def test_dataset_is_streamed_by_shards_and_resumed(dataset: str):
     whole = list(open_dataset(dataset, seed=1))
-    assert sorted(whole) == sorted(f"shard {s} row {i}" for s in range(5) for i in range(7))
+    assert sorted(whole) == sorted(rows_of_the_dataset())
     assert whole != sorted(whole)
     assert whole != list(open_dataset(dataset, seed=2))
     for position in (0, 3, 7, 13, 35):
@@ -295,6 +295,30 @@ def test_dataset_is_streamed_by_shards_and_resumed(dataset: str):
         resumed = open_dataset(dataset, seed=1)
         resumed.load_state_dict(source.state_dict())
         assert list(resumed) == whole[position:]
+
+
+def test_lanes_are_dealt_shards_of_the_hub_and_documents_of_a_folder(dataset: str, monkeypatch):
+    def of(source: TextSource) -> list[TextSource]:
+        return [source.lane(lane, 2, source.state_dict()) for lane in range(2)]
+
+    rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(12)]})
+    hub = rows.to_iterable_dataset(num_shards=4)
+    monkeypatch.setattr(dataset_module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(dataset_module, "commit_of", lambda _name, _revision: None)
+    local = of(open_dataset(dataset, seed=1))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    shards = of(open_dataset("a/b"))
+    assert [text.state_dict()["lane"] for text in shards] == [[0, 2, 1], [1, 2, 1]]
+    assert [text.state_dict()["lane"] for text in local] == [[0, 1, 2], [1, 1, 2]]
+    for texts, every in ((shards, rows["text"]), (local, rows_of_the_dataset())):
+        found = list(map(list, texts))
+        assert abs(len(found[0]) - len(found[1])) <= 1
+        assert sorted([*found[0], *found[1]]) == sorted(every)
+
+
+def rows_of_the_dataset() -> list[str]:
+    """What the data set on disk holds."""
+    return [f"shard {s} row {i}" for s in range(5) for i in range(7)]
 
 
 def test_dataset_without_the_column_or_split(dataset: str):
