@@ -229,7 +229,7 @@ class Trainer:
             factor = self.config.outlier_norm or math.inf
             kept = None if math.isinf(factor) else factor
             source = IterableSource(source, len(sweep.sites), kept)
-            if team.size > 1:
+            if (self.config.lanes or 1) > 1:
                 source = IterableLanes(source, team, self.device)
         elif team.size > 1 and not isinstance(source, (Lanes, IterableLanes)):
             raise ConfigError(
