@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from . import errors
 from .errors import ConfigError, FastsaeError, Interrupted, PeerLostError
@@ -181,23 +184,17 @@ class Team:
         if self.size == 1 or _store is None:
             return True
         try:
-            is_first_to_ask = _store.add("said", 1) == 1
-            # The first process may be the one that the others ask, so it stays for a moment.
-            for _ in range(40 if self.is_first else 0):
-                if _store.add("said", 0) == self.size:
-                    break
-                time.sleep(0.05)
-            return is_first_to_ask
-        except RuntimeError:  # with whoever was to be asked
+            return _store.add("said", 1) == 1
+        except RuntimeError:  # whoever was to be asked is gone
             return True
 
 
 ALONE = Team()
 """A single process, whether or not there are others."""
 
-_meeting: tuple[dist.Store, int, int] | None = None
+_meeting: tuple[Store, int, int] | None = None
 _groups = 0
-_store: dist.Store | None = None
+_store: Store | None = None
 _current: Team | None = None
 
 
@@ -219,13 +216,13 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
             return Team()
         with _peers():
             if _meeting is None:
-                _meeting = next(dist.rendezvous("env://", timeout=patience))
+                _meeting = next(rendezvous("env://", timeout=patience))
             store, rank, size = _meeting
             # The store outlives a restart by torchrun, and a group that has been left: without a name of its
             # own the new group would dial the addresses of the old one.
             _groups += 1
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = _store = dist.PrefixStore(f"attempt-{attempt}-{_groups}", store)
+            store = _store = PrefixStore(f"attempt-{attempt}-{_groups}", store)
             store.set_timeout(patience)
             cuda = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
@@ -252,13 +249,19 @@ def membership() -> Iterator[Team]:
     An error says which process it is of; where another process has said what is wrong, its ``told`` is
     True, where none has, False.
     """
-    team = join()
+    team, store = join(), _store
     try:
         yield team
     except (FastsaeError, Interrupted) as error:
         error.told = not team.says()
         if team.rank:
             error.add_note(f"(process {team.rank} of {team.size})")
+        leave()
+        if team.is_first and store is not None:
+            # The others see by now that it has left. They may ask this very process who says why.
+            deadline = time.monotonic() + 10
+            while store.add("said", 0) < team.size and time.monotonic() < deadline:
+                time.sleep(0.05)
         raise
     finally:
         leave()
@@ -270,7 +273,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        said = str(error).strip().splitlines() or [repr(error)]
+        reason = re.sub(r"^\[[^]]*\] ", "", said[0]).split(". ")[0]
         raise PeerLostError(
             f"another process of this run has ended, or did not answer ({reason}). What the last checkpoint "
             f"holds is safe: give the same command again, or let torchrun do so with --max-restarts 3"

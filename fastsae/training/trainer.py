@@ -68,8 +68,12 @@ def train(batches: Iterable[Any], config: TrainConfig) -> SAE:
             f"pass use fastsae.Trainer(config, batches).fit(), which gives a list"
         )
     saes = train_and_report(config, batches)
+    if saes:
+        return saes[0]
     # Of several processes the first has it, and has written it by now.
-    return saes[0] if saes else RunFolder.of(config).load_sae(config.device)
+    folder = RunFolder.of(config)
+    assert folder is not None
+    return folder.load_sae(config.device)
 
 
 def train_and_report(
@@ -140,13 +144,16 @@ def _resolved(sweep: Sweep, team: Team) -> Sweep:
     several, whole = len(sweep.runs) > 1, base.needs_whole_dictionary
     own = {"lanes": team.size, "latent_shards": 1 if several or whole else team.size}
     parts = {n: getattr(base, n) or (saved or own)[n] for n in own}
+    if base.out is None and parts["latent_shards"] > 1:
+        raise ConfigError(
+            f"latent_shards = {parts['latent_shards']}, and nothing is to be written: the shards become one SAE "
+            f"in a checkpoint; give out, a folder"
+        )
     if team.size > parts["lanes"]:
         raise ConfigError(
             f"this run has {parts['lanes']} lanes, and there are {team.size} processes: use up to "
             f"{parts['lanes']}. Choose more --lanes at the start of a run that is to grow later"
         )
-    if team.size > 1:
-        log.info("%d processes, %d lanes of text, %d latent shards", team.size, *parts.values())
     resolved = replace(base, **parts)
     return Sweep(resolved, sweep.layers, sweep.ks, sweep.seeds, sweep.hooks)
 
@@ -217,6 +224,8 @@ class Trainer:
             self._require_one_run()
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+            parts = self.config.lanes, self.config.latent_shards
+            log.info("%d processes, %d lanes of text, %d latent shards", team.size, *parts)
         self.runs = _runs(sweep, team)
         self._complete = team.on_first(self._is_complete)
         if self._complete:  # the SAEs are there: neither model nor text is opened

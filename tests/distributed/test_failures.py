@@ -92,7 +92,7 @@ def test_a_setting_that_nobody_can_train_with(tmp_path: Path) -> None:
 def test_bad_text_of_one_process(tmp_path: Path) -> None:
     """A record in lane 1 of 2 that holds no text: the process that reads it says so, the other one ends."""
     text = tmp_path / "text.jsonl"
-    good = json.dumps({"text": "One small step after another, and a few words more. " * 40})
+    good = json.dumps({"text": "One small step after another, and a few words more. " * 4})
     text.write_text("\n".join([good] * 100 + ['{"text": 7}'] + [good] * 700))
     flags = [
         "--text-files", str(text), "--lanes", "2", "--latent-shards", "2", "--out", str(tmp_path / "runs"),
@@ -160,4 +160,4 @@ def test_a_process_that_hangs(tmp_path: Path) -> None:
     assert both[0].returncode == 3 and output.count("error: another process") == 1, output
     assert time.monotonic() - began < 40
     both[1].kill()
-    both[1].wait()
+    both[1].communicate()

@@ -153,7 +153,7 @@ def test_killed_stopped_and_resumed_on_other_numbers(alone: Path, tmp_path: Path
     process = start(1, tmp_path)
     wait_for_step(tmp_path, min(stopped + 10, 70), process)
     process.kill()
-    process.wait()
+    process.communicate()
 
     finish(start(3, tmp_path))
     assert digest(tmp_path) == digest(alone)

@@ -114,6 +114,13 @@ def test_several_processes_need_a_folder(tmp_path: Path) -> None:
 # --- one process: what a run in shards leaves ---
 
 
+def test_shards_need_a_folder() -> None:
+    with pytest.raises(
+        fastsae.ConfigError, match="latent_shards = 2, and nothing is to be written"
+    ):
+        fastsae.train(batches(0), TrainConfig(**SETTINGS, latent_shards=2))
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a dictionary in three shards, trained by one process."""
