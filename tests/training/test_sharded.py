@@ -16,6 +16,7 @@ from fastsae.training.schedule import quota_at
 from fastsae.training.sharded import ShardedUpdate
 from fastsae.training.traffic import received_bytes
 from fastsae.training.update import FusedUpdate, Update
+from fastsae_kernels import use
 from tests.processes import run_together
 
 D, F, B = 12, 50, 36
@@ -207,6 +208,68 @@ def test_ties_fall_as_in_the_whole_dictionary(quota: float) -> None:
     assert (moved & (found.counts == 0)).any(), "aux-k moves some that are not selected"
 
 
+def test_the_kernels_take_the_step() -> None:
+    config = replaced(CONFIG, latent_shards=2, d_sae=13, k=2, precision="bf16", k_aux=2)
+    own, all_ = sharded(config, torch.float32), whole(config, torch.float32)
+    for update in (own, all_):
+        update.mark_dead(torch.arange(13) % 3 == 1)
+    (x,) = batches(1, torch.float32, rows=8)
+    with use("triton"):
+        found = own(x)
+    expected = all_(x)
+    assert found.aux > 0 and found.counts.equal(expected.counts)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=SHARDS_FLOAT32, atol=SHARDS_FLOAT32)
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16", "moments": "8bit"}], ids=["plain", "small"]
+)
+def test_saved_shards_go_on_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], lag: int
+) -> None:
+    monkeypatch.setattr(FusedUpdate, "AUX_LAG_STEPS", {"cpu": lag})
+    config = replaced(CONFIG, latent_shards=3, tokens=30 * B, **changes)
+    data, aux_seen = batches(30, torch.float32), 0
+    run = sharded(config, torch.float32)
+    run.mark_dead(torch.arange(F) % 3 == 0)
+    for x in data[:20]:
+        run(x)
+    clone = lambda state: {name: t.clone() for name, t in state.items()}
+    shared = clone(run.shared_state())
+    shards = {s: clone(run.shard_state(s)) for s in run.shards}
+    assert shards[1]["W_enc"].shape == (17, D) and run.shards[1] == range(16, 33)
+    assert len(shared["dead_counts"]) == lag
+    whole_state = clone(run.state_dict())
+    resumed, again = sharded(config, torch.float32), sharded(config, torch.float32)
+    resumed.load_shared_state(shared)
+    for shard, state in shards.items():
+        resumed.load_shard_state(shard, state)
+    again.load_state_dict(whole_state)
+    for x in data[20:]:
+        results = [each(x) for each in (run, resumed, again)]
+        assert all(a.objective.equal(results[0].objective) for a in results)
+        aux_seen += bool(results[0].aux > 0)
+    assert aux_seen
+    for other in (resumed, again):
+        state = other.state_dict()
+        assert all(tensor.equal(state[name]) for name, tensor in run.state_dict().items())
+
+
+def test_shards_of_another_size_are_refused() -> None:
+    update = sharded(replaced(CONFIG, latent_shards=3), torch.float32)
+    with pytest.raises(RuntimeError, match=r"saved \(16,.*expected \(17,"):
+        update.load_shard_state(1, update.shard_state(0))
+    with pytest.raises(KeyError, match="b_enc"):
+        update.load_shard_state(
+            0, {n: t for n, t in update.shard_state(0).items() if "b_enc" not in n}
+        )
+
+
 # --- several processes ---
 
 
@@ -288,7 +351,7 @@ def test_runs_worth_comparing(alone: list[dict[str, Any]]) -> None:
         assert all(received == {} == promised for received, promised in run["sizes"])
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_any_number_of_processes_gives_the_same_bits(
     size: int, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
