@@ -99,8 +99,8 @@ class ShardedUpdate(Update):
             self._shards[shard] = Shard(latents, W_enc, b_enc, W_dec, since)
         for name in _BY_LATENT:
             parameter = getattr(sae, name)
-            parameter.data = parameter.data[..., :0] if name == "W_enc" else parameter.data[:0]
-            parameter.data = parameter.data.clone()
+            none = parameter.data[:, :0] if name == "W_enc" else parameter.data[:0]
+            parameter.data = none.clone()  # a view would keep the rest in memory
         self._b_dec = BiasState.start(sae.b_dec.data)
         self._dead_counts = LaggedCounts(FusedUpdate.AUX_LAG_STEPS.get(device.type, 0))
 
@@ -170,9 +170,9 @@ class ShardedUpdate(Update):
         parts = [
             fused_update_latents_(
                 s.W_enc, s.b_enc, s.W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-                dY_scale=dY_scale, aux_gradients=dead, first_row=s.latents.start,
+                dY_scale=dY_scale, aux_gradients=extra, first_row=s.latents.start,
             )
-            for s, csr, csc, dead in zip(shards, csrs, cscs, aux_gradients, strict=True)
+            for s, csr, csc, extra in zip(shards, csrs, cscs, aux_gradients, strict=True)
         ]  # fmt: skip
         parts = self._from_all(parts, b_dec, "scalars")
         leaf = lambda node: parts[node[0]] if node[1] - node[0] == 1 else None
@@ -203,8 +203,9 @@ class ShardedUpdate(Update):
 
     def _dead_by_shard(self) -> Tensor:
         """How many latents of each shard are dead ``[S]``."""
-        dead = [(s.tokens_since_active >= self.config.dead_after) for s in self._shards.values()]
-        return self._from_all([latents.sum() for latents in dead], self.updates, "aux-k")
+        after = self.config.dead_after
+        dead = [(s.tokens_since_active >= after).sum() for s in self._shards.values()]
+        return self._from_all(dead, self.updates, "aux-k")
 
     def mark_dead(self, latents: Tensor) -> None:
         super().mark_dead(latents)
