@@ -256,10 +256,9 @@ def membership() -> Iterator[Team]:
         error.told = not team.says()
         if team.rank:
             error.add_note(f"(process {team.rank} of {team.size})")
-        leave()
         if team.is_first and store is not None:
-            # The others see by now that it has left. They may ask this very process who says why.
-            deadline = time.monotonic() + 10
+            # Those that fail of the same may ask this very process who says why.
+            deadline = time.monotonic() + 2
             while store.add("said", 0) < team.size and time.monotonic() < deadline:
                 time.sleep(0.05)
         raise
