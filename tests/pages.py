@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = tuple(
     ROOT / name
     for name in (
-        "README.md", "docs/guide.md", "docs/recipe.md", "docs/stream.md", "docs/evaluation.md",
-        "docs/attach.md", "docs/sharing.md", "docs/mathematics.md", "docs/performance.md", "docs/quality.md",
+        "README.md", "docs/guide.md", "docs/recipe.md", "docs/distributed.md", "docs/stream.md",
+        "docs/evaluation.md", "docs/attach.md", "docs/sharing.md", "docs/mathematics.md", "docs/performance.md", "docs/quality.md",
         "docs/limits.md", "docs/emulator.md", "CONTRIBUTING.md",
     )
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ log = logging.getLogger(__name__)
 class Signals:
     """SIGINT and SIGTERM raise Interrupted: at once, or at the end of :meth:`deferred`.
 
-    A second signal takes its usual course. A context manager, which does nothing outside the main thread:
+    A second signal takes its usual course; but a process that was launched gets one from its scheduler and one
+    from its launcher, and hears the first alone. A context manager, which does nothing outside the main thread:
     there the program around us handles signals.
 
     Args:
@@ -55,7 +57,10 @@ class Signals:
             raise Interrupted(self._saved(), self.received)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.__exit__()
+        if self.received is not None:
+            return
+        if "RANK" not in os.environ:
+            self.__exit__()
         self.received = number
         if not self._deferred:
             raise Interrupted(self._saved(), number)

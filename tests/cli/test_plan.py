@@ -1,15 +1,22 @@
 """The planner: its memory is what a step really allocates, and its times are what the arithmetic says."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastsae
 from fastsae.cli import main, plan
+from fastsae.team import Team
+from fastsae.training.sharded import ShardedUpdate
+from fastsae.training.traffic import received_bytes
 from fastsae.training.update import UPDATES
 from fastsae_kernels import MatrixState
 
 RECIPE = (1024, 1536, 24576, 64)
 RATES = plan.Rates(flops=790e12, bandwidth=4.3e12)
+EIGHT = ("--gpus", "8", "--batch-size", "8192")
 
 
 def step_seconds(*shape: float) -> float:
@@ -87,6 +94,57 @@ def test_the_defaults_are_the_recipes():
     assert options.tokens == recipe.tokens and options.pool_tokens == recipe.pool_tokens
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_state_of_a_gpu_is_what_its_process_allocates(precision):
+    """The first of 3 processes has 3 of 7 shards."""
+    D, F, team = 48, 323, Team(0, 3)
+    assert team.hosted(7) == range(3)
+    here = 3 * F // 7
+    assert plan.Split(3, 7, 7).latents_here(F) in (here, here + 1)
+    sae = fastsae.SAE(D, here, 4)
+    sae.precision = precision
+    config = fastsae.TrainConfig(
+        d_sae=F, k=4, precision=precision, latent_shards=7, lanes=7, device="cpu"
+    )
+    state = ShardedUpdate(sae, config, team, F).state_dict()
+    held = sum(t.nbytes for t in state.values() if t.ndim)
+    copies = 2 * 2 * here * D if precision == "bf16" else 0
+    assert held + copies == plan.state_bytes(D, here, copy=precision == "bf16")
+
+
+def test_a_gpu_of_several_takes_its_share():
+    B, D, F, k = 8192, *RECIPE[1:]
+    alone, eight, half = plan.Split(), plan.Split(8, 8, 8), plan.Split(4, 8, 8)
+    need = lambda split: plan.run_bytes(B, D, F, k, pool_tokens=524_288, split=split)
+    assert need(eight) < need(half) < need(alone) / 2
+    assert [each.latents_here(F) for each in (alone, eight, half)] == [F, F // 8, F // 4]
+    assert [each.tokens_here(B) for each in (alone, eight, half)] == [B, B // 8, B // 4]
+    # A small pool is not cut below four forward passes a lane.
+    assert [each.pool_tokens_here(65_536) for each in (alone, eight)] == [65_536, 4 * 8 * 1024]
+    largest = plan.largest_F(20, B, D, k, pool_tokens=524_288, split=eight)
+    assert largest > 4 * plan.largest_F(20, B, D, k, pool_tokens=524_288)
+    # The whole dictionary in one place, and only the text dealt.
+    whole = plan.Split(8, 8, 1)
+    assert whole.latents_here(F) == F and whole.tokens_here(B) == B // 8
+
+
+def test_shards_divide_the_time_but_for_what_each_lists():
+    alone, eight = (
+        plan.stage_seconds(*RECIPE, RATES, split=split)
+        for split in (plan.Split(), plan.Split(8, 8, 8))
+    )
+    assert eight["update"] == pytest.approx(alone["update"] / 8)
+    assert alone["encode"] / 8 == pytest.approx(eight["encode"], rel=0.3)
+    assert alone["selection"] / 8 < eight["selection"] < alone["selection"]
+
+
+def received(said: str) -> dict[str, float]:
+    """The megabytes of each purpose."""
+    _, _, table = said.partition("received (counted)")
+    rows = re.findall(r"^  (\S.*?) +([\d.]+)( |$)", table.partition("\n\n")[0], re.M)
+    return {purpose: float(count) for purpose, count, _ in rows}
+
+
 def printed(capsys, *flags: str) -> str:
     assert main(["plan", *flags]) == 0
     return capsys.readouterr().out
@@ -112,9 +170,103 @@ def test_times_follow_from_the_rates_given(capsys):
     assert "the SAE alone" not in both
 
 
+def test_bytes_received_are_those_that_training_counts(capsys):
+    found = received(printed(capsys, *EIGHT))
+    expected = received_bytes(
+        rank=0, size=8, d_in=1536, d_sae=24576, shards=8, lanes=8, tokens=8192, budget=64 * 8192,
+        quota=0.4, k_aux=128, aux_runs=False,
+    )  # fmt: skip
+    assert {n: round(count / 1e6, 2) for n, count in expected.items()} == {
+        n: count for n, count in found.items() if n != "together"
+    }
+    # By hand: of 8,192 tokens of width 1,536, seven eighths in bf16; twice as many bytes in float32.
+    assert found["activations"] == 22.02 and found["gradients"] == 44.04
+    dead = received(printed(capsys, *EIGHT, "--dead-share", "0.1"))
+    assert dead["aux-k"] > 88 > found["aux-k"] and dead["partial sums"] == found["partial sums"]
+    one_place = received(printed(capsys, *EIGHT, "--latent-shards", "1"))
+    assert one_place.keys() == {"activations", "agreement", "together"}
+    assert one_place == received(printed(capsys, *EIGHT, "--matryoshka", "2048", "24576"))
+    assert one_place["activations"] == found["activations"]
+
+
+def test_what_comes_from_other_nodes(capsys):
+    """By hand: of partial sums what 8 of 15 send; of the rest, what 8 GPUs share."""
+    flags = ("--gpus", "16", "--nodes", "2", "--batch-size", "16384")
+    found = received(printed(capsys, *flags))
+    sums = found["partial sums"]
+    direct, shared = sums * 8 / 15, (found["together"] - sums) / 8
+    assert found["from other nodes"] == pytest.approx(direct + shared, abs=0.01)
+    each_alone = received(printed(capsys, "--gpus", "4", "--nodes", "4", "--batch-size", "4096"))
+    assert each_alone["from other nodes"] == each_alone["together"]
+    assert "from other nodes" not in received(printed(capsys, *EIGHT))
+
+
+def test_nothing_is_received_by_one_gpu(capsys):
+    assert printed(capsys) == printed(capsys, "--gpus", "1", "--lanes", "1", "--latent-shards", "1")
+    cut = printed(capsys, "--lanes", "8", "--latent-shards", "8")
+    assert "8 lanes, 8 latent shards" in cut and "received" not in cut
+
+
+def test_the_time_of_several_gpus_follows_from_all_rates(capsys):
+    flags = ("--gpus", "16", "--nodes", "2", "--batch-size", "16384")
+    assert " ms" not in printed(capsys, *flags)
+    rates = (
+        "--tflops",
+        "790",
+        "--bandwidth",
+        "4.3",
+        "--nvlink-gbyte",
+        "350",
+        "--network-gbit",
+        "400",
+    )
+    rest = ("--harvest-tokens-per-second", "5e4", "--usd-per-hour", "2")
+    said = printed(capsys, *flags, *rates, *rest)
+    split = plan.Split(16, 16, 16)
+    computed = sum(plan.stage_seconds(16384, *RECIPE[1:], RATES, split=split).values())
+    megabytes = received(said)
+    inside = (megabytes["together"] - megabytes["from other nodes"]) / 350e3
+    outside = megabytes["from other nodes"] / 50e3
+    times = {n: float(ms) for n, ms in re.findall(r"^  (\S.*?) +([\d.]+) ms", said, re.M)}
+    assert times["receive, in the node"] == pytest.approx(1e3 * inside, abs=1e-3)
+    assert times["receive, from other nodes"] == pytest.approx(1e3 * outside, abs=1e-3)
+    step = computed + inside + outside
+    assert times["step"] == pytest.approx(1e3 * step, abs=2e-3)
+    hours = 6_104 * (step + 1024 / 5e4) / 3600  # a GPU harvests 1,024 tokens of a step
+    assert f"{hours:.2f} h" in said and f"{2 * 2 * hours:.2f} USD" in said, "two machines are paid"
+
+
+def test_the_table_of_the_page_is_what_it_prints(capsys):
+    page = Path(__file__).parents[2] / "docs/distributed.md"
+    rows = re.findall(
+        r"^\| ([\d,]+) \| (\d+) \| (\d+) \| ([\d,]+) \|(.*)\|$", page.read_text(), re.M
+    )
+    assert len(rows) > 5
+    for F, gpus, nodes, B, told in rows:
+        F, B = F.replace(",", ""), B.replace(",", "")
+        said = printed(capsys, "--d-sae", F, "--gpus", gpus, "--nodes", nodes, "--batch-size", B)
+        state, together = (
+            re.search(rf"{name} +([\d.]+)", said)[1] for name in ("training state", "together")
+        )
+        found = received(said)
+        megabytes = [found.get(name, 0.0) for name in ("together", "from other nodes")]
+        columns = [state, together, *(f"{each:.1f}" for each in megabytes)]
+        assert [cell.strip() for cell in told.split("|")] == columns, (F, gpus, B)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (("--gpus", "0"), "gpus must be"),
+        (("--gpus", "8", "--nodes", "3"), "not as many in each of nodes = 3"),
+        (("--gpus", "8", "--lanes", "4"), "lanes = 4 are fewer than gpus = 8"),
+        (("--gpus", "2048"), "lanes = 2048 is more than the 1024 tokens"),
+        (("--latent-shards", "40000"), "more than the dictionary's 24576 latents"),
+        (("--matryoshka", "2048", "24576", "--latent-shards", "2"), "--matryoshka"),
+        (("--nvlink-gbyte", "400"), "--nvlink-gbyte is a rate between GPUs"),
+        (("--gpus", "8", "--nvlink-gbyte", "400"), "give --gpus"),
+        (("--gpus", "8", "--network-gbit", "400"), "--network-gbit is a rate between GPUs"),
+        (("--gpus", "8", "--tflops", "1", "--bandwidth", "1"), "predicted from --nvlink-gbyte"),
         (("--k", "0"), "k must be"),
         (("--k", "inf"), "k must be"),
         (("--d-in", "0"), "d_in must be"),

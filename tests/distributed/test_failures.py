@@ -136,6 +136,17 @@ def test_a_signal_to_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_to_all_that_is_passed_on_to_them_too(tmp_path: Path) -> None:
+    """As a scheduler gives it: to the processes and to torchrun, which passes it on."""
+    process = start(2, tmp_path)
+    wait_for_step(tmp_path, 20, process)
+    for pid in (*workers(process), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    output = finish(process, 1)
+    assert output.count("everything is saved in") == 1, output
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs(tmp_path: Path) -> None:
     """The others give up after their patience, with exit code 3."""
     program = tmp_path / "impatient.py"

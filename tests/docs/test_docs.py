@@ -21,6 +21,7 @@ import pytest
 import torch
 import tyro
 from pages import PAGES, ROOT, Block
+from torch.distributed.run import get_args_parser
 
 import fastsae
 import fastsae_kernels
@@ -151,7 +152,10 @@ class Parsed(BaseException):
 
 
 def fastsae_arguments(words: list[str]) -> list[str] | None:
-    """What a command gives to ``fastsae``; None if it is another program's."""
+    """What a command gives to ``fastsae``, in each process of torchrun's too; None if it is another program's."""
+    if "torchrun" in words:  # behind variables and a launcher
+        given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+        words = ["python", given.training_script, *given.training_script_args]
     if words[0] == "fastsae":
         return words[1:]
     if words[0].startswith("python") or words[0].endswith("/python"):
@@ -230,9 +234,11 @@ def test_a_command_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch)
         'pip install -e ".[gpu]"',
         "pytest tests/no_such_file.py",
         "make",
+        "torchrun --standalone train.py --layers 3",
+        "srun torchrun --processes 2 train.py --demo",
     ):
         (words,) = Block("bash", wrong, None, 1).commands
-        with pytest.raises((AssertionError, pytest.fail.Exception, OSError)):
+        with pytest.raises((AssertionError, pytest.fail.Exception, OSError, SystemExit)):
             check(words, monkeypatch)
 
 
