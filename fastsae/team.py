@@ -8,6 +8,7 @@ same bits on any number of processes.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import os
@@ -21,16 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from . import errors
 from .errors import ConfigError, FastsaeError, Interrupted, PeerLostError
 
 T = TypeVar("T")
 
-# PyTorch 2.13 has it under another name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 PATIENCE = datetime.timedelta(minutes=15)
 """A process that says nothing for so long is taken for lost. Longer than a lost network is waited for."""
 
@@ -84,7 +81,8 @@ class Team:
         padded[: len(mine)] = mine
         rows = mine.new_empty(self.size * most, *mine.shape[1:])
         with _peers():
-            _all_gather(rows, padded)
+            # PyTorch 2.13 has it under another name.
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(rows, padded)
         self.received[purpose] += gathered_bytes(counts, padded[:1].nbytes)
         if min(counts) == most:
             return rows
@@ -192,9 +190,9 @@ class Team:
 ALONE = Team()
 """A single process, whether or not there are others."""
 
-_meeting: tuple[Store, int, int] | None = None
+_meeting: tuple[Any, int, int] | None = None
 _groups = 0
-_store: Store | None = None
+_store: Any = None  # one of torch.distributed's, as the one of the meeting
 _current: Team | None = None
 
 
@@ -211,18 +209,18 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
     global _store, _current, _meeting, _groups
     if _current is not None:
         return _current
+    if not is_launched() and not (dist.is_available() and dist.is_initialized()):
+        return Team()
     if not dist.is_initialized():
-        if not is_launched():
-            return Team()
         with _peers():
             if _meeting is None:
-                _meeting = next(rendezvous("env://", timeout=patience))
+                _meeting = next(dist.rendezvous("env://", timeout=patience))  # pyright: ignore
             store, rank, size = _meeting
             # The store outlives a restart by torchrun, and a group that has been left: without a name of its
             # own the new group would dial the addresses of the old one.
             _groups += 1
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = _store = PrefixStore(f"attempt-{attempt}-{_groups}", store)
+            store = _store = dist.PrefixStore(f"attempt-{attempt}-{_groups}", store)  # pyright: ignore
             store.set_timeout(patience)
             cuda = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
@@ -230,13 +228,14 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
                 store=store, rank=rank, world_size=size, timeout=patience,
             )  # fmt: skip
     _current = Team(dist.get_rank(), dist.get_world_size())
+    atexit.register(leave)
     return _current
 
 
 def leave() -> None:
     """End this process's membership, if there is one; after that it is alone."""
     global _store, _current
-    if _current is not None and dist.is_initialized():
+    if _store is not None and dist.is_initialized():  # a group that was there before join is not ours
         # Without this, threads of the library now and then abort the process at its end.
         dist.destroy_process_group()
     _current = _store = None

@@ -15,6 +15,7 @@ from fastsae.team import (
     added_bytes,
     cover,
     gathered_bytes,
+    join,
     split_node,
     tree_sum,
 )
@@ -94,6 +95,14 @@ def test_one_process_exchanges_nothing() -> None:
     assert not ALONE.received
     with pytest.raises(ConfigError, match="no"):
         ALONE.on_first(_refuse)
+
+
+def test_a_build_of_torch_without_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("is_initialized", "rendezvous", "init_process_group"):
+        monkeypatch.delattr(torch.distributed, name)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert join().size == 1
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
