@@ -222,6 +222,33 @@ def test_the_kernels_take_the_step() -> None:
         torch.testing.assert_close(a, b, rtol=SHARDS_FLOAT32, atol=SHARDS_FLOAT32)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shards_on_a_gpu(precision: Any) -> None:
+    """The first step is the whole dictionary's; some steps, with latents dead, have the same bits again."""
+    config = replaced(
+        CONFIG, d_sae=1001, k=4, batch_size=256, k_aux=32, dead_after_tokens=512, latent_quota=0.0,
+        precision=precision,
+    )  # fmt: skip
+    parts = replaced(config, latent_shards=4)
+    xs = [x.cuda() for x in batches(12, torch.float32, rows=256, width=64)]
+    all_ = FusedUpdate(new_sae(config, None, torch.float32, 64).cuda(), config)
+    own, again = (
+        ShardedUpdate(new_sae(parts, range(1001), torch.float32, 64).cuda(), parts, ALONE, 1001)
+        for _ in range(2)
+    )
+    found, expected = own(xs[0]), all_(xs[0])
+    assert found.counts.equal(expected.counts)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=SHARDS_FLOAT32, atol=SHARDS_FLOAT32)
+    again(xs[0])
+    for x in xs[1:]:
+        own(x)
+        again(x)
+    assert own.dead.any()
+    assert all(t.equal(again.state_dict()[name]) for name, t in own.state_dict().items())
+
+
 # --- state ---
 
 
