@@ -235,7 +235,9 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
 def leave() -> None:
     """End this process's membership, if there is one; after that it is alone."""
     global _store, _current
-    if _store is not None and dist.is_initialized():  # a group that was there before join is not ours
+    if (
+        _store is not None and dist.is_initialized()
+    ):  # a group that was there before join is not ours
         # Without this, threads of the library now and then abort the process at its end.
         dist.destroy_process_group()
     _current = _store = None

@@ -60,6 +60,9 @@ class Chunks(ChunkSource):
     def metadata(self) -> tuple[dict[str, Any], ...]:
         return ({}, {})
 
+    def lane(self, lane: int, lanes: int) -> ChunkSource:
+        raise AssertionError("there is one lane")
+
     def draw(self) -> Chunk:
         self.drawn += 1
         generator = torch.Generator().manual_seed(self.drawn)
