@@ -337,7 +337,8 @@ class Trainer:
     def _stopped(self, signals: Signals) -> bool:
         """Whether a signal has arrived, at any process: then all of them save and stop."""
         received = max(number for (number,) in self.team.agree(signals.received or 0))
-        signals.received = received or None
+        if received:  # else one may have arrived meanwhile: next time
+            signals.received = received
         return bool(received)
 
     def _next_batches(self, training: list[Run]) -> Batches | None:
