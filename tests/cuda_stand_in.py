@@ -360,14 +360,19 @@ class Device(TorchDispatchMode):
             log.fault(f"{func} of tensors on the device and in host memory")
         body = torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn
         capturing, log.capturing = log.capturing, None
-        with self._as_if(capturing), self:
-            dry = body(*args)
-        log.capturing = capturing
         written = [
             tensor for argument, value in zip(func._schema.arguments, args, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
             for tensor in tree_leaves(value) if isinstance(tensor, OnCuda)
         ]  # fmt: skip
+        before = [t.held.clone() for t in written]
+        with self._as_if(capturing), self:
+            dry = body(*args)
+        for t, values in zip(written, before, strict=True):
+            t.held.copy_(
+                values
+            )  # what follows the launches may have written what they did not compute
+        log.capturing = capturing
         if capturing is not None:
             for t in written:
                 capturing.keep(t.held)

@@ -20,7 +20,6 @@ those activations are harvested again.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -74,19 +73,14 @@ def _permutation(n: int, *seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(n))
 
 
-@functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all harvests: memory that one has worked in is there for the next."""
-    return torch.cuda.Stream(device)
-
-
 class ActivationBuffer:
     """Serves batches of mixed activations; its state makes the next batch the same, bit for bit.
 
     ``pool_tokens`` is how many activations are mixed with each other, and kept on the source's device
     in ``dtype`` for each site; it is rounded to ``reuse + 1`` generations of at least two whole chunks.
     Each activation is served ``reuse`` times.
-    ``ahead`` says whether to harvest while serving: on CUDA unless given.
+    ``ahead`` says whether to harvest while serving: on CUDA unless given. ``beside`` is the CUDA stream of the
+    harvests, one of its own unless given: memory that one buffer's have worked in is there for another's.
 
     ``counts`` and ``harvest_seconds`` grow as the stream is read. On CUDA the latter is the time this
     thread spent on launching harvests and waiting for them.
@@ -102,6 +96,7 @@ class ActivationBuffer:
         reuse: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         ahead: bool | None = None,
+        beside: torch.cuda.Stream | None = None,
     ) -> None:
         self._ages = reuse + 1
         self.chunks_per_generation = max(2, round(pool_tokens / (self._ages * source.chunk_tokens)))
@@ -112,9 +107,9 @@ class ActivationBuffer:
         self._seed = seed
         cuda = source.device.type == "cuda"
         self._ahead = cuda if ahead is None else ahead
-        self._beside = _beside(source.device) if cuda else None
-        if self._beside is not None:  # what was done to the model's weights must have been done
-            self._beside.wait_stream(torch.cuda.current_stream(source.device))
+        self.beside = beside or (torch.cuda.Stream(source.device) if cuda else None)
+        if self.beside is not None:  # what was done to the model's weights must have been done
+            self.beside.wait_stream(torch.cuda.current_stream(source.device))
         # All generations are live when a stage begins, but for a part of the oldest. The next one needs
         # no more room at any moment than what is left and what was let go until then.
         slots = self._ages * self.chunks_per_generation * source.chunk_tokens
@@ -216,7 +211,7 @@ class ActivationBuffer:
     def _harvest(self, chunk: Any, generation: _Generation) -> None:
         """Put the chunk's activations into free slots of the pool."""
         start = time.perf_counter()
-        beside, training = self._beside, None
+        beside, training = self.beside, None
         if beside is not None:
             training = torch.cuda.current_stream(self._source.device)
         with nullcontext() if beside is None else torch.cuda.stream(beside):
@@ -237,8 +232,8 @@ class ActivationBuffer:
     def _settle(self, generation: _Generation) -> None:
         """Wait for a generation's harvest, and let go of the rows that are dropped."""
         start = time.perf_counter()
-        if self._beside is not None:
-            self._beside.synchronize()
+        if self.beside is not None:
+            self.beside.synchronize()
         kept = []
         if generation.pending:
             self._source.require_mostly_finite(torch.cat([v for _, v, _ in generation.pending]))

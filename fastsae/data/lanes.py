@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def lane_buffer(
-    source: ChunkSource, config: TrainConfig, lane: int = 0, lanes: int = 1
+    source: ChunkSource,
+    config: TrainConfig,
+    lane: int = 0,
+    lanes: int = 1,
+    beside: torch.cuda.Stream | None = None,
 ) -> ActivationBuffer:
     """The buffer of a lane: its share of the pool and of the rows of a batch, in an order of its own."""
     return ActivationBuffer(
@@ -39,6 +43,7 @@ def lane_buffer(
         reuse=config.reuse,
         seed=config.resolved_stream_seed * lanes + lane,
         dtype=_pool_dtype(config),
+        beside=beside,
     )
 
 
@@ -108,9 +113,11 @@ class Lanes(_OfSeveral):
         self._shares = [_share(config.batch_size, lane, lanes) for lane in range(lanes)]
         self._hosted = [team.hosted(lanes, rank) for rank in range(team.size)]
         self._sources = {lane: whole.lane(lane, lanes) for lane in self._hosted[team.rank]}
-        self._buffers = {
-            lane: lane_buffer(source, config, lane, lanes) for lane, source in self._sources.items()
-        }
+        self._buffers: dict[int, ActivationBuffer] = {}
+        beside = None
+        for lane, source in self._sources.items():
+            buffer = self._buffers[lane] = lane_buffer(source, config, lane, lanes, beside)
+            beside = buffer.beside  # the harvests of all lanes share it
         self._last: list[int] | None = None  # of the last batch, how many rows each lane gave
         self._before: list[Moment] = []  # of each buffer, before the batch that was begun last
 
