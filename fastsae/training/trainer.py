@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +18,14 @@ from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import Stream, open_stream
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
-from ..files import require_writable
 from ..reporting.report import report_runs
 from ..reporting.run_folder import RunFolder
 from ..reporting.tracking import Display
 from ..sae.module import SAE
 from ..team import Team, join, leave, membership
-from ..version import __version__
 from . import checkpoint
 from .initialize import initialize_sae, load_origin
+from .parts import require_one_run, resolve_parts
 from .run import Run, StreamTotals
 from .signals import Signals
 
@@ -86,7 +83,7 @@ def train_and_report(
     end any of that with Interrupted, and the same call goes on.
     """
     with membership() as team, ExitStack() as scope:
-        sweep = _resolved(_sweep(config, source), team)
+        sweep = resolve_parts(_sweep(config, source), team)
         signals = scope.enter_context(_signals(_runs(sweep, team)))
         trainer = Trainer(sweep, source)
         saes, folders = trainer.fit(scope, signals), trainer.folders
@@ -126,47 +123,6 @@ def _runs(sweep: Sweep, team: Team) -> list[Run]:
         Run(each, (at[0], at[-1]), team, hosts[i])
         for i, (each, at) in enumerate(zip(sweep.runs, streams, strict=True))
     ]
-
-
-def _resolved(sweep: Sweep, team: Team) -> Sweep:
-    """``sweep`` with the lanes and latent shards that it has: those given, those of the run that goes on, or
-    as many as processes.
-
-    Raises ConfigError if there are more processes than lanes, or one of several writes nothing.
-    """
-    base = sweep.base
-    if base.out is None and team.size > 1:
-        raise ConfigError(
-            f"{team.size} processes train together and nothing is to be written; give out, a folder that all "
-            f"of them see"
-        )
-    saved = team.on_first(lambda: _saved_parts(sweep))
-    several, whole = len(sweep.runs) > 1, base.needs_whole_dictionary
-    own = {"lanes": team.size, "latent_shards": 1 if several or whole else team.size}
-    parts = {n: getattr(base, n) or (saved or own)[n] for n in own}
-    if base.out is None and parts["latent_shards"] > 1:
-        raise ConfigError(
-            f"latent_shards = {parts['latent_shards']}, and nothing is to be written: the shards become one SAE "
-            f"in a checkpoint; give out, a folder"
-        )
-    if team.size > parts["lanes"]:
-        raise ConfigError(
-            f"this run has {parts['lanes']} lanes, and there are {team.size} processes: use up to "
-            f"{parts['lanes']}. Choose more --lanes at the start of a run that is to grow later"
-        )
-    resolved = replace(base, **parts)
-    return Sweep(resolved, sweep.layers, sweep.ks, sweep.seeds, sweep.hooks)
-
-
-def _saved_parts(sweep: Sweep) -> dict[str, int] | None:
-    """The lanes and latent shards of the run that goes on, if one does."""
-    for config in sweep.runs:
-        folder = RunFolder.of(config)
-        newest = folder and checkpoint.newest(folder.checkpoints)
-        if newest:
-            saved = checkpoint.load_meta(newest)["config"]
-            return {n: saved.get(n) or 1 for n in ("lanes", "latent_shards")}
-    return None
 
 
 def _signals(runs: Sequence[Run]) -> Signals:
@@ -216,12 +172,12 @@ class Trainer:
         source: ActivationSource | Iterable[Any] | None = None,
     ) -> None:
         self.team = team = join()
-        sweep = _resolved(_sweep(config, source), team)
+        sweep = resolve_parts(_sweep(config, source), team)
         self.config = sweep.runs[0]
         """What the runs have in common, and the first one's layer, k and seed."""
         self.device = resolve_device(self.config.device)
         if team.size > 1:
-            self._require_one_run()
+            require_one_run(sweep, team)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             parts = self.config.lanes, self.config.latent_shards
@@ -249,31 +205,6 @@ class Trainer:
         self.source = source
         self._metadata = source.metadata or ({},) * len(sweep.sites)
         self._pending: list[Batches] = []  # drawn to initialise on, not trained on yet
-
-    def _require_one_run(self) -> None:
-        """Raise ConfigError unless all processes were started alike and see the same folders."""
-        team = self.team
-        versions = {"torch": torch.__version__, "fastsae": __version__}
-        team.require_same({**self.config.to_dict(), **versions, "threads": torch.get_num_threads()})
-        assert self.config.out is not None
-        out = Path(self.config.out)
-
-        def leave_a_mark() -> str:
-            require_writable(out)
-            out.mkdir(parents=True, exist_ok=True)
-            mark = out / f".processes-{uuid.uuid4().hex}"
-            mark.touch()
-            return mark.name
-
-        mark = out / team.on_first(leave_a_mark)
-        blind = [rank for rank, (seen,) in enumerate(team.agree(mark.exists())) if not seen]
-        if team.is_first:
-            mark.unlink()
-        if blind:
-            raise ConfigError(
-                f"process {blind[0]} of {team.size} does not see what process 0 writes to {out}: give --out a "
-                f"folder on a file system that all machines share"
-            )
 
     def _is_complete(self) -> bool:
         for folder in self.folders:

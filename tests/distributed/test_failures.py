@@ -65,12 +65,16 @@ def test_more_processes_than_lanes(tmp_path: Path) -> None:
     assert "this run has 1 lanes, and there are 2 processes" in only_message(found)
 
 
-def test_processes_started_differently(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(["--lr", "1e-3"], "lr = 0.001, not None"), (["--k", "8", "4"], "runs = ['run-L2-")],
+)
+def test_processes_started_differently(tmp_path: Path, other: list[str], said: str) -> None:
     flags = ["--out", str(tmp_path)]
-    found = by_hand([flags, [*flags, "--lr", "1e-3"]], [tmp_path] * 2)
+    found = by_hand([flags, [*flags, *other]], [tmp_path] * 2)
     assert [code for code, _ in found] == [2, 2]
     message = only_message(found)
-    assert "process 1 of 2" in message and "lr = 0.001, not None" in message
+    assert "process 1 of 2" in message and said in message
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
