@@ -37,7 +37,7 @@ RUNS = "quality_study.csv"
 SEEDS, CHOOSING = (0, 1, 2), 100
 POINTS = (0.1, 0.2, 0.5, 1.0)
 """Shares of the run at which learning curves are measured."""
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 COLUMNS = (
     "case", "trainer", "lr", "seed", "tokens", "explained_variance", "alive_fraction",
     "threshold_explained_variance", "threshold_l0", "loss_recovered", "probing", "f1", "mcc",

@@ -163,7 +163,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Tokens per step."""
     lr: float | None = None
-    """Adam's learning rate. [3e-4 for 100M tokens, and for fewer as their cube root more: 3e-3 at most]"""
+    """Adam's learning rate. [3e-4 for 100M tokens, and for fewer as their square root more: 3e-3 at most]"""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
@@ -409,7 +409,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """``lr``, or that of the run's length."""
-        own = min(3e-3, 3e-4 * max(1.0, (100_000_000 / self.tokens) ** (1 / 3)))
+        own = min(3e-3, 3e-4 * max(1.0, (100_000_000 / self.tokens) ** 0.5))
         return own if self.lr is None else self.lr
 
     @property

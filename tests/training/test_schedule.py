@@ -30,9 +30,10 @@ def test_the_schedule_follows_the_length_of_the_run() -> None:
     assert lr_at(recipe, 0, 1024) == pytest.approx(3e-4 * 1024 / 1_000_000)
     assert lr_at(recipe, 50_000_000, 1024) == recipe.peak_lr == 3e-4
     assert lr_at(recipe, 90_000_000, 1024) == pytest.approx(1.5e-4)
-    short = fastsae.TrainConfig(tokens=800_000)
+    short = fastsae.TrainConfig(tokens=4_000_000)
     assert short.peak_lr == pytest.approx(1.5e-3)
-    assert (short.warmup_tokens, short.decay_tokens) == (16_000, 160_000)
+    assert (short.warmup_tokens, short.decay_tokens) == (80_000, 800_000)
+    assert fastsae.TrainConfig(tokens=999_999).peak_lr == 3e-3
     assert fastsae.TrainConfig(tokens=10).peak_lr == 3e-3
     assert fastsae.TrainConfig(tokens=10**9).peak_lr == 3e-4
 
