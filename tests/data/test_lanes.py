@@ -333,10 +333,10 @@ def test_the_same_batches_on_any_number_of_processes(found: dict[int, list[Any]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
 def test_the_same_batches_of_real_processes(
-    folder: Path, cache: str, found: dict[int, list[Any]], tmp_path: Path, size: int
+    folder: Path, cache: str, found: dict[int, list[Any]], tmp_path: Path
 ) -> None:
+    size = 3
     alone = found[1][0]
     assert not alone["received"]
     most = max(sum(SHARES[lane] for lane in Team(r, size).hosted(LANES)) for r in range(size))

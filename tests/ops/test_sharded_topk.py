@@ -164,8 +164,8 @@ def hosted_parts(team: Team) -> tuple[list[list[CSR]], list[Tensor], int]:
     return found, thresholds, team.received["selection"]
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_processes_select_what_one_selects(size: int, tmp_path: Path) -> None:
+def test_processes_select_what_one_selects(tmp_path: Path) -> None:
+    size = 3
     found, thresholds, none = hosted_parts(ALONE)
     everyone = run_together(size, hosted_parts, folder=tmp_path)
     for run, parts in enumerate(found):
