@@ -16,7 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -76,9 +76,9 @@ class Team:
         """The rows of all processes in their order, ``counts[r]`` from process r."""
         if self.size == 1:
             return mine
-        most = max(counts)
-        padded = mine.new_zeros(most, *mine.shape[1:])
-        padded[: len(mine)] = mine
+        most, padded = max(counts), mine.contiguous()
+        if len(mine) < most:
+            padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         rows = mine.new_empty(self.size * most, *mine.shape[1:])
         with _peers():
             # PyTorch 2.13 has it under another name.
@@ -250,18 +250,19 @@ def membership() -> Iterator[Team]:
     An error says which process it is of; where another process has said what is wrong, its ``told`` is
     True, where none has, False.
     """
-    team, store = join(), _store
+    team = join()
     try:
         yield team
     except (FastsaeError, Interrupted) as error:
         error.told = not team.says()
         if team.rank:
             error.add_note(f"(process {team.rank} of {team.size})")
-        if team.is_first and store is not None:
+        if team.is_first and _store is not None:
             # Those that fail of the same may ask this very process who says why.
             deadline = time.monotonic() + 2
-            while store.add("said", 0) < team.size and time.monotonic() < deadline:
-                time.sleep(0.05)
+            with suppress(RuntimeError):  # whoever has the store is gone
+                while _store.add("said", 0) < team.size and time.monotonic() < deadline:
+                    time.sleep(0.05)
         raise
     finally:
         leave()

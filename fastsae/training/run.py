@@ -24,7 +24,7 @@ from ..sae.module import SAE
 from ..team import ALONE, Team
 from . import checkpoint
 from .initialize import new_sae
-from .sharded import ShardedUpdate
+from .sharded import ShardedUpdate, latents_of
 from .update import UPDATES, Update, UpdateResult
 
 T = TypeVar("T")
@@ -104,8 +104,7 @@ class Run:
         """The latents of ``d_sae`` that this process has; None for all."""
         if self._shards == 1:
             return None
-        shards = self._team.hosted(self._shards)
-        return range(shards.start * d_sae // self._shards, shards.stop * d_sae // self._shards)
+        return latents_of(self._team.hosted(self._shards), self._shards, d_sae)
 
     def saved_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -378,8 +377,10 @@ class Run:
     ) -> SAE | None:
         """The trained SAE, scaling folded in; saved with what it came to and what it may be evaluated on. None
         on all processes but the first."""
-        window = min(self.config.eval_tokens, self.tokens_seen)
-        alive = self._from_host(0.0 if self.update is None else self.update.alive_fraction())
+        found: list[Any] = []
+        if self.update is not None:
+            found = [self.update.alive_fraction(), self.update.alive_window]
+        alive, window = self._from_host(found)
         if not self._team.is_first:
             return None
         sae = self._whole_sae().eval().fold_scaling()

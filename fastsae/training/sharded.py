@@ -39,6 +39,11 @@ from .update import FusedUpdate, LaggedCounts, Update, UpdateResult, adam_, copy
 _BY_LATENT = ("W_enc", "W_dec", "b_enc")
 
 
+def latents_of(shards: range, count: int, d_sae: int) -> range:
+    """The latents of consecutive ``shards`` of ``count`` that ``d_sae`` latents are cut into."""
+    return range(shards.start * d_sae // count, shards.stop * d_sae // count)
+
+
 class Shard(NamedTuple):
     """Some consecutive latents. Their tensors are their own: where a view of more began in memory, which
     may decide how a library adds, would depend on what else a process hosts."""
@@ -79,12 +84,12 @@ class ShardedUpdate(Update):
         self._team, self._d_sae, self._number = team, d_sae, count
         self._operand = torch.bfloat16 if sae.precision == "bf16" else sae.dtype
         self._nodes = [cover((0, count), team.hosted(count, rank)) for rank in range(team.size)]
-        self._widths = [(s + 1) * d_sae // count - s * d_sae // count for s in range(count)]
+        self._widths = [len(latents_of(range(s, s + 1), count, d_sae)) for s in range(count)]
         self._shards: dict[int, Shard] = {}
         hosted = team.hosted(count)
         for shard in hosted:
-            latents = range(shard * d_sae // count, (shard + 1) * d_sae // count)
-            first = latents.start - hosted.start * d_sae // count
+            latents = latents_of(range(shard, shard + 1), count, d_sae)
+            first = latents.start - latents_of(hosted, count, d_sae).start
             at = slice(first, first + len(latents))
             W_enc, W_dec = (
                 MatrixState.start(

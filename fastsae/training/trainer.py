@@ -460,9 +460,8 @@ class Trainer:
         for run in training:
             run.save(position, (skip, ahead), totals, group)
         if self.team.is_first:
-            for (
-                folder
-            ) in self.folders:  # of a finished one too: it may have been killed before this
+            # Of a finished one too: it may have been killed before this.
+            for folder in self.folders:
                 checkpoint.prune(folder.checkpoints, self.config.keep_checkpoints)
 
     def _save_before(self, error: Exception, training: list[Run]) -> None:
