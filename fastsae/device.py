@@ -40,6 +40,20 @@ def resolve_precision(precision: str, device: torch.device) -> Any:
     return precision
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what takes longer than fp32, or is fp32 by another name.
+
+    Raises:
+        ConfigError: bf16 or tf32 on a CPU.
+    """
+    does = {"bf16": "rounds operands and multiplies in fp32, which takes longer", "tf32": "is fp32"}
+    if device.type == "cpu" and precision in does:
+        raise ConfigError(
+            f"precision = {precision!r} is for training on CUDA: on a CPU it {does[precision]}; use "
+            f"--precision fp32, or auto"
+        )
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The most memory this process has held so far: allocated on a CUDA device, resident on a CPU.
 

@@ -16,7 +16,7 @@ from ..config import Sweep, TrainConfig
 from ..data.lanes import IterableLanes, Lanes
 from ..data.source import ActivationSource, Batches, IterableSource
 from ..data.stream import Stream, open_stream
-from ..device import resolve_device, resolve_precision
+from ..device import check_precision, resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError, FastsaeError, StreamError
 from ..reporting.report import report_runs
 from ..reporting.run_folder import RunFolder
@@ -176,6 +176,7 @@ class Trainer:
         self.config = sweep.runs[0]
         """What the runs have in common, and the first one's layer, k and seed."""
         self.device = resolve_device(self.config.device)
+        check_precision(self.config.precision, self.device)
         if team.size > 1:
             require_one_run(sweep, team)
             if self.device.type == "cuda":

@@ -21,6 +21,7 @@ from fastsae.data.buffer import ActivationBuffer
 from fastsae.data.harvest import Chunk, ChunkSource, Harvest, harvest
 from fastsae.data.stream import Stream
 from fastsae.errors import StreamError
+from fastsae.training import trainer
 from fastsae.training.initialize import new_sae
 from fastsae.training.update import FusedUpdate
 
@@ -159,6 +160,7 @@ FAST = {("eager", "plain"), ("graph", "transcoder"), ("graph", "all of it")}
 )
 def test_training_never_waits_and_leaves_the_bits_of_a_cpu(graph, settings, monkeypatch):
     monkeypatch.setattr(FusedUpdate, "AUX_LAG_STEPS", {"cuda": 4, "cpu": 4})
+    monkeypatch.setattr(trainer, "check_precision", lambda *_: None)  # bf16 on a CPU
     config = dataclasses.replace(CONFIG, device="cpu", **settings)
     (on_a_cpu,) = fastsae.Trainer(config, stream(config)).fit()
     (found,), log = trained(Device(), cuda_graph=graph, **settings)

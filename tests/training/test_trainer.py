@@ -277,6 +277,13 @@ def test_cuda_asked_for_and_absent() -> None:
         fastsae.train(Source(), dataclasses.replace(CONFIG, device=device))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_precisions_of_cuda_are_refused_on_a_cpu(precision) -> None:
+    config = dataclasses.replace(CONFIG, device="cpu", precision=precision)
+    with pytest.raises(ConfigError, match=f"{precision}.* on a CPU .*--precision fp32"):
+        fastsae.train(Source(), config)
+
+
 def test_k_beyond_the_dictionary_of_this_width() -> None:
     config = dataclasses.replace(CONFIG, d_sae=None, expansion=0.2)
     with pytest.raises(fastsae.ConfigError, match="k = 4 is more than the dictionary's 3 latents"):
