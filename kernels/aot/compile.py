@@ -45,7 +45,7 @@ SHOWN = (
     "count entry digits fp32, launch 4",
     "batch emit fp32",
     "row select fp32",
-    "scatter latents",
+    "place entries",
     "encode pointers bf16",
     "encode descriptors bf16",
     "decode loss, D=1536 bf16",

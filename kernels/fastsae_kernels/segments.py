@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl
+from .dispatch import jit, tl, triton
 
 CHUNK = 128
-SCAN_BLOCK = 1024
+BLOCK = 1024  # segments of a program
+BLOCK_BEFORE = 8192  # segments before them that it takes at a time
 
 
 class LongSegments(NamedTuple):
@@ -33,25 +34,31 @@ def chunk_capacity(entries: int) -> int:
 
 
 @jit
+def _chunks(offsets_ptr, segment, segments, CHUNK: tl.constexpr):
+    """How many chunks each segment has; none those from ``segments`` on."""
+    inside = segment < segments
+    begin = tl.load(offsets_ptr + segment, mask=inside, other=0)
+    length = tl.load(offsets_ptr + segment + 1, mask=inside, other=0) - begin
+    return tl.where(length > CHUNK, (length + CHUNK - 1) // CHUNK, 0)
+
+
+@jit
 def long_segments_kernel(
     offsets_ptr, starts_ptr, owners_ptr,
     segments,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BEFORE: tl.constexpr,
 ):  # fmt: skip
-    # One program: the scan is short (one integer a segment) and a single launch.
-    total = 0
-    for first in range(0, segments, BLOCK):
-        segment = first + tl.arange(0, BLOCK)
-        inside = segment < segments
-        begin = tl.load(offsets_ptr + segment, mask=inside, other=0)
-        end = tl.load(offsets_ptr + segment + 1, mask=inside, other=0)
-        chunks = tl.where(end - begin > CHUNK, (end - begin + CHUNK - 1) // CHUNK, 0)
-        start = total + tl.cumsum(chunks, 0) - chunks
-        tl.store(starts_ptr + segment, start, mask=inside)
-        for i in range(0, tl.max(chunks, 0)):
-            tl.store(owners_ptr + start + i, segment, mask=i < chunks)
-        total += tl.sum(chunks, 0)
-    tl.store(starts_ptr + segments, total)
+    """``BLOCK`` segments a program, which counts the chunks before them by itself: no program waits."""
+    first = tl.program_id(0) * BLOCK
+    before = tl.zeros((BLOCK_BEFORE,), tl.int32)
+    for start in range(0, first, BLOCK_BEFORE):
+        before += _chunks(offsets_ptr, start + tl.arange(0, BLOCK_BEFORE), first, CHUNK)
+    segment = first + tl.arange(0, BLOCK)
+    chunks = _chunks(offsets_ptr, segment, segments, CHUNK)
+    start = tl.sum(before, 0) + tl.cumsum(chunks, 0) - chunks
+    tl.store(starts_ptr + segment, start, mask=segment <= segments)
+    for i in range(0, tl.max(chunks, 0)):
+        tl.store(owners_ptr + start + i, segment, mask=i < chunks)
 
 
 def long_segments(offsets: Tensor, entries: int) -> LongSegments:
@@ -60,9 +67,10 @@ def long_segments(offsets: Tensor, entries: int) -> LongSegments:
     ``entries`` is the static capacity of the arrays that ``offsets`` points into.
     """
     starts, owners = torch.empty_like(offsets), offsets.new_empty(max(chunk_capacity(entries), 1))
-    long_segments_kernel[(1,)](
+    # The end of the last segment stands where another one would start.
+    long_segments_kernel[(triton.cdiv(len(offsets), BLOCK),)](
         offsets_ptr=offsets, starts_ptr=starts, owners_ptr=owners,
         segments=len(offsets) - 1,
-        CHUNK=CHUNK, BLOCK=SCAN_BLOCK,
+        CHUNK=CHUNK, BLOCK=BLOCK, BLOCK_BEFORE=BLOCK_BEFORE, num_warps=8,
     )  # fmt: skip
     return LongSegments(starts, owners)

@@ -35,6 +35,7 @@ from .transpose import csr_to_csc
 # Entries and columns of one tile, and warps: 32 float32 accumulators a thread.
 BLOCK_N = 8
 WARPS = 4
+ONE_STAGE = tl.constexpr(1)
 
 
 def column_block(width: int) -> int:
@@ -46,11 +47,14 @@ def column_block(width: int) -> int:
 def weighted_sum(
     values_ptr, indices_ptr, table_ptr,
     begin, end, columns, D,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr = ONE_STAGE,
 ):  # fmt: skip
-    """``Σ_{begin <= j < end} values[j] · table[indices[j], columns]``, ``[BLOCK_D]`` float32."""
+    """``Σ_{begin <= j < end} values[j] · table[indices[j], columns]``, ``[BLOCK_D]`` float32.
+
+    ``STAGES`` of the loop are under way at a time: more pay where segments are long.
+    """
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for first in range(begin, end, BLOCK_N):
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         entry = first + tl.arange(0, BLOCK_N)
         inside = entry < end
         value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +82,7 @@ def chunk_sums_kernel(
         begin = tl.load(offsets_ptr + segment) + (chunk - tl.load(starts_ptr + segment)) * CHUNK
         end = tl.minimum(begin + CHUNK, tl.load(offsets_ptr + segment + 1))
         total = weighted_sum(
-            values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D
+            values_ptr, indices_ptr, table_ptr, begin, end, columns, D, BLOCK_N, BLOCK_D, STAGES=3
         )
         tl.store(sums_ptr + chunk.to(tl.int64) * D + columns, total, mask=columns < D)
 
@@ -320,13 +324,14 @@ def _nested_decode_loss(
             residual[level], squared_error[level] = exact, exact.square().sum(1)
         return residual, squared_error
     tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
-    squares = squared_error.new_empty(levels, len(x), tiles)
+    # The sum of one tile needs no other.
+    squares = squared_error if tiles == 1 else squared_error.new_empty(levels, len(x), tiles)
     _launch_segment_sums(
         decode_loss_kernel, len(x), values, indices, offsets, W_dec,
         bias_ptr=b_dec, x_ptr=x, residual_ptr=residual, squares_ptr=squares,
         tokens=len(x), LEVELS=levels,
     )  # fmt: skip
-    return residual, squares.sum(2)
+    return residual, squares if tiles == 1 else squares.sum(2)
 
 
 def _save_decode_loss(ctx, inputs, output):

@@ -3,7 +3,7 @@ import torch
 import torch._dynamo.testing
 from selection_cases import assert_batch_topk, cases
 
-from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference
+from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference, transpose
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.selection import _batch_topk, _group_max
 from fastsae_kernels.selection.triton_impl import GROUP
@@ -139,6 +139,22 @@ def test_given_maxima_change_nothing(quota, device, impl):
         assert all(map(torch.equal, selection.csr, expected.csr))
 
 
+def assert_csc(mask, device, empty=19):
+    """The entries of ``mask [B, F]``, with ``empty`` slots to spare, against the oracle."""
+    expected = reference.to_csc(mask)
+    values, indices, offsets = reference.to_csr(mask.float(), mask)
+    csr = CSR(
+        *(torch.cat([t, t.new_zeros(empty)]).to(device) for t in (values, indices)),
+        offsets.to(device),
+    )
+    csc = csr_to_csc(csr, mask.shape[1])
+    nnz = len(values)
+    assert torch.equal(csc.offsets.cpu(), expected.offsets)
+    assert torch.equal(csc.rows.cpu()[:nnz], expected.rows)
+    assert torch.equal(csc.positions.cpu()[:nnz], expected.positions)
+    assert not csc.rows[nnz:].any() and not csc.positions[nnz:].any()
+
+
 @pytest.mark.parametrize("latents", [6, 300, 70_000])
 @pytest.mark.slow_interpreted
 def test_csc_segments_of_every_length(latents, device, impl, poison):
@@ -149,18 +165,25 @@ def test_csc_segments_of_every_length(latents, device, impl, poison):
     chosen = torch.randperm(latents, generator=generator)[: len(lengths)]
     for latent, length in zip(chosen, lengths, strict=True):
         mask[torch.randperm(B, generator=generator)[:length], latent] = True
-    expected = reference.to_csc(mask)
-    values, indices, offsets = reference.to_csr(mask.float(), mask)
-    empty = 19
-    csr = CSR(
-        *(torch.cat([t, t.new_zeros(empty)]).to(device) for t in (values, indices)),
-        offsets.to(device),
-    )
-    csc = csr_to_csc(csr, latents)
-    assert torch.equal(csc.offsets.cpu(), expected.offsets)
-    assert torch.equal(csc.rows.cpu()[:-empty], expected.rows)
-    assert torch.equal(csc.positions.cpu()[:-empty], expected.positions)
-    assert not csc.rows[-empty:].any() and not csc.positions[-empty:].any()
+    assert_csc(mask, device)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 70), (31, 40), (256, 3), (257, 3), (800, 2)], ids=str
+)
+def test_csc_of_any_shape(shape, density, device, impl, poison):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < density
+    mask[:, -1] = True  # one latent has every token
+    mask[len(mask) // 3] = True  # and one token every latent
+    for empty in (0, 19):
+        assert_csc(mask, device, empty)
+
+
+def test_csc_of_many_cells(device, impl, poison, monkeypatch):
+    """So many that a program takes several rounds to count the entries before its own cells."""
+    monkeypatch.setattr(transpose, "BLOCK_CELLS", 128)
+    assert_csc(torch.rand(3, 130 * 128, generator=torch.Generator().manual_seed(8)) < 0.1, device)
 
 
 @pytest.mark.parametrize("quota", [0.0, 0.5])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sparse_inputs import BACKENDS, LENGTHS, ragged_mask, selection
 from tolerances import GRADIENT_OF_ROUNDED_INPUT, HALF_UNIT, summation_bound
 
-from fastsae_kernels import reference
+from fastsae_kernels import reference, segments
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.segments import CHUNK, chunk_capacity, long_segments
 from fastsae_kernels.sparse import CSR
@@ -244,9 +244,11 @@ def test_runs_are_bitwise_equal(device):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_long_segments_are_listed_in_order(seed):
+def test_long_segments_are_listed_in_order(seed, monkeypatch):
     torch.manual_seed(seed)
-    # More segments than the scan takes at once, so that its carry counts.
+    # Several programs, the last of which count those before them in several rounds.
+    monkeypatch.setattr(segments, "BLOCK", 128)
+    monkeypatch.setattr(segments, "BLOCK_BEFORE", 256)
     lengths = torch.randint(0, 3 * CHUNK, (1500,)) * (torch.rand(1500) < 0.1)
     lengths[: len(LENGTHS)] = torch.tensor(LENGTHS)
     lengths[-1] = 5 * CHUNK
