@@ -362,6 +362,21 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "graph", Capture)
 
 
+def test_a_fused_step_calls_its_operations_directly(monkeypatch) -> None:
+    """torch's library takes longer than a kernel's launch."""
+    asked, real = [], torch.library.CustomOpDef.__call__
+    monkeypatch.setattr(
+        torch.library.CustomOpDef,
+        "__call__",
+        lambda op, *args: (asked.append(op), real(op, *args))[1],
+    )
+    for way in UPDATES:
+        step = new_step(way)
+        for x in batches(10):
+            step(x)
+        assert bool(asked) == (way == "autograd")
+
+
 def test_graphs_are_captured_once_for_each_shape_and_argument(monkeypatch) -> None:
     recorder = Recorder(monkeypatch)
     calls: list[tuple[torch.Tensor, int]] = []
