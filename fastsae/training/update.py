@@ -25,10 +25,14 @@ from fastsae_kernels import (
     fused_update_,
     gradient_norm,
     nested_decode_loss,
-    nested_gradient,
     normalize_rows_,
     project_gradient_,
-    reference,
+)
+from fastsae_kernels.step import (
+    centred_input,
+    output_gradient,
+    step_objective,
+    track_selection_,
 )
 
 from ..config import TrainConfig
@@ -295,6 +299,7 @@ class FusedUpdate(Update):
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
         self._tied = not isinstance(sae, Transcoder)
+        self._no_aux = torch.zeros_like(self.lr)
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             self._biases["W_skip"] = BiasState.start(sae.W_skip.data)
         self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
@@ -320,24 +325,24 @@ class FusedUpdate(Update):
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
-        x = batch if self._tied else batch[:, : sae.d_in]
-        scaled, _ = sae.scale_input(x)
-        whole = scaled if self._tied else sae.scale_target(batch[:, sae.d_in :])[0]
-        left = sae.left_to_decoder(whole, scaled)
-        # A transcoder's input is centred already.
-        center = b_dec.weight if self._tied else torch.zeros_like(scaled[0])
+        operand = W_enc.compute().dtype
+        if self._tied:
+            constant = sae.scale if sae.normalize == "scalar" else None
+            x = sae.scale_input(batch)[0] if sae.normalize == "layer_norm" else batch
+            scaled, centred, inputs = centred_input(x, constant, b_dec.weight, operand)
+            whole = left = scaled
+        else:  # a transcoder's input is centred already
+            scaled, _ = sae.scale_input(batch[:, : sae.d_in])
+            whole, _ = sae.scale_target(batch[:, sae.d_in :])
+            left = sae.left_to_decoder(whole, scaled)
+            centred = inputs = scaled.to(operand)
 
-        selection = encode_batch_topk(
-            scaled, W_enc.compute().T, b_enc.weight, center, budget, quota
-        )
+        selection = encode_batch_topk(centred, W_enc.compute().T, b_enc.weight, None, budget, quota)
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, left, self._levels)
-        error, dY = decoded.squared_error.mean(), nested_gradient(decoded.residual)
-        if config.objective == "log":
-            dY = dY * reference.error_weight(error)
 
-        aux, aux_gradients = torch.zeros_like(error), None
+        aux, aux_gradients = self._no_aux, None
         if capacity:
             aux, aux_gradients = aux_k_gradients(
                 scaled,
@@ -345,7 +350,7 @@ class FusedUpdate(Update):
                 W_enc.compute(),
                 b_enc.weight,
                 W_dec.compute(),
-                center,
+                b_dec.weight if self._tied else torch.zeros_like(scaled[0]),
                 self.tokens_since_active,
                 dead_after=config.dead_after,
                 max_dead=capacity,
@@ -354,12 +359,18 @@ class FusedUpdate(Update):
                 coefficient=config.aux_weight,
                 target=whole,
             )
+        error, objective, weight = step_objective(
+            decoded.squared_error, aux, config.aux_weight, config.objective
+        )
         self.updates += 1
-        operand, dY_scale = W_enc.compute().dtype, -2 / (len(dY) * len(x))
-        skip, clip = self._biases.get("W_skip"), None
-        # All levels share the skip connection, as they do b_dec.
-        dW_skip = None if skip is None else dY_scale * (dY[0].T @ scaled)
-        inputs, dY = scaled.to(operand), dY.to(operand)
+        levels, tokens, _ = decoded.residual.shape
+        dY_scale = -2 / (levels * tokens)
+        skip, dW_skip, clip = self._biases.get("W_skip"), None, None
+        dY = output_gradient(decoded.residual, weight, operand if skip is None else weight.dtype)
+        if skip is not None:
+            # All levels share the skip connection, as they do b_dec.
+            dW_skip = dY_scale * (dY[0].T @ scaled)
+            dY = dY.to(operand)
         options: dict[str, Any] = {"dY_scale": dY_scale, "aux_gradients": aux_gradients}
         options |= {"levels": self._levels, "tied": self._tied}
         if config.clip_norm is not None:
@@ -373,10 +384,15 @@ class FusedUpdate(Update):
         )  # fmt: skip
         if skip is not None and dW_skip is not None:
             adam_(skip, dW_skip if clip is None else clip * dW_skip, self.lr, self.updates)
-        self.activation.track(selection.threshold)
-        counts = csc.counts()
-        self._count(len(x), counts)
-        objective = reference.objective(error, aux, config.aux_weight, config.objective)
+        counts = track_selection_(
+            self.activation.threshold,
+            self.activation.threshold_updates,
+            self.tokens_since_active,
+            selection.threshold,
+            csc.offsets,
+            tokens,
+            self.activation.threshold_rate,
+        )
         return UpdateResult(objective, error, aux, decoded.residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
