@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
@@ -135,7 +137,7 @@ def register(
     return decorate
 
 
-class _Operation(torch.library.CustomOpDef):
+class _Operation(CustomOpDef):
     """What ``torch.library.custom_op`` makes, but called as the plain function where nobody looks at operations:
     torch's library takes the host longer than the launch of a kernel."""
 
@@ -161,8 +163,8 @@ def _watched(args: tuple[Any, ...]) -> bool:
     tensors = [t for t in flat if isinstance(t, Tensor)]
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, Parameter) for t in tensors)
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
