@@ -232,10 +232,11 @@ def _held(result: Any) -> list[Tensor]:
 
 
 class Device(TorchDispatchMode):
-    """The stand-in, while it is entered; the tensors must not be used afterwards."""
+    """The stand-in, while it is entered; the tensors must not be used afterwards. ``failing``: no capture ends well."""
 
-    def __init__(self, index: int = 1, count: int = 2) -> None:
+    def __init__(self, index: int = 1, count: int = 2, failing: bool = False) -> None:
         super().__init__()
+        self.failing = failing
         self.place, self.count = torch.device("cuda", index), count
         self.current = 0
         self.log = Log(self.place)
@@ -447,8 +448,10 @@ class Device(TorchDispatchMode):
         @contextmanager
         def on_stream(stream: Stream) -> Iterator[None]:
             before, log.stream = log.stream, stream
-            yield
-            log.stream = before
+            try:
+                yield
+            finally:
+                log.stream = before
 
         @contextmanager
         def captured(graph: Graph, pool: Any = None, capture_error_mode: str = "global"):
@@ -458,9 +461,16 @@ class Device(TorchDispatchMode):
             if self.current != self.place.index:
                 log.fault("a graph is captured on another device than its tensors'")
             log.capturing = graph
-            yield
-            log.capturing = None
-            graph.undo()
+            try:
+                yield
+            finally:
+                log.capturing = None
+                graph.undo()
+            if self.failing:
+                log.stream = Stream(
+                    self.place, log
+                )  # torch leaves the capture's as the current one
+                raise RuntimeError("operation not permitted")
 
         def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
             made = real_tensor(data, **options)

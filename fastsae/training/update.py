@@ -8,7 +8,10 @@ saved by one goes on with the other.
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,6 +44,8 @@ from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from ..sae.transcoder import Transcoder
 from .schedule import k_at, lr_at, quota_at
+
+log = logging.getLogger(__name__)
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 """Those of every SAE; a transcoder may have ``W_skip`` besides."""
@@ -278,7 +283,7 @@ class FusedUpdate(Update):
     """The fast way: everything sparse runs on the kernels, and a latent's whole update is one pass.
 
     Nothing waits for the device, and no ``[F, D]`` gradient exists. With ``config.cuda_graph`` a step
-    is one CUDA graph, one for each number of dead latents that buffers are made for.
+    on CUDA is one CUDA graph, one for each number of dead latents that buffers are made for.
     """
 
     AUX_LAG_STEPS: ClassVar = {"cuda": 4}
@@ -317,7 +322,10 @@ class FusedUpdate(Update):
             capacity = min(*self._dead_counts.update(self.dead.sum()), self.sae.d_sae)
         quota = self.activation.latent_quota
         batch = x if target is None else torch.cat([x, target], 1)
-        return (self._graphs or self._on_device)(batch, budget, quota, capacity)
+        # While k goes to its final value no budget comes back, and none is worth a graph.
+        settled = budget == int(self.config.k * len(x))
+        step = self._graphs if self._graphs and settled else self._on_device
+        return step(batch, budget, quota, capacity)
 
     def _on_device(self, batch: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
         """One step that selects ``budget`` entries with a latent ``quota``, and in which up to
@@ -433,37 +441,55 @@ class Graphs:
     The first calls of a combination run eagerly (kernels compile, libraries make their plans); then it
     is captured, and from there on a call replays. All of them on a copy of the batch: what is captured
     has run before on the very same memory. Results stand until the next call. Graphs share one pool of
-    memory: they run one after another.
+    memory: they run one after another. Where a capture fails, that is told once, and nothing else is captured.
     """
 
     EAGER_CALLS = 3
+    CALLS_APART = 100
+    """Between two captures: each waits for the device and empties torch's cache of its memory."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._calls: dict[Any, tuple[int, Tensor]] = {}
+        self._batches: dict[Any, Tensor] = {}
+        self._calls: Counter[Any] = Counter()
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
+        self._wait = 0  # calls until the next capture
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        key = (x.shape, x.dtype, *arguments)
-        calls, static_x = self._calls.get(key) or (0, torch.empty_like(x))
-        self._calls[key] = calls + 1, static_x
-        static_x.copy_(x)
-        if calls < self.EAGER_CALLS:
-            return self._function(static_x, *arguments)
+        kind = x.shape, x.dtype
+        if kind not in self._batches:
+            self._batches[kind] = torch.empty_like(x)
+        x, key = self._batches[kind].copy_(x), (*kind, *arguments)
+        self._calls[key] += 1
+        self._wait -= 1
+        if key not in self._captured and self._calls[key] > self.EAGER_CALLS and self._wait < 0:
+            self._capture(key, x, arguments)
         if key not in self._captured:
-            self._captured[key] = self._capture(static_x, arguments)
+            return self._function(x, *arguments)
         graph, result = self._captured[key]
         graph.replay()
         return result
 
-    def _capture(self, static_x: Tensor, arguments: tuple[Any, ...]) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the program may use the device meanwhile: a loader pins memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._function(static_x, *arguments)
-        self._pool = graph.pool()
-        return graph, result
+    def _capture(self, key: Any, x: Tensor, arguments: tuple[Any, ...]) -> None:
+        graph, self._wait = torch.cuda.CUDAGraph(), self.CALLS_APART
+        try:
+            # Where the end of a capture fails, torch leaves the current stream at the capture's. Other threads of
+            # the program may use the device meanwhile: a loader pins memory.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                result = self._function(x, *arguments)
+        except Exception as error:
+            self._wait = math.inf
+            log.warning(
+                "a step could not be captured as a CUDA graph, and training goes on without: %s: %s",
+                type(error).__name__, error,
+            )  # fmt: skip
+        else:
+            self._pool = graph.pool()
+            self._captured[key] = graph, result
 
 
 class LaggedCounts:
