@@ -201,8 +201,8 @@ class TrainConfig:
     """Matrix products of the SAE; weights stay fp32. [bf16 on CUDA, fp32 on a CPU]"""
     step: Literal["fused", "autograd"] = "fused"
     """How a step is computed: on the sparse kernels, or by plain autograd; same result."""
-    cuda_graph: bool = False
-    """Replay the fused step as one CUDA graph (CUDA only)."""
+    cuda_graph: bool = True
+    """Replay the fused step as one CUDA graph: on CUDA, of a dictionary that is in one place; with the same bits."""
     pool_tokens: int = 262_144
     """Activations mixed with each other before they are trained on."""
     reuse: int = 1
@@ -323,7 +323,6 @@ class TrainConfig:
         """The setting, as a flag, that a dictionary in several shards cannot be trained with, if there is one."""
         wholes = {
             "--step autograd": self.step == "autograd",
-            "--cuda-graph": self.cuda_graph,
             "--clip-norm": self.clip_norm is not None,
             "--matryoshka": bool(self.matryoshka),
             "--target": self.target is not None,
@@ -513,6 +512,7 @@ def _is_finite(value: Any) -> bool:
 MAY_CHANGE_ON_RESUME = frozenset({
     "tokens", "out", "checkpoint_every_tokens", "keep_checkpoints", "resume", "wandb", "wandb_project",
     "wandb_entity", "hub_repo", "hub_private", "revision", "dataset_revision", "skip_bad_lines", "report",
+    "cuda_graph",
 })  # fmt: skip
 """Fields that do not touch what a step computes, or whose effect is looked at in another way, as the
 commit of a revision is; any other difference makes a resumed run inconsistent."""

@@ -192,14 +192,16 @@ class Graph:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._tape: list[tuple[Callable[[], Any], str, Any, list[Memory], list[Memory]]] = []
+        self._tape: list[tuple[Callable[[], Any], str, Any, list[Memory], list[Memory], int]] = []
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def pool(self) -> Graph:
         return self
 
-    def add(self, again, name: str, result: Any, reads: list[Memory], writes: list[Memory]) -> None:
-        self._tape.append((again, name, result, reads, writes))
+    def add(
+        self, again, name: str, result: Any, reads: list[Memory], writes: list[Memory], launches=1
+    ) -> None:
+        self._tape.append((again, name, result, reads, writes, launches))
 
     def keep(self, tensor: Tensor) -> None:
         """What is written to while capturing: it only happens at each replay."""
@@ -213,7 +215,8 @@ class Graph:
         log = self._device.log
         log.launches.append("graph")
         with torch.utils._python_dispatch._disable_current_modes():
-            for again, name, result, reads, writes in self._tape:
+            for again, name, result, reads, writes, launches in self._tape:
+                log.stream.now += launches - 1
                 log.touch(name, reads, writes)
                 for old, new in zip(_held(result), _held(again()), strict=True):
                     if old.data_ptr() != new.data_ptr():
@@ -229,10 +232,11 @@ def _held(result: Any) -> list[Tensor]:
 
 
 class Device(TorchDispatchMode):
-    """The stand-in, while it is entered; the tensors must not be used afterwards."""
+    """The stand-in, while it is entered; the tensors must not be used afterwards. ``failing``: no capture ends well."""
 
-    def __init__(self, index: int = 1, count: int = 2) -> None:
+    def __init__(self, index: int = 1, count: int = 2, failing: bool = False) -> None:
         super().__init__()
+        self.failing = failing
         self.place, self.count = torch.device("cuda", index), count
         self.current = 0
         self.log = Log(self.place)
@@ -365,7 +369,7 @@ class Device(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
             for tensor in tree_leaves(value) if isinstance(tensor, OnCuda)
         ]  # fmt: skip
-        before = [t.held.clone() for t in written]
+        before, launched = [t.held.clone() for t in written], len(log.launches)
         with self._as_if(capturing), self:
             dry = body(*args)
         for t, values in zip(written, before, strict=True):
@@ -386,7 +390,7 @@ class Device(TorchDispatchMode):
             memory.written = (log.stream, log.stream.now)
         if capturing is not None:
             reads, writes = [t.memory for t in ours], [t.memory for t in written] + made
-            capturing.add(again, str(func), result, reads, writes)
+            capturing.add(again, str(func), result, reads, writes, len(log.launches) - launched)
         return result
 
     @contextmanager
@@ -444,8 +448,10 @@ class Device(TorchDispatchMode):
         @contextmanager
         def on_stream(stream: Stream) -> Iterator[None]:
             before, log.stream = log.stream, stream
-            yield
-            log.stream = before
+            try:
+                yield
+            finally:
+                log.stream = before
 
         @contextmanager
         def captured(graph: Graph, pool: Any = None, capture_error_mode: str = "global"):
@@ -455,9 +461,16 @@ class Device(TorchDispatchMode):
             if self.current != self.place.index:
                 log.fault("a graph is captured on another device than its tensors'")
             log.capturing = graph
-            yield
-            log.capturing = None
-            graph.undo()
+            try:
+                yield
+            finally:
+                log.capturing = None
+                graph.undo()
+            if self.failing:
+                log.stream = Stream(
+                    self.place, log
+                )  # torch leaves the capture's as the current one
+                raise RuntimeError("operation not permitted")
 
         def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
             made = real_tensor(data, **options)

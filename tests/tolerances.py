@@ -50,6 +50,9 @@ SHARDS = 1e-9
 # Tens of steps of the same in float32, where a v near zero divides.
 SHARDS_FLOAT32 = 2e-4
 
+# The threshold's average, relative: in float32, 1 - 0.99^n loses seven bits for n = 1.
+THRESHOLD_AVERAGE = 2e-5
+
 # A float32 row divided by its own norm: the error of the norm's sum and of one division.
 UNIT_NORM = 4e-7
 

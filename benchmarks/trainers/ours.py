@@ -23,7 +23,7 @@ CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent
 
 class Fastsae(Trainer):
     exact = True
-    settings: ClassVar[dict[str, Any]] = {}
+    settings: ClassVar[dict[str, Any]] = {"cuda_graph": False}
 
     def prepare(self, weights: Weights) -> None:
         p = self.problem

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae_kernels import batch_topk, topk
+from fastsae_kernels.step import average_threshold_
 
 from ..errors import ConfigError
 
@@ -111,15 +112,7 @@ class BatchTopK(nn.Module):
     @torch.no_grad()
     def track(self, smallest: Tensor) -> None:
         """Take a selection's threshold into the average; +inf (nothing but peaks kept) changes nothing."""
-        # Written without a branch on the data, so that nothing waits for the device.
-        smallest = smallest.to(self.threshold.dtype)
-        selected = smallest.isfinite()
-        updates = self.threshold_updates + selected
-        # The corrected average is the state: its newest value weighs rate / (1 - (1 - rate)^n).
-        weight = self.threshold_rate / (1 - (1 - self.threshold_rate) ** updates.clamp_min(1))
-        moved = self.threshold + weight.to(self.threshold.dtype) * (smallest - self.threshold)
-        self.threshold.copy_(torch.where(selected, moved, self.threshold))
-        self.threshold_updates.copy_(updates)
+        average_threshold_(self.threshold, self.threshold_updates, smallest, self.threshold_rate)
 
     def extra_repr(self) -> str:
         return f"k={self.k:g}, inference={self.inference!r}"

@@ -8,7 +8,10 @@ saved by one goes on with the other.
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,10 +28,14 @@ from fastsae_kernels import (
     fused_update_,
     gradient_norm,
     nested_decode_loss,
-    nested_gradient,
     normalize_rows_,
     project_gradient_,
-    reference,
+)
+from fastsae_kernels.step import (
+    centred_input,
+    output_gradient,
+    step_objective,
+    track_selection_,
 )
 
 from ..config import TrainConfig
@@ -37,6 +44,8 @@ from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from ..sae.transcoder import Transcoder
 from .schedule import k_at, lr_at, quota_at
+
+log = logging.getLogger(__name__)
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 """Those of every SAE; a transcoder may have ``W_skip`` besides."""
@@ -274,7 +283,7 @@ class FusedUpdate(Update):
     """The fast way: everything sparse runs on the kernels, and a latent's whole update is one pass.
 
     Nothing waits for the device, and no ``[F, D]`` gradient exists. With ``config.cuda_graph`` a step
-    is one CUDA graph, one for each number of dead latents that buffers are made for.
+    on CUDA is one CUDA graph, one for each number of dead latents that buffers are made for.
     """
 
     AUX_LAG_STEPS: ClassVar = {"cuda": 4}
@@ -295,6 +304,7 @@ class FusedUpdate(Update):
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
         self._tied = not isinstance(sae, Transcoder)
+        self._no_aux = torch.zeros_like(self.lr)
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             self._biases["W_skip"] = BiasState.start(sae.W_skip.data)
         self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
@@ -312,7 +322,10 @@ class FusedUpdate(Update):
             capacity = min(*self._dead_counts.update(self.dead.sum()), self.sae.d_sae)
         quota = self.activation.latent_quota
         batch = x if target is None else torch.cat([x, target], 1)
-        return (self._graphs or self._on_device)(batch, budget, quota, capacity)
+        # While k goes to its final value no budget comes back, and none is worth a graph.
+        settled = budget == int(self.config.k * len(x))
+        step = self._graphs if self._graphs and settled else self._on_device
+        return step(batch, budget, quota, capacity)
 
     def _on_device(self, batch: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
         """One step that selects ``budget`` entries with a latent ``quota``, and in which up to
@@ -320,24 +333,24 @@ class FusedUpdate(Update):
         sae, config = self.sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
-        x = batch if self._tied else batch[:, : sae.d_in]
-        scaled, _ = sae.scale_input(x)
-        whole = scaled if self._tied else sae.scale_target(batch[:, sae.d_in :])[0]
-        left = sae.left_to_decoder(whole, scaled)
-        # A transcoder's input is centred already.
-        center = b_dec.weight if self._tied else torch.zeros_like(scaled[0])
+        operand = W_enc.compute().dtype
+        if self._tied:
+            constant = sae.scale if sae.normalize == "scalar" else None
+            x = sae.scale_input(batch)[0] if sae.normalize == "layer_norm" else batch
+            scaled, centred, inputs = centred_input(x, constant, b_dec.weight, operand)
+            whole = left = scaled
+        else:  # a transcoder's input is centred already
+            scaled, _ = sae.scale_input(batch[:, : sae.d_in])
+            whole, _ = sae.scale_target(batch[:, sae.d_in :])
+            left = sae.left_to_decoder(whole, scaled)
+            centred = inputs = scaled.to(operand)
 
-        selection = encode_batch_topk(
-            scaled, W_enc.compute().T, b_enc.weight, center, budget, quota
-        )
+        selection = encode_batch_topk(centred, W_enc.compute().T, b_enc.weight, None, budget, quota)
         csr = selection.csr
         csc = csr_to_csc(csr, sae.d_sae)
         decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, left, self._levels)
-        error, dY = decoded.squared_error.mean(), nested_gradient(decoded.residual)
-        if config.objective == "log":
-            dY = dY * reference.error_weight(error)
 
-        aux, aux_gradients = torch.zeros_like(error), None
+        aux, aux_gradients = self._no_aux, None
         if capacity:
             aux, aux_gradients = aux_k_gradients(
                 scaled,
@@ -345,7 +358,7 @@ class FusedUpdate(Update):
                 W_enc.compute(),
                 b_enc.weight,
                 W_dec.compute(),
-                center,
+                b_dec.weight if self._tied else torch.zeros_like(scaled[0]),
                 self.tokens_since_active,
                 dead_after=config.dead_after,
                 max_dead=capacity,
@@ -354,12 +367,18 @@ class FusedUpdate(Update):
                 coefficient=config.aux_weight,
                 target=whole,
             )
+        error, objective, weight = step_objective(
+            decoded.squared_error, aux, config.aux_weight, config.objective
+        )
         self.updates += 1
-        operand, dY_scale = W_enc.compute().dtype, -2 / (len(dY) * len(x))
-        skip, clip = self._biases.get("W_skip"), None
-        # All levels share the skip connection, as they do b_dec.
-        dW_skip = None if skip is None else dY_scale * (dY[0].T @ scaled)
-        inputs, dY = scaled.to(operand), dY.to(operand)
+        levels, tokens, _ = decoded.residual.shape
+        dY_scale = -2 / (levels * tokens)
+        skip, dW_skip, clip = self._biases.get("W_skip"), None, None
+        dY = output_gradient(decoded.residual, weight, operand if skip is None else weight.dtype)
+        if skip is not None:
+            # All levels share the skip connection, as they do b_dec.
+            dW_skip = dY_scale * (dY[0].T @ scaled)
+            dY = dY.to(operand)
         options: dict[str, Any] = {"dY_scale": dY_scale, "aux_gradients": aux_gradients}
         options |= {"levels": self._levels, "tied": self._tied}
         if config.clip_norm is not None:
@@ -373,10 +392,15 @@ class FusedUpdate(Update):
         )  # fmt: skip
         if skip is not None and dW_skip is not None:
             adam_(skip, dW_skip if clip is None else clip * dW_skip, self.lr, self.updates)
-        self.activation.track(selection.threshold)
-        counts = csc.counts()
-        self._count(len(x), counts)
-        objective = reference.objective(error, aux, config.aux_weight, config.objective)
+        counts = track_selection_(
+            self.activation.threshold,
+            self.activation.threshold_updates,
+            self.tokens_since_active,
+            selection.threshold,
+            csc.offsets,
+            tokens,
+            self.activation.threshold_rate,
+        )
         return UpdateResult(objective, error, aux, decoded.residual, counts)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
@@ -417,37 +441,55 @@ class Graphs:
     The first calls of a combination run eagerly (kernels compile, libraries make their plans); then it
     is captured, and from there on a call replays. All of them on a copy of the batch: what is captured
     has run before on the very same memory. Results stand until the next call. Graphs share one pool of
-    memory: they run one after another.
+    memory: they run one after another. Where a capture fails, that is told once, and nothing else is captured.
     """
 
     EAGER_CALLS = 3
+    CALLS_APART = 100
+    """Between two captures: each waits for the device and empties torch's cache of its memory."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._calls: dict[Any, tuple[int, Tensor]] = {}
+        self._batches: dict[Any, Tensor] = {}
+        self._calls: Counter[Any] = Counter()
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
+        self._wait = 0  # calls until the next capture
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        key = (x.shape, x.dtype, *arguments)
-        calls, static_x = self._calls.get(key) or (0, torch.empty_like(x))
-        self._calls[key] = calls + 1, static_x
-        static_x.copy_(x)
-        if calls < self.EAGER_CALLS:
-            return self._function(static_x, *arguments)
+        kind = x.shape, x.dtype
+        if kind not in self._batches:
+            self._batches[kind] = torch.empty_like(x)
+        x, key = self._batches[kind].copy_(x), (*kind, *arguments)
+        self._calls[key] += 1
+        self._wait -= 1
+        if key not in self._captured and self._calls[key] > self.EAGER_CALLS and self._wait < 0:
+            self._capture(key, x, arguments)
         if key not in self._captured:
-            self._captured[key] = self._capture(static_x, arguments)
+            return self._function(x, *arguments)
         graph, result = self._captured[key]
         graph.replay()
         return result
 
-    def _capture(self, static_x: Tensor, arguments: tuple[Any, ...]) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the program may use the device meanwhile: a loader pins memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._function(static_x, *arguments)
-        self._pool = graph.pool()
-        return graph, result
+    def _capture(self, key: Any, x: Tensor, arguments: tuple[Any, ...]) -> None:
+        graph, self._wait = torch.cuda.CUDAGraph(), self.CALLS_APART
+        try:
+            # Where the end of a capture fails, torch leaves the current stream at the capture's. Other threads of
+            # the program may use the device meanwhile: a loader pins memory.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                result = self._function(x, *arguments)
+        except Exception as error:
+            self._wait = math.inf
+            log.warning(
+                "a step could not be captured as a CUDA graph, and training goes on without: %s: %s",
+                type(error).__name__, error,
+            )  # fmt: skip
+        else:
+            self._pool = graph.pool()
+            self._captured[key] = graph, result
 
 
 class LaggedCounts:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae_kernels import aux_k, dispatch, encoder, sparse_decoder
+from fastsae_kernels import aux_k, dispatch, encoder, sparse_decoder, step
 
 # What several widths share is listed under the first of them.
 WIDTHS = (1536, 768, 1024, 2048, 2304, 4096)
@@ -60,6 +60,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    enable_fp_fusion: bool = True
     representative: bool = False  # part of the slice that the tests compile
 
 
@@ -122,6 +123,7 @@ def all_cases() -> tuple[Case, ...]:
         _encoder(cases)
         for width in WIDTHS:
             _decoder(cases, width)
+            _step(cases, width)
             _update(cases, width)
     return tuple(cases.values())
 
@@ -170,6 +172,24 @@ def _decoder(cases: _Cases, width: int) -> None:
         if width == WIDTHS[0]:
             with cases.record(f", nested, D={width} {name}"):
                 kernels.nested_decode_loss(csr, W, W[0], x, LEVELS)
+
+
+def _step(cases: _Cases, width: int) -> None:
+    one, count = torch.ones(()), torch.ones((), dtype=torch.int64)
+    since = torch.zeros(LATENTS, dtype=torch.int64)
+    for name, dtype in FLOATS.items():
+        x, residual = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(1, TOKENS, width)
+        chosen = width == WIDTHS[0] and name == "bf16"
+        with cases.record(f", D={width} {name}", chosen):
+            for scale in (None, one):
+                step.centred_input(x, scale, residual[0, 0], dtype)
+            step.output_gradient(residual, one, dtype)
+        if chosen:
+            with cases.record("", True):
+                step.step_objective(residual[0, :, 0].contiguous(), one, 1.0, "log")
+                step.track_selection_(one, count, since, one, since.int(), TOKENS, 0.01)
+            with cases.record(f", nested, D={width} {name}"):
+                step.output_gradient(residual.expand(3, -1, -1), one, dtype)
 
 
 def _update(cases: _Cases, width: int) -> None:

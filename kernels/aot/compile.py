@@ -75,6 +75,7 @@ def compile_case(case: Case, capability: int):
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     options |= {"maxnreg": case.maxnreg} if case.maxnreg else {}
+    options |= {"enable_fp_fusion": case.enable_fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -10,6 +10,7 @@ run on CPU tensors, for tests, under ``TRITON_INTERPRET=1`` set before the first
 """
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -122,14 +128,47 @@ def register(
     """
 
     def decorate(function: Callable) -> Callable:
-        name = f"fastsae::{function.__name__.lstrip('_')}"
-        op = torch.library.custom_op(name, _on_its_device(function), mutates_args=mutates_args)
+        op = _Operation(_on_its_device(function), mutates_args)
         op.register_fake(fake)
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
         return op
 
     return decorate
+
+
+class _Operation(CustomOpDef):
+    """What ``torch.library.custom_op`` makes, but called as the plain function where nobody looks at operations:
+    torch's library takes the host longer than the launch of a kernel."""
+
+    def __init__(self, function: Callable, mutates_args: tuple[str, ...]) -> None:
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        super().__init__("fastsae", function.__name__.lstrip("_"), schema, function)
+        self.register_kernel(None)(function)
+        names = [*inspect.signature(function).parameters]
+        self._function, self._written = function, [names.index(name) for name in mutates_args]
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or _watched(args):
+            return super().__call__(*args)
+        result = self._function(*args)
+        for i in self._written:
+            increment_version(args[i])
+        return result
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether anything traces or differentiates what is done to ``args``, and so must see the operation."""
+    flat = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    tensors = [t for t in flat if isinstance(t, Tensor)]
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or any(type(t) not in (Tensor, Parameter) for t in tensors)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
 
 
 def _on_its_device(function: Callable) -> Callable:

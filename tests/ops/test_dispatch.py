@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae_kernels
 from fastsae_kernels import dispatch
@@ -180,3 +183,74 @@ def test_an_operation_runs_with_the_device_of_its_tensors(monkeypatch):
     _where_it_runs(x)
     _where_it_changes_([state], x)
     assert [t.data_ptr() for t in seen] == [x.data_ptr(), state.data_ptr()] and not current
+
+
+@pytest.fixture
+def through_library(monkeypatch) -> list[str]:
+    """The operations that torch's library was asked for, in order."""
+    asked, real = [], torch.library.CustomOpDef.__call__
+
+    def call(self, *args):
+        asked.append(self._name)
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", call)
+    return asked
+
+
+def test_operations_are_called_directly_where_nobody_looks(through_library):
+    pre = torch.randn(4, 40)
+    csr = fastsae_kernels.batch_topk(pre, 20).csr
+    with torch.no_grad():
+        again = fastsae_kernels.batch_topk(pre.clone().requires_grad_(), 20).csr
+        fastsae_kernels.csr_to_csc(csr, 40)
+    assert not through_library and again.values.equal(csr.values)
+
+
+def test_what_looks_on_sees_operations(through_library):
+    def select(pre):
+        return fastsae_kernels.batch_topk(pre, 20).csr.values
+
+    pre = torch.randn(4, 40)
+    expected, asked = select(pre), ["group_max", "batch_topk"]
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name.removeprefix("fastsae::"))
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    seen: list[str] = []
+    with Seen():
+        assert select(pre).equal(expected)
+    assert [name for name in seen if name in asked] == asked
+    with FakeTensorMode() as mode:
+        assert select(mode.from_tensor(pre)).shape == (20,)
+    select(pre.as_subclass(Subclass))
+    with torch.autograd.forward_ad.dual_level():
+        select(pre)
+    assert torch.func.vmap(select)(pre[None])[0].equal(expected)
+    select(pre.clone().requires_grad_()).sum().backward()
+    # Maxima are taken of what is detached.
+    assert through_library == [*asked * 5, "batch_topk"]
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    seen.clear()
+    assert torch.compile(select, fullgraph=True, backend=backend)(pre).equal(expected)
+    assert {"fastsae.group_max.default", "fastsae.batch_topk.default"} <= set(seen)
+    graph = make_fx(select, tracing_mode="real")(pre).graph
+    assert "fastsae.batch_topk.default" in {str(node.target) for node in graph.nodes}
+
+
+def test_what_an_operation_called_directly_writes_is_known_to_autograd():
+    W = torch.ones(3, 4, requires_grad=True)
+    product = W * W
+    with torch.no_grad():
+        fastsae_kernels.normalize_rows_(W)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

@@ -1,5 +1,6 @@
 """The training step against the definition, and the counters it keeps."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -360,6 +361,24 @@ class Recorder:
         self.pools: list[str | None] = []
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(Graphs, "CALLS_APART", 0)
+
+
+def test_a_fused_step_calls_its_operations_directly(monkeypatch) -> None:
+    """torch's library takes longer than a kernel's launch."""
+    asked, real = [], torch.library.CustomOpDef.__call__
+    monkeypatch.setattr(
+        torch.library.CustomOpDef,
+        "__call__",
+        lambda op, *args: (asked.append(op), real(op, *args))[1],
+    )
+    for way in UPDATES:
+        step = new_step(way)
+        for x in batches(10):
+            step(x)
+        assert bool(asked) == (way == "autograd")
 
 
 def test_graphs_are_captured_once_for_each_shape_and_argument(monkeypatch) -> None:
@@ -380,10 +399,31 @@ def test_graphs_are_captured_once_for_each_shape_and_argument(monkeypatch) -> No
     assert recorder.captures == 2 and recorder.pools == [None, "the pool"]
     graphs(x[:2], 1)
     assert recorder.captures == 2, "another shape begins eagerly"
+    monkeypatch.setattr(Graphs, "CALLS_APART", 30)
+    for n in (3, 4):
+        for _ in range(15):
+            graphs(x, n)
+    assert recorder.captures == 3, "captures are not close to each other"
+    for _ in range(10):
+        graphs(x, 4)
+    assert recorder.captures == 4
+
+
+def test_no_graph_is_captured_while_k_is_annealed(monkeypatch) -> None:
+    recorder = Recorder(monkeypatch)
+    config = dataclasses.replace(
+        CONFIG, k_initial=10, k_anneal_tokens=16 * 40, tokens=16 * 60, aux_coefficient=0
+    )
+    step = new_step("fused", config)
+    step._graphs = Graphs(step._on_device)
+    for i, x in enumerate(batches(60)):
+        step(x)
+        assert recorder.captures == (i >= 40 + Graphs.EAGER_CALLS)
+    assert len(step._graphs._calls) == 1
 
 
 CUDA_CONFIG = dataclasses.replace(
-    CONFIG, k=4, d_sae=256, dead_after_tokens=200, k_aux=8, device="cuda"
+    CONFIG, k=4, d_sae=256, dead_after_tokens=200, k_aux=8, device="cuda", cuda_graph=False
 )
 
 
