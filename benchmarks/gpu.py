@@ -26,8 +26,8 @@ SECONDS_PER_PART, GRACE = 410, 60
 GPU_TESTS = (
     "data/test_buffer", "ops/test_aux_k", "ops/test_batch_topk", "ops/test_decoder_norm",
     "ops/test_dispatch", "ops/test_encode_topk", "ops/test_encoder", "ops/test_fused_update",
-    "ops/test_sharded_topk", "ops/test_sparse_decoder", "ops/test_step", "ops/test_topk", "training/test_sharded",
-    "training/test_update",
+    "ops/test_sharded_topk", "ops/test_sparse_decoder", "ops/test_step", "ops/test_topk",
+    "training/test_sharded", "training/test_update",
 )  # fmt: skip
 """The files with tests that need a GPU: others import what such a machine may lack."""
 PARTS = {

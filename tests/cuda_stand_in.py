@@ -377,6 +377,7 @@ class Device(TorchDispatchMode):
                 values
             )  # what follows the launches may have written what they did not compute
         log.capturing = capturing
+        log.touch(str(func), [], [t.memory for t in written])
         if capturing is not None:
             for t in written:
                 capturing.keep(t.held)
@@ -485,7 +486,7 @@ class Device(TorchDispatchMode):
             "is_available": lambda: True, "device_count": lambda: self.count, "_lazy_init": none,
             "current_device": lambda: self.current, "set_device": lambda d: exchange(_index(d)),
             "_exchange_device": exchange, "_maybe_exchange_device": exchange,
-            "Stream": lambda device=None: Stream(device or self.place, log),
+            "Stream": lambda device=None, priority=0: Stream(device or self.place, log),
             "Event": lambda **_: Event(log), "CUDAGraph": lambda: Graph(self), "graph": captured,
             "current_stream": lambda device=None: log.stream, "stream": on_stream,
             "synchronize": lambda device=None: log.stream.synchronize(), "empty_cache": none,

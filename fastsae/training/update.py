@@ -12,7 +12,8 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -305,6 +306,9 @@ class FusedUpdate(Update):
         }
         self._tied = not isinstance(sae, Transcoder)
         self._no_aux = torch.zeros_like(self.lr)
+        # Small launches, which need not queue behind large ones. A harvest's stream has another priority, and so
+        # is never the same one, which it could be where torch has given out all it has.
+        self._stream = torch.cuda.Stream(self.lr.device, priority=-1) if self.lr.is_cuda else None
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             self._biases["W_skip"] = BiasState.start(sae.W_skip.data)
         self._levels = torch.tensor(sae.levels, dtype=torch.int32, device=sae.W_dec.device)
@@ -347,7 +351,8 @@ class FusedUpdate(Update):
 
         selection = encode_batch_topk(centred, W_enc.compute().T, b_enc.weight, None, budget, quota)
         csr = selection.csr
-        csc = csr_to_csc(csr, sae.d_sae)
+        with self._beside():
+            csc = csr_to_csc(csr, sae.d_sae)
         decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, left, self._levels)
 
         aux, aux_gradients = self._no_aux, None
@@ -379,6 +384,17 @@ class FusedUpdate(Update):
             # All levels share the skip connection, as they do b_dec.
             dW_skip = dY_scale * (dY[0].T @ scaled)
             dY = dY.to(operand)
+        self._join()
+        with self._beside():
+            counts = track_selection_(
+                self.activation.threshold,
+                self.activation.threshold_updates,
+                self.tokens_since_active,
+                selection.threshold,
+                csc.offsets,
+                tokens,
+                self.activation.threshold_rate,
+            )
         options: dict[str, Any] = {"dY_scale": dY_scale, "aux_gradients": aux_gradients}
         options |= {"levels": self._levels, "tied": self._tied}
         if config.clip_norm is not None:
@@ -392,16 +408,26 @@ class FusedUpdate(Update):
         )  # fmt: skip
         if skip is not None and dW_skip is not None:
             adam_(skip, dW_skip if clip is None else clip * dW_skip, self.lr, self.updates)
-        counts = track_selection_(
-            self.activation.threshold,
-            self.activation.threshold_updates,
-            self.tokens_since_active,
-            selection.threshold,
-            csc.offsets,
-            tokens,
-            self.activation.threshold_rate,
-        )
+        self._join()
         return UpdateResult(objective, error, aux, decoded.residual, counts)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is launched in the block may run beside what follows it, until :meth:`_join`.
+
+        It begins after all that was launched before, so that it may take memory which that has given back; and
+        what it reads is not given back before the join.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         parts = {}
@@ -482,10 +508,10 @@ class Graphs:
             ):
                 result = self._function(x, *arguments)
         except Exception as error:
-            self._wait = math.inf
+            self._wait, cause = math.inf, error.__context__ or error  # beside what follows from it
             log.warning(
                 "a step could not be captured as a CUDA graph, and training goes on without: %s: %s",
-                type(error).__name__, error,
+                type(cause).__name__, cause,
             )  # fmt: skip
         else:
             self._pool = graph.pool()

@@ -159,16 +159,22 @@ class _Operation(CustomOpDef):
 
 def _watched(args: tuple[Any, ...]) -> bool:
     """Whether anything traces or differentiates what is done to ``args``, and so must see the operation."""
-    flat = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
-    tensors = [t for t in flat if isinstance(t, Tensor)]
-    return (
+    if (
         torch._C._len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or any(type(t) not in (Tensor, Parameter) for t in tensors)
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    ):
+        return True
+    differentiates = torch.is_grad_enabled()
+    for arg in args:
+        for each in arg if isinstance(arg, list) else (arg,):
+            if type(each) in (Tensor, Parameter):
+                if differentiates and each.requires_grad:
+                    return True
+            elif isinstance(each, Tensor):
+                return True
+    return False
 
 
 def _on_its_device(function: Callable) -> Callable:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -344,6 +345,36 @@ def test_streams_that_do_not_wait_are_found():
         torch.cuda.current_stream().wait_stream(beside)
         y.cpu()
         assert not log.faults
+
+
+@pytest.mark.parametrize("fork", [0, 1], ids=["transposition", "counters"])
+@pytest.mark.parametrize("end", ["_beside", "_join"])
+def test_what_runs_beside_a_step_begins_and_ends_with_it(fork, end, monkeypatch):
+    """By leaving out one of its waits: what it waits for is found to be on another stream."""
+    calls, real = [], getattr(FusedUpdate, end)
+
+    @contextmanager
+    def beside_without_waiting(step):
+        with torch.cuda.stream(step._stream):
+            yield
+
+    def leave_out(step):
+        calls.append(step)
+        if (len(calls) - 1) % 2 != fork:
+            return real(step)
+        return beside_without_waiting(step) if end == "_beside" else None
+
+    with Device().installed() as log:
+        step = update(dataclasses.replace(CONFIG, k_aux=8))
+        step.mark_dead(torch.arange(F, device="cuda:1") < F // 2)
+        x = torch.randn(B, D).to("cuda:1")
+        for _ in range(6):
+            step(x)
+        assert not log.faults
+        monkeypatch.setattr(FusedUpdate, end, leave_out)
+        for _ in range(3):
+            step(x).counts.sum()
+        assert len(calls) == 6 and log.faults
 
 
 def test_copies_that_wait_are_told_from_those_that_do_not():
