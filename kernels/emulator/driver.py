@@ -73,7 +73,7 @@ class Emulator:
 
         def launch_here(compiled: Any) -> None:
             if compiled.module is None:
-                compiled.function = _Function(compiled)
+                compiled.function = Function(compiled)
                 compiled.module = compiled
                 compiled._run = lambda x, y, z, stream, function, packed, meta, enter, leave, *values: (
                     emulator.launch(function, (x, y, z), values)
@@ -88,9 +88,9 @@ class Emulator:
         kernel._init_handles = launch_here
         driver.set_active(here)
 
-    def launch(self, function: _Function, grid: tuple[int, int, int], values: Any) -> None:
+    def launch(self, function: Function, grid: tuple[int, int, int], values: Any) -> None:
         """Run all programs, one after the other. Raises Fault."""
-        parameters, tensors, descriptors = _arguments(function, values)
+        parameters, tensors, descriptors = arguments_of(function, values)
         places = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
         if self.order == "reversed":
             places.reverse()
@@ -121,11 +121,12 @@ class Emulator:
         return lines
 
 
-class _Function:
+class Function:
     """A compiled kernel, translated when it is first launched."""
 
     def __init__(self, compiled: Any) -> None:
         kernel = ptx.parse(compiled.asm["ptx"])
+        self.compiled = compiled
         # Specialisations of one kernel are one kernel in the table.
         self.name, self.threads = compiled.name, kernel.threads
         self.signature = list(compiled.src.signature.items())
@@ -134,8 +135,8 @@ class _Function:
         self.run = translate(kernel)
 
 
-def _arguments(
-    function: _Function, values: Any
+def arguments_of(
+    function: Function, values: Any
 ) -> tuple[list[Any], list[tuple[str, Tensor]], dict[int, Descriptor]]:
     """The kernel's parameters, the tensors among the values, and the descriptors by their numbers."""
     parameters: list[Any] = []
