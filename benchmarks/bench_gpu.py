@@ -111,7 +111,7 @@ def bench_bits(report, shape, device, form):
 
 
 def bench_variants(request, report, shape, device):
-    """Each kernel of a step with other numbers of warps, registers, stages and latents."""
+    """Each kernel over rows of a step with other numbers of warps, registers, stages and latents."""
     if device == "cpu":
         pytest.skip("no kernel is launched")
     about = {"kind": "variant", "group": group("variants", shape), "trainer": "fastsae"}
@@ -120,7 +120,7 @@ def bench_variants(request, report, shape, device):
         step = trainer(form, shape, device)
         with gpu_step.recorded() as found:
             step.run(1)
-        launches = {str(launch.about): launch for launch in found} | launches
+        launches = {str(each.about): each for each in found if each.repeatable} | launches
     timed = lambda call: gpu_step.timed(call, device)
     for number in gpu_step.latents_per_program(triton_impl):
         step = trainer("eager", shape, device)

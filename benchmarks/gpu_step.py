@@ -102,6 +102,12 @@ class Launch:
             "registers": c.n_regs, "spilled": c.n_spills, "shared": c.metadata.shared,
         }  # fmt: skip
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be launched on its own any number of times. Kernels over rows of width D may; those
+        that count leave other integers each time, of which others make places."""
+        return "D" in self.options
+
     def again(self, **changed: Any) -> Any:
         """Launch it with other options. Raises what the compiler or the driver raises."""
         return self.kernel.run(*self.arguments, **self.options | changed)
