@@ -111,7 +111,7 @@ def bench_bits(report, shape, device, form):
 
 
 def bench_variants(request, report, shape, device):
-    """Each kernel over rows of a step with other numbers of warps, registers, stages and latents."""
+    """Each kernel over rows of a step with other numbers of warps, registers and stages; the update's as it can be tuned."""
     if device == "cpu":
         pytest.skip("no kernel is launched")
     about = {"kind": "variant", "group": group("variants", shape), "trainer": "fastsae"}
@@ -122,12 +122,12 @@ def bench_variants(request, report, shape, device):
             step.run(1)
         launches = {str(each.about): each for each in found if each.repeatable} | launches
     timed = lambda call: gpu_step.timed(call, device)
-    for number in gpu_step.latents_per_program(triton_impl):
-        step = trainer("eager", shape, device)
+    step = trainer("eager", shape, device)
+    for way in gpu_step.tunings(triton_impl):
         with gpu_step.recorded() as found:
             step.run(1)
-        one = [launch for launch in found if launch.kernel.__name__ == "encoder_kernel"]
-        for row in gpu_step.sweep(one, timed, until=0):
-            report.add(**about, **row | {"way": {"latents of a program": number}})
+        of_the_update = [each for each in found if "coder_" in each.kernel.__name__]
+        for row in gpu_step.sweep(of_the_update, timed, until=0):
+            report.add(**about, **row | {"way": way})
     for row in gpu_step.sweep([*launches.values()], timed, request.config.fastsae_deadline):
         report.add(**about, **row)

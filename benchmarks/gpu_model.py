@@ -37,8 +37,6 @@ from report import write_between_markers  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from triton import knobs  # noqa: E402
-from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 import fastsae  # noqa: E402
 from emulator import matrix, program  # noqa: E402
@@ -158,12 +156,7 @@ class Blocks(dict[int, matrix.Descriptor]):
 class Sampler(Emulator):
     """Runs some of a launch's programs, those with a width all but a few; assembles what it compiles."""
 
-    def install(self) -> None:
-        backend: Any = CUDABackend
-        assemble, folder = backend.make_cubin, knobs.cache.dir
-        super().install()
-        backend.make_cubin, knobs.cache.dir = assemble, folder
-        self.last: Launch | None = None
+    last: Launch | None = None
 
     def launch(self, function: Function, grid: tuple[int, int, int], values: Any) -> None:
         parameters, tensors, descriptors = arguments_of(function, values)
@@ -288,7 +281,7 @@ def steps(shape: Shape) -> Iterator[tuple[str, list[tuple[bool, Launch]]]]:
     """Each of ``VARIANTS`` by name, with the kernels of a step in order and whether a graph holds them."""
     torch.set_num_threads(1)
     emulator, run, known = Sampler("normal"), triton.JITFunction.run, {}
-    emulator.install()
+    emulator.install(assemble=True)
     (x,) = activations(shape, 1, "cpu")
     for name, changes in VARIANTS.items():
         config = fastsae.TrainConfig(

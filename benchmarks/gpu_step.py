@@ -23,12 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastsae_kernels import segments
 
 STEPS, SHOWN = 5, 60
-WARPS, REGISTERS, STAGES, LATENTS = (
-    (2, 4, 8, 16),
-    (64, 72, 80, 96, 128, 168),
-    (1, 2, 3, 4),
-    (1, 2, 4, 8, 16),
-)
+WARPS, REGISTERS, STAGES = (2, 4, 8, 16), (64, 72, 80, 96, 128, 168), (1, 2, 3, 4)
 """Ways to launch a kernel: one of them is changed at a time, then warps and registers together."""
 
 
@@ -172,10 +167,11 @@ def sweep(
             yield row(launch, way)
 
 
-def latents_per_program(module: Any) -> Iterator[int]:
-    """``LATENTS``, each while ``module`` launches with as many latents a program; nothing if it has no such
-    number."""
-    if hasattr(module, "LATENTS_PER_PROGRAM"):
-        for number in LATENTS:
-            with mock.patch.object(module, "LATENTS_PER_PROGRAM", number):
-                yield number
+def tunings(module: Any) -> Iterator[dict[str, int]]:
+    """Each number of the module's ``TUNING``, where it has one, at a quarter, a half, twice and four times what it
+    is, and set so meanwhile."""
+    tuning = getattr(module, "TUNING", None)
+    for name, value in [] if tuning is None else list(vars(tuning).items()):
+        for other in sorted({value // 4, value // 2, 2 * value, 4 * value} - {0}):
+            with mock.patch.object(tuning, name, other):
+                yield {name: other}

@@ -53,7 +53,7 @@ def chain_kernel(p, n):
 gpu_model.SAMPLED = 1000
 gpu_model.ASSUMED["tensors stay in L2 up to, bytes"] = 2**22
 emulator = gpu_model.Sampler("normal")
-emulator.install()
+emulator.install(assemble=True)
 found = {}
 n = 2**21
 p, q = torch.arange(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
