@@ -33,7 +33,6 @@ import triton  # noqa: E402
 from compile import resource_usage  # noqa: E402
 from cuda_stand_in import Device, OnCuda  # noqa: E402
 from measure import RECIPE, Shape, activations, git  # noqa: E402
-from report import write_between_markers  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -277,11 +276,10 @@ def _bytes(t: Tensor) -> int:
     return t.element_size() * int(np.prod(there))
 
 
-def steps(shape: Shape) -> Iterator[tuple[str, list[tuple[bool, Launch]]]]:
+def steps(shape: Shape, emulator: Sampler) -> Iterator[tuple[str, list[tuple[bool, Launch]]]]:
     """Each of ``VARIANTS`` by name, with the kernels of a step in order and whether a graph holds them."""
     torch.set_num_threads(1)
-    emulator, run, known = Sampler("normal"), triton.JITFunction.run, {}
-    emulator.install(assemble=True)
+    run, known = triton.JITFunction.run, {}
     (x,) = activations(shape, 1, "cpu")
     for name, changes in VARIANTS.items():
         config = fastsae.TrainConfig(
@@ -414,8 +412,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    found = {}
-    for name, launches in steps(options.shape):
+    found, emulator = {}, Sampler("normal")
+    emulator.install(assemble=True)
+    for name, launches in steps(options.shape, emulator):
         found[name] = rows(launches)
         sums = (total(found[name], column) for column in ("launches", "H100 us", "H200 us"))
         print(
@@ -440,6 +439,8 @@ def main() -> int:
         results[options.label] = run
         options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         if options.out == RESULTS:
+            from report import write_between_markers  # draws, too, which nobody else here wants
+
             write_between_markers(page(results), PAGE, *MARKERS)
     return 0
 

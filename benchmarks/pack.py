@@ -30,22 +30,26 @@ TRITON_CACHE_DIR={AT} python benchmarks/gpu.py --part smoke --out results
 
 
 def compile_kernels(width: int = WIDTH) -> None:
-    """Launch all kernels of ``kernels/aot`` at one width, on CPU tensors, as Triton does it for sm_90: they
-    are compiled into its cache, and run nothing. In a process of its own, without TRITON_INTERPRET."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "kernels/aot")]
-    import cases
+    """Launch the kernels of a step, and all those of ``kernels/aot``, at one width, as Triton does it for sm_90:
+    they are compiled into its cache, and run nothing. In a process of its own."""
+    import gpu_model  # first: it says where the others are
+    from measure import Shape
 
-    from emulator.driver import Emulator
+    import cases  # isort: skip
 
-    class Compiler(Emulator):
-        def launch(self, *_) -> None:
-            """Compiling was all."""
+    class Compiler(gpu_model.Sampler):
+        def launch(self, function, *_) -> None:
+            self.last = gpu_model.Launch(function.name)
 
     @contextmanager
     def launched(*_):
         yield
 
-    Compiler().install(assemble=True)
+    compiler = Compiler()
+    compiler.install(assemble=True)
+    # Sizes are multiples of 16, as a training's: to the compiler they are the same.
+    for _ in gpu_model.steps(Shape(64, width, 512, 16), compiler):
+        pass
     cases.WIDTHS, cases._Cases.record = (width,), launched
     cases.all_cases()
 
