@@ -381,6 +381,7 @@ def test_the_kernels_of_a_step_as_they_were_loaded(on_a_gpu):
     assert all(kernel["registers"] >= 40 and kernel["grid"] for kernel in row["kernels"])
 
 
+@pytest.mark.slow
 def test_each_kernel_is_launched_in_other_ways_and_one_that_fails_costs_no_other(
     on_a_gpu, monkeypatch
 ):

@@ -81,6 +81,7 @@ def planted(tmp_path_factory) -> dict:
     return json.loads(run(str(script)))
 
 
+@pytest.mark.slow
 def test_bytes_are_those_a_kernel_moves(planted):
     """2^21 integers read and written, more than stays in the cache; a program moves 4,096 of them."""
     for name in ("whole", "sampled"):
@@ -92,6 +93,7 @@ def test_bytes_are_those_a_kernel_moves(planted):
     )
 
 
+@pytest.mark.slow
 def test_what_bounds_a_kernel(planted):
     # 1,056 programs of 8 warps with 64 registers: 4 on each of 132 multiprocessors, in 2 waves.
     assert planted["full"]["resident"] == 4
@@ -133,6 +135,7 @@ def test_a_step_is_modelled_kernel_by_kernel(tmp_path):
             assert row["instructions a warp"] > 0 and row["programs a multiprocessor"] > 0
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_results():
     code = "import gpu_model as m, json; print(m.page(json.loads(m.RESULTS.read_text())))"
     page = (ROOT / "docs/emulator.md").read_text(encoding="utf-8")

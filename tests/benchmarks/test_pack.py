@@ -55,6 +55,7 @@ def launch(cache: Path) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_found_where_it_is_brought(pack, tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("numpy", minversion="2.0")
