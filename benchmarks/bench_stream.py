@@ -5,9 +5,9 @@ import pytest
 from fastsae import TrainConfig
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4-dequantized"])
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-dequantized", "none"])
 def bench_stream(request, report, device, quantization):
-    for package in ("bitsandbytes", "transformers", "tokenizers"):
+    for package in ("transformers", "tokenizers", *["bitsandbytes"] * (quantization != "none")):
         pytest.importorskip(package)
     import gpu_stream
 

@@ -89,11 +89,13 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
         assert wrong == 0, f"selection: {wrong} latents have other counts than the reference"
 
 
-def check_replays(trainer_type: type[Graphed], problem: Problem) -> None:
-    """Steps that replay a graph leave the bits that the same steps leave without one."""
+def check_replays(
+    trainer_type: type[Graphed], problem: Problem, steps: int = REPLAYED_STEPS
+) -> None:
+    """``steps`` that replay a graph leave the bits that the same steps leave without one."""
     trainer, eager = trainer_type(problem), trainer_type.eager()(problem)
     for each in (trainer, eager):
-        each.run(REPLAYED_STEPS)
+        each.run(steps)
     expected = eager.state()
     wrong = [name for name, found in trainer.state().items() if not found.equal(expected[name])]
     assert not wrong, f"replayed steps give another {', '.join(wrong)} than eager ones"

@@ -1,10 +1,11 @@
 """Everything that needs a GPU, a part a command.
 
-    python benchmarks/gpu.py --part smoke|step|kernels|tests|stream --out DIR
+    python benchmarks/gpu.py --part smoke|step|profile|kernels|skewed|variants|tests|stream --out DIR
 
-Runs from the tree without an install, on torch, triton, numpy and pytest (``stream`` needs transformers
-and bitsandbytes too, a peer's step its package). ``smoke`` checks every operation and each of our ways
-to step, in a minute. A part is a run of pytest of at most 8 minutes, which begins nothing in the last;
+``smoke`` first; the others in this order, as long as there is time. Runs from the tree without an install, on torch, triton, numpy and pytest (``stream`` needs transformers
+and, for NF4, bitsandbytes too, a peer's step its package). ``smoke`` checks every operation and each of our
+ways to step, in a minute; ``profile`` looks inside a step; ``skewed`` has selections unlike random ones, and
+aux-k; ``variants`` launches a step's kernels in other ways. A part is a run of pytest of at most 8 minutes, which begins nothing in the last;
 DIR gets its results after every measurement (``<part>.json``, and ``.csv`` as in the history), and what
 became of each test as it ends (``<part>.jsonl``). Without a GPU it says what it skips and ends well.
 """
@@ -12,6 +13,7 @@ became of each test as it ends (``<part>.jsonl``). Without a GPU it says what it
 import argparse
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +35,10 @@ GPU_TESTS = (
 PARTS = {
     "smoke": "bench_ops.py bench_step.py -k fastsae --rounds 0 --shape 256,256,4096,16 --no-history",
     "step": "bench_step.py -k bench_step --scale recipe --batches 1024 4096 --steps-apart 4",
-    "kernels": "bench_ops.py --scale recipe --batches 1024 4096 16384",
+    "profile": "bench_gpu.py --scale recipe --deselect bench_gpu.py::bench_variants",
+    "kernels": "bench_ops.py --scale recipe --batches 1024 4096 16384 -k 'not (skewed or dead)'",
+    "skewed": "bench_ops.py --scale recipe -k 'skewed or dead'",
+    "variants": "bench_gpu.py::bench_variants --scale recipe",
     "tests": " ".join(["-m gpu", *(f"tests/{name}.py" for name in GPU_TESTS)]),
     "stream": "bench_stream.py",
 }
@@ -43,7 +48,7 @@ REHEARSAL = "--device cpu --shape 64,64,512,8 --batches 64 --no-history"
 
 def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
     """The exit code of pytest; 124 where it ran out of time."""
-    arguments = PARTS[part].split()
+    arguments = shlex.split(PARTS[part])
     if part != "tests":
         arguments += ["--out", f"{folder / part}.json"]
         arguments += [] if rehearse else ["--seconds", str(SECONDS_PER_PART)]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import bitsandbytes
 import torch
 from measure import PeakMemory, seconds, two_lengths
 from tokenizers import Tokenizer as FastTokenizer
@@ -104,13 +103,23 @@ def measure(config: TrainConfig, text: dict, quantization: str) -> Iterator[dict
 
 
 def random_model(config: TrainConfig, text: dict[str, Any], quantization: str) -> Any:
-    """A ``CutModel`` with random weights: quantized layer by layer, cut after the hooked one."""
+    """A ``CutModel`` with random weights: if so, quantized layer by layer; cut after the hooked one."""
     torch.manual_seed(0)
     device, shape = resolve_device(config.device), Gemma4TextConfig(**text)
     with device:
         model = Gemma4ForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
-    decoder = model.get_decoder()
-    for parent in list(decoder.layers.modules()):
+    if quantization != "none":
+        _quantize(model, device)
+    return CutModel(
+        model, _byte_tokenizer(), (config.layer,), name="random E2B", quantization=quantization
+    )
+
+
+def _quantize(model: Any, device: torch.device) -> None:
+    """The linear layers to NF4."""
+    import bitsandbytes
+
+    for parent in list(model.get_decoder().layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 packed = bitsandbytes.nn.Linear4bit(
@@ -122,9 +131,6 @@ def random_model(config: TrainConfig, text: dict[str, Any], quantization: str) -
                     compress_statistics=False, module=packed,
                 )  # fmt: skip
                 setattr(parent, name, packed.to(device).eval())
-    return CutModel(
-        model, _byte_tokenizer(), (config.layer,), name="random E2B", quantization=quantization
-    )
 
 
 def _chunks(config: TrainConfig, model: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsae.device import peak_memory_bytes
+from fastsae_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -116,11 +117,16 @@ def two_lengths(run: Callable[[int], float], short: int, long: int) -> float:
     )
 
 
-def call_seconds(call: Callable[[int], object], sets: int, device: str) -> tuple[list[float], bool]:
+FLUSHED = 2**28  # bytes that are written where no input shall be left in a cache
+
+
+def call_seconds(
+    call: Callable[[int], object], sets: int, device: str, cold: bool = True
+) -> tuple[list[float], bool]:
     """Thirty times the seconds of ``call(i)`` on a GPU, ``i`` going round the ``sets`` of inputs.
 
     CUDA events around a replayed graph, which leaves the host's launches out (around the plain call where
-    it cannot be captured: then False is returned too), with the L2 cache flushed before each.
+    it cannot be captured: then False is returned too), if ``cold`` with the L2 cache flushed before each.
     """
     for i in range(sets):
         call(i)
@@ -133,10 +139,11 @@ def call_seconds(call: Callable[[int], object], sets: int, device: str) -> tuple
         replays, captured = [graph.replay for graph in graphs], True
     except RuntimeError:
         replays, captured = [lambda i=i: call(i) for i in range(sets)], False
-    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(33)]
     for sample, (begin, end) in enumerate(events):
-        flush.zero_()
+        if cold:
+            flush.zero_()
         begin.record()
         replays[sample % sets]()
         end.record()
@@ -145,20 +152,26 @@ def call_seconds(call: Callable[[int], object], sets: int, device: str) -> tuple
 
 
 def ceilings(device: str, shape: Shape) -> dict[str, float]:
-    """What the machine can do: ``bytes`` per second of a copy (reads and writes), ``gather`` of 3 KB rows
-    at random places, added up, ``flops_fp32`` and ``flops_bf16`` per second of matrix products."""
+    """What the machine can do: ``bytes`` per second of a copy (reads and writes), ``gather`` of 3 KB rows at
+    random places of 75 MB, added up, ``gather_l2`` of 3 MB, which a GPU's L2 cache holds, ``flops_fp32`` and
+    ``flops_bf16`` per second of matrix products."""
     on_gpu = device.startswith("cuda")
     source = torch.randn(2 ** (28 if on_gpu else 25), device=device)
     target = torch.empty_like(source)
     table = torch.randn(24576, 1536, device=device, dtype=torch.bfloat16)
-    index = torch.randint(len(table), (2 ** (14 if on_gpu else 10), 64), device=device)
-    add_up = lambda: torch.nn.functional.embedding_bag(index, table, mode="sum")
+    index = torch.randint(len(table), (2 ** (14 if on_gpu else 10), 64), device=device).int()
+    if on_gpu and dispatch.HAS_TRITON:
+        from gather import gather_rate
+    else:
+        add_up = lambda *of: torch.nn.functional.embedding_bag(of[1], of[0], mode="sum")
+        gather_rate = lambda *of: of[1].numel() * table[0].nbytes / best(lambda: add_up(*of))
     side = 8192 if on_gpu else 2048
     sizes = ((side, side, side), (shape.B, shape.D, shape.F))
     best = lambda call: min(seconds(call, device) for _ in range(7))
     return {
         "bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        "gather": index.numel() * table[0].nbytes / best(add_up),
+        "gather": gather_rate(table, index),
+        "gather_l2": gather_rate(table[:1024], index % 1024),
         "flops_fp32": product_flops(device, *sizes),
         "flops_bf16": product_flops(device, *sizes, dtype=torch.bfloat16),
     }

@@ -6,6 +6,7 @@ Each has its reference result; a provider whose result differs is not timed.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from trainers import Problem, Weights, missing
 
 import fastsae_kernels as kernels
+from fastsae.training.update import LaggedCounts
 from fastsae_kernels import CSR, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,8 +29,9 @@ Provider = Callable[[int], Any]  # called with the number of a set of inputs
 class Inputs:
     """What the operations of one size share, a list over the sets; operands are in ``dtype``."""
 
-    def __init__(self, shape: Shape, dtype: str, device: str) -> None:
+    def __init__(self, shape: Shape, dtype: str, device: str, skew: str | None = None) -> None:
         self.shape, self.name, self.dtype, self.device = shape, dtype, DTYPES[dtype], device
+        self.skew = skew
         problem = Problem.synthetic(shape, device)
         weights = Weights(problem)
         self.x = [x.to(self.dtype) for x in problem.batches[:VARIANTS]]  # [B, D]
@@ -43,7 +46,10 @@ class Inputs:
 
     @functools.cached_property
     def csr(self) -> list[CSR]:
-        return [kernels.batch_topk(pre, self.shape.K).csr for pre in self.pre]
+        if self.skew is None:
+            return [kernels.batch_topk(pre, self.shape.K).csr for pre in self.pre]
+        found = (skewed(self.shape, self.skew, seed) for seed in range(VARIANTS))
+        return [CSR(*(t.to(self.device) for t in csr)) for csr in found]
 
     @functools.cached_property
     def z(self) -> list[Tensor]:
@@ -60,9 +66,10 @@ class Op:
 
     providers: dict[str, Provider | None]  # the first is ours; None: not installed
     judge: Callable[[Any], None]  # of the result for the first inputs; raises AssertionError
-    bytes_moved: int  # the fewest that ours moves
+    bytes_moved: int  # from and to memory, the fewest that ours moves
     flops: int = 0
-    rate: str = "bytes"  # of the ceilings, what bounds the bytes: a copy's, or a gather's
+    gathered: int = 0  # bytes of rows at random places, most of them from the cache
+    gather: str = "gather"  # of the ceilings, the rate of those
     group: str = ""
     dtype: str = ""
 
@@ -72,7 +79,8 @@ class Op:
     def roofline_seconds(self, rates: dict[str, float]) -> float:
         """The least time at the machine's rates, where moving and multiplying overlap."""
         multiplying = self.flops / rates[f"flops_{self.dtype}"]
-        return max(multiplying, self.bytes_moved / rates[self.rate])
+        gathering = self.gathered / rates[self.gather]
+        return max(multiplying, gathering, self.bytes_moved / rates["bytes"])
 
 
 def in_torch(dense: Callable, *arguments: list) -> dict[str, Provider | None]:
@@ -97,6 +105,47 @@ def maxima_of(pre: Tensor) -> Tensor:
     return pre.unflatten(1, (-1, 32)).amax(-1).clamp_min(0)
 
 
+# --- selections as trained autoencoders have them, and worse ---
+
+
+def zipf(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Latent f is chosen as if in proportion to 1 / (f + 1)."""
+    return -torch.arange(1.0, shape.F + 1).log(), torch.full((shape.B,), round(shape.k))
+
+
+def few(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Five latents are in more than a quarter of the tokens, the others in equally many."""
+    weights = torch.zeros(shape.F)
+    weights[: min(5, shape.F)] = math.log(0.4 * shape.F / shape.k)
+    return weights, torch.full((shape.B,), round(shape.k))
+
+
+def ragged(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Tokens have from 1 to 1,000 actives, of every order of magnitude equally many."""
+    most = min(1000, shape.F)
+    return torch.zeros(shape.F), torch.logspace(0, math.log10(most), shape.B).round().int()
+
+
+SKEWS = {"Zipf": zipf, "few latents": few, "tokens": ragged}
+DEAD = (1000, 9339, 24576)
+
+
+def skewed(shape: Shape, skew: str, seed: int) -> CSR:
+    """A selection of random values: ``SKEWS`` tell the logarithm of each latent's weight, and how many each
+    token has."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, counts = SKEWS[skew](shape)
+    counts = counts[torch.randperm(shape.B, generator=generator)]
+    # Drawn without replacement: the largest of weights with Gumbel noise.
+    noise = -torch.empty(shape.B, shape.F).exponential_(generator=generator).log()
+    order = (weights + noise).topk(int(counts.max())).indices
+    chosen = torch.zeros(shape.B, shape.F, dtype=torch.bool)
+    chosen.scatter_(1, order, torch.arange(order.shape[1]) < counts[:, None])
+    values = torch.rand(int(counts.sum()), generator=generator) + 0.5
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return CSR(values, chosen.nonzero()[:, 1].int(), offsets.int())
+
+
 # --- the operations ---
 
 
@@ -109,6 +158,11 @@ def encode(inputs: Inputs) -> Op:
     def dense(x):
         return (x - b_dec.to(low)) @ W.T + b_enc.to(low)
 
+    def in_two(i):
+        as_float = {"out_dtype": torch.float32} if x[i].is_cuda and low != torch.float32 else {}
+        pre = torch.mm(x[i] - b_dec.to(low), W.T, **as_float).float().add_(b_enc)
+        return pre, kernels.group_max(pre)
+
     def judge(found):
         pre, maxima = found if isinstance(found, tuple) else (found, None)
         inputs.require_close("pre-activations", pre, inputs.pre[0])
@@ -118,6 +172,7 @@ def encode(inputs: Inputs) -> Op:
     return Op(
         {
             "fastsae": lambda i: kernels.encode_with_group_max(x[i], W.T, b_enc, b_dec),
+            "the library's product, then group maxima": in_two,
             **in_torch(dense, x),
             "torch, the product alone": lambda i: centred[i] @ W.T,
         },
@@ -210,7 +265,7 @@ def transpose(inputs: Inputs) -> Op:
 def decode(inputs: Inputs) -> Op:
     """``x̂`` of a selection: sparse, or dense where the selection is a dense matrix."""
     s, W, b_dec, csr = inputs.shape, inputs.W, inputs.b_dec, inputs.csr
-    bias = b_dec.to(W.dtype)
+    bias, entries = b_dec.to(W.dtype), int(csr[0].offsets[-1])
     expected = reference.decode(inputs.z[0].float(), W.float(), b_dec)
 
     def bag(i):
@@ -226,15 +281,16 @@ def decode(inputs: Inputs) -> Op:
             "torch, embedding_bag (sparsify's on a CPU)": bag,
         },
         lambda found: inputs.require_close("decode", found, expected),
-        bytes_moved=s.K * (s.D * W.element_size() + 8) + 4 * s.B * s.D,
-        flops=2 * s.K * s.D,
-        rate="gather",
+        bytes_moved=(min(s.F, entries) * s.D + s.B * s.D) * W.element_size() + entries * 8,
+        flops=2 * entries * s.D,
+        gathered=entries * s.D * W.element_size(),
     )
 
 
 def update(inputs: Inputs) -> Op:
     """From the residual's gradient to updated weights: both gradients, projection, Adam, renormalisation."""
     s, x, b_dec, csr, z = inputs.shape, inputs.x, inputs.b_dec, inputs.csr, inputs.z
+    entries = int(csr[0].offsets[-1])
     W, low, device = reference.normalize_rows(inputs.W.float()), inputs.dtype, inputs.device
     csc = [kernels.csr_to_csc(each, s.F) for each in csr]
     error = [z.float() @ W + b_dec - x.float() for z, x in zip(z, x, strict=True)]
@@ -285,24 +341,31 @@ def update(inputs: Inputs) -> Op:
             "torch, compiled": dense(torch.compile(dense_gradients)),
         },
         judge,
-        bytes_moved=2 * s.D * s.F * (24 if copy_dtype is None else 26) + s.K * s.D * 4,
-        flops=8 * s.K * s.D,
+        bytes_moved=2 * s.D * s.F * (24 if copy_dtype is None else 26),
+        flops=8 * entries * s.D,
+        gathered=2 * entries * s.D * x[0].element_size(),
+        gather="gather_l2",
     )
 
 
-def aux_k(inputs: Inputs) -> Op:
-    """Aux-k's loss and gradients with a twelfth of the latents dead, and D / 2 of those a token."""
+def aux_k(inputs: Inputs, n_dead: int | None = None) -> Op:
+    """Aux-k's loss and gradients with ``n_dead`` latents dead, or a twelfth; D / 2 of those a token. Buffers are
+    as large as a step makes them."""
     s, x, W, b_enc, b_dec = inputs.shape, inputs.x, inputs.W, inputs.b_enc, inputs.b_dec
     since = torch.zeros(s.F, dtype=torch.int64, device=inputs.device)
-    since[::12] = 1
-    dead, n_dead, k_aux = since > 0, int(since.sum()), max(1, s.D // 2)
+    count = len(since[::12]) if n_dead is None else min(n_dead, s.F)
+    since[torch.arange(count, device=inputs.device) * s.F // count] = 1
+    dead, k_aux = since > 0, max(1, s.D // 2)
+    lagged = LaggedCounts(lag=1)
+    lagged.fill(torch.tensor(count))
+    capacity = min(*lagged.update(torch.tensor(count)), s.F)
     generator = torch.Generator().manual_seed(2)
     residual = torch.randn(VARIANTS, s.B, s.D, generator=generator).to(inputs.device)
 
     def ours(i):
         return kernels.aux_k_gradients(
             x[i].float(), residual[i], W, b_enc, W, b_dec, since,
-            dead_after=1, max_dead=n_dead, k_aux=k_aux,
+            dead_after=1, max_dead=capacity, k_aux=k_aux,
         ).loss  # fmt: skip
 
     def dense(i):
@@ -318,8 +381,8 @@ def aux_k(inputs: Inputs) -> Op:
     return Op(
         {"fastsae": ours, "torch, eager": dense},
         lambda loss: inputs.require_close("aux-k's loss", loss, expected),
-        bytes_moved=4 * n_dead * s.D * W.element_size() + 4 * s.B * (n_dead + 2 * s.D),
-        flops=5 * 2 * s.B * s.D * n_dead,
+        bytes_moved=4 * count * s.D * W.element_size() + 4 * s.B * (count + 2 * s.D),
+        flops=5 * 2 * s.B * s.D * count,
     )
 
 
@@ -338,7 +401,10 @@ OPS: dict[str, tuple[Callable[[Inputs], Op], tuple[str, ...]]] = {
 
 def build(name: str, shape: Shape, dtype: str, device: str) -> Op:
     """Operation ``name`` of ``OPS`` at one size."""
-    op = OPS[name][0](Inputs(shape, dtype, device))
+    base, _, skew = name.partition(", skewed: ")
+    base, _, dead = base.partition(", dead: ")
+    inputs = Inputs(shape, dtype, device, skew or None)
+    op = aux_k(inputs, int(dead)) if dead else OPS[base][0](inputs)
     op.group, op.dtype = f"{name} | {shape} {dtype}", dtype
     return op
 
@@ -346,7 +412,11 @@ def build(name: str, shape: Shape, dtype: str, device: str) -> Op:
 def cases() -> list[tuple[str, str, str]]:
     """Operation, dtype and provider of everything there is to time."""
     small = Shape(8, 32, 64, 2)
+    others = [f"{name}, skewed: {skew}" for name in ("decode", "update") for skew in SKEWS]
+    others += [f"aux-k, dead: {count}" for count in DEAD]
     return [
+        (name, "bf16", provider) for name in others for provider in ("fastsae", "torch, eager")
+    ] + [
         (name, dtype, provider)
         for name, (_, dtypes) in OPS.items()
         for dtype in dtypes

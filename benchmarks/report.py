@@ -192,14 +192,14 @@ def _measured_on(row: Row) -> str:
     )
 
 
-def write_between_markers(text: str, path: Path) -> None:
+def write_between_markers(text: str, path: Path, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the markers. Raises ValueError where there are none."""
     whole = path.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise ValueError(f"{path}: expected one line {BEGIN!r} and one {END!r}")
-    before, rest = whole.split(BEGIN)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{path}: expected one line {begin!r} and one {end!r}")
+    before, rest = whole.split(begin)
+    _, after = rest.split(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 DOCUMENTS = {ROOT / "README.md": summary, DOCS / "performance.md": section}

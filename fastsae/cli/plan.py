@@ -6,7 +6,8 @@
     fastsae plan --gpus 8 --batch-size 8192         memory of a GPU of 8, and the bytes that it receives
 
 Memory is that of the tensors a run allocates. Times are predictions of a roofline, the least that each
-stage of a step can take at the rates given; no rate is assumed. The rates above were measured on an H200.
+stage of a step can take at the rates given; the rates above were measured on an H200. Without rates, the
+step is modelled on an H100 and on an H200, at rates that are assumed.
 """
 
 from __future__ import annotations
@@ -250,6 +251,20 @@ def stage_seconds(
     return seconds | {"encode": max(product, seconds["encode"])}
 
 
+ASSUMED = {"H100": Rates(790e12, 3.0e12), "H200": Rates(790e12, 4.3e12)}
+KERNELS, GAP = 35, 1.2e-6
+"""Of a step without dead latents, and the seconds between two in a CUDA graph."""
+
+
+def modelled_seconds(B: int, D: int, F: int, k: float, gpu: str) -> float:
+    """Seconds of a step in bf16, with moments in fp32, on a GPU of ``ASSUMED``; nothing here is measured.
+
+    At the recipe's shape within 15 % of what ``benchmarks/gpu_model.py`` makes of each
+    kernel's instructions and bytes.
+    """
+    return sum(stage_seconds(B, D, F, k, ASSUMED[gpu]).values()) + KERNELS * GAP
+
+
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command. Raises ConfigError."""
     print("\n".join(describe(parse(PlanOptions, arguments, prog, __doc__))))  # noqa: T201
@@ -304,6 +319,13 @@ def describe(o: PlanOptions) -> list[str]:
             f"  from other nodes  {outside / 1e6:8.2f}   if gathers and sums go round all GPUs, once into each node"
         )
     if o.tflops is None or o.bandwidth is None:
+        if (o.gpus, o.precision, o.moments) == (1, "bf16", "fp32"):
+            lines += ["", "modelled, not measured; the SAE alone, no latent dead"]
+            for gpu in ASSUMED:
+                seconds = modelled_seconds(*shape, gpu)
+                lines.append(
+                    f"  step on an {gpu}    {1e3 * seconds:8.2f} ms   {o.batch_size / seconds:,.0f} tokens per second"
+                )
         return [*lines, "", "give --tflops and --bandwidth of your GPU to have its time predicted"]
     rates = Rates(1e12 * o.tflops, 1e12 * o.bandwidth)
     low = 2 if kept["copy"] else 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -60,10 +62,11 @@ class Emulator:
     races: Races = field(default_factory=Races)
     counts: dict[str, Count] = field(default_factory=dict)
 
-    def install(self) -> None:
+    def install(self, *, assemble: bool = False) -> None:
         """From now on Triton compiles for sm_90 and launches here; for the rest of the process.
 
-        Raises RuntimeError if kernels were decorated for the interpreter.
+        With ``assemble`` all the way to what a GPU runs, into the cache that one would read. Raises
+        RuntimeError if kernels were decorated for the interpreter.
         """
         if knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: unset it before anything imports a kernel")
@@ -73,24 +76,25 @@ class Emulator:
 
         def launch_here(compiled: Any) -> None:
             if compiled.module is None:
-                compiled.function = _Function(compiled)
+                compiled.function = Function(compiled)
                 compiled.module = compiled
                 compiled._run = lambda x, y, z, stream, function, packed, meta, enter, leave, *values: (
                     emulator.launch(function, (x, y, z), values)
                 )  # fmt: skip
 
-        # What is kept of a compilation ends with its PTX: another kind than a GPU wants, kept apart.
-        knobs.cache.dir = f"{knobs.cache.dir}-emulated"
         backend: Any = CUDABackend
         kernel: Any = CompiledKernel
         here: Any = _Driver()
-        backend.make_cubin = lambda *_: b""
+        if not assemble:
+            # What is kept of a compilation ends with its PTX: another kind than a GPU wants, kept apart.
+            knobs.cache.dir = f"{knobs.cache.dir}-emulated"
+            backend.make_cubin = lambda *_: b""
         kernel._init_handles = launch_here
         driver.set_active(here)
 
-    def launch(self, function: _Function, grid: tuple[int, int, int], values: Any) -> None:
+    def launch(self, function: Function, grid: tuple[int, int, int], values: Any) -> None:
         """Run all programs, one after the other. Raises Fault."""
-        parameters, tensors, descriptors = _arguments(function, values)
+        parameters, tensors, descriptors = arguments_of(function, values)
         places = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
         if self.order == "reversed":
             places.reverse()
@@ -121,21 +125,25 @@ class Emulator:
         return lines
 
 
-class _Function:
-    """A compiled kernel, translated when it is first launched."""
+class Function:
+    """A compiled kernel, translated when it first runs."""
 
     def __init__(self, compiled: Any) -> None:
-        kernel = ptx.parse(compiled.asm["ptx"])
+        self._kernel = kernel = ptx.parse(compiled.asm["ptx"])
+        self.compiled = compiled
         # Specialisations of one kernel are one kernel in the table.
         self.name, self.threads = compiled.name, kernel.threads
         self.signature = list(compiled.src.signature.items())
         self.descriptors = getattr(compiled.metadata, "tensordesc_meta", None) or []
         self.shared_bytes = compiled.metadata.shared
-        self.run = translate(kernel)
+
+    @functools.cached_property
+    def run(self) -> Callable[[Program], None]:
+        return translate(self._kernel)
 
 
-def _arguments(
-    function: _Function, values: Any
+def arguments_of(
+    function: Function, values: Any
 ) -> tuple[list[Any], list[tuple[str, Tensor]], dict[int, Descriptor]]:
     """The kernel's parameters, the tensors among the values, and the descriptors by their numbers."""
     parameters: list[Any] = []

@@ -180,6 +180,7 @@ def multiply(
     M, N, K = shape
     size = 4 if kind == "tf32" else 2
     result = [program.all(s).copy().view(np.float32) for s in sums]
+    program.flops += 2 * M * N * K * (program.threads // WARPGROUP)
     descriptors, keeps = (program.all(a), program.all(b)), program.all(keep)
     for first in range(0, program.threads, WARPGROUP):
         group = slice(first, first + WARPGROUP)

@@ -104,15 +104,27 @@ class Ledger:
         return same & (self._write_warp[at] != warp)
 
 
+class Unwatched(Ledger):
+    """Sees no race: for runs that only count."""
+
+    def __init__(self, words: int) -> None:
+        """Takes no memory."""
+
+    def read(self, *_: Any, **__: Any) -> set[str]:
+        return set()
+
+    write = change = read
+
+
 class Buffer:
     """The memory of the tensors of a launch that share it, from ``base`` on."""
 
-    def __init__(self, base: int, size: int, name: str, element: int) -> None:
+    def __init__(self, base: int, size: int, name: str, element: int, ledger: type[Ledger]) -> None:
         self.base, self.size, self.name = base, size, name
         raw: Any = (ctypes.c_char * size).from_address(base)
         self.bytes = np.frombuffer(raw, np.uint8)
         self.word = min(element, WORD)
-        self.ledger = Ledger(size // self.word + 2)
+        self.ledger = ledger(size // self.word + 2)
 
     def words(self, offsets: np.ndarray, size: int) -> Iterator[np.ndarray]:
         """Numbers of the words of ``size`` bytes at ``offsets``, one after the other."""
@@ -129,7 +141,7 @@ class Buffer:
 class Memory:
     """All that the tensors of a launch span: nothing else may be touched."""
 
-    def __init__(self, tensors: list[tuple[str, Tensor]]) -> None:
+    def __init__(self, tensors: list[tuple[str, Tensor]], ledger: type[Ledger] = Ledger) -> None:
         spans = []
         for name, tensor in tensors:
             if tensor.numel():
@@ -146,7 +158,7 @@ class Memory:
                 merged[-1] = b, max(s, base + size - b), names, min(e, element)
             else:
                 merged.append((base, size, name, element))
-        self.buffers = [Buffer(*span) for span in merged]
+        self.buffers = [Buffer(*span, ledger) for span in merged]
         self._bases = [buffer.base for buffer in self.buffers]
 
     def locate(self, addresses: np.ndarray, size: int) -> Iterator[tuple[Buffer, Any, np.ndarray]]:

@@ -47,6 +47,7 @@ class Program:
             int, Any
         ] = {}  # of tensors, by the number that stands for the address
         self.count = 0
+        self.flops = 0  # of matrix products
 
     # --- registers ---
 
@@ -84,7 +85,8 @@ class Program:
 
     # --- the tensors' memory ---
 
-    def _located(self, addresses: np.ndarray, size: int, line: int):
+    def located(self, addresses: np.ndarray, size: int, line: int, *, writes: bool):
+        """The buffers that ``addresses`` are in, which of them, and their offsets there. Raises Fault."""
         try:
             for buffer, here, offsets in self.memory.locate(addresses, size):
                 if ((offsets + buffer.base) % size).any():
@@ -102,7 +104,7 @@ class Program:
             return [None] * vector
         addresses = self.all(address)[active]
         found = [np.empty(len(addresses), UNSIGNED[8 * size]) for _ in range(vector)]
-        for buffer, here, offsets in self._located(addresses, size * vector, line):
+        for buffer, here, offsets in self.located(addresses, size * vector, line, writes=False):
             self._note_read(buffer, offsets, size * vector, self.warp[active][here], line)
             elements, skip = buffer.view(size)
             for i in range(vector):
@@ -122,7 +124,7 @@ class Program:
             return
         addresses, width = self.all(address)[active], size * len(values)
         new = [self.all(value)[active].astype(UNSIGNED[8 * size]) for value in values]
-        for buffer, here, offsets in self._located(addresses, width, line):
+        for buffer, here, offsets in self.located(addresses, width, line, writes=True):
             elements, skip = buffer.view(size)
             places = [(offsets - skip) // size + i for i in range(len(new))]
             same = np.all(
@@ -146,7 +148,7 @@ class Program:
         size = np.dtype(dtype).itemsize
         before = np.zeros(self.threads, UNSIGNED[8 * size])
         addresses, values = self.all(address)[active], self.all(value)[active]
-        for buffer, here, offsets in self._located(addresses, size, line):
+        for buffer, here, offsets in self.located(addresses, size, line, writes=True):
             for words in buffer.words(offsets, size):
                 warp = self.warp[active][here]
                 kinds = buffer.ledger.change(words, self.number, warp, self.stretch)

@@ -246,8 +246,36 @@ def test_operations_compute_what_they_say(load, name, dtype):
         if "compiled" not in provider and call is not None:
             op.check(provider)
             call(1)
-    rates = {"bytes": 1e3, "gather": 1e3, "flops_fp32": 1e30, "flops_bf16": 1e30}
+    rates = {"bytes": 1e3, "gather": 1e9, "gather_l2": 1e9, "flops_fp32": 1e30, "flops_bf16": 1e30}
     assert op.roofline_seconds(rates) == pytest.approx(op.bytes_moved / 1e3)
+    rates |= {"bytes": 1e30, "gather": 1e3, "gather_l2": 1e3}
+    assert op.roofline_seconds(rates) == pytest.approx(op.gathered / 1e3)
+    assert (op.gathered > 0) == (name in ("decode", "update"))
+
+
+@pytest.mark.parametrize("skew", ["Zipf", "few latents", "tokens"])
+def test_selections_are_as_skewed_as_they_say(load, skew):
+    ops, measure = load("ops"), load("measure")
+    csr = ops.skewed(measure.Shape(256, 32, 512, 8), skew, seed=0)
+    z = csr.dense(512) > 0
+    in_tokens, of_token = z.float().mean(0), z.sum(1)
+    assert torch.equal(csr.offsets.diff(), of_token.int()) and csr.indices.dtype == torch.int32
+    if skew == "tokens":
+        assert of_token.min() == 1 and of_token.max() == 512
+    else:
+        assert (of_token == 8).all()
+        often = 3 if skew == "Zipf" else 5
+        assert (in_tokens[:often] > 0.25).all() and in_tokens[often:].mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "name", ["decode, skewed: Zipf", "update, skewed: few latents", "aux-k, dead: 9339"]
+)
+def test_skewed_operations_compute_what_they_say(load, name):
+    ops, measure = load("ops"), load("measure")
+    op = ops.build(name, measure.Shape(16, 32, 256, 4), "bf16", "cpu")
+    for provider in ("fastsae", "torch, eager"):
+        op.check(provider)
 
 
 # --- report ---

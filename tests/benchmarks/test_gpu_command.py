@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from fastsae.training.update import FusedUpdate
+from fastsae_kernels import dispatch, segments
 from fastsae_kernels.update import torch_impl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +204,46 @@ def test_the_step_part_times_what_torch_alone_can(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_profile_part_looks_inside_a_step(tmp_path):
+    result = command("--part", "profile", "--out", str(tmp_path), "--rehearse")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    by_kind: dict[str, list[dict]] = {}
+    for row in rows:
+        by_kind.setdefault(row.get("kind", "none"), []).append(row)
+    forms = {
+        "eager",
+        "replayed",
+        *(f"{way}, {what}" for way in ("eager", "replayed") for what in ("38 % dead", "8-bit")),
+    }
+    assert {row["form"] for row in by_kind["profile"]} == forms
+    assert {row["form"] for row in by_kind["host"]} == forms
+    for row in by_kind["profile"]:
+        times = [kernel["us"] for kernel in row["kernels"]]
+        assert 0 < len(times) <= 60 and times == sorted(times, reverse=True)
+        assert all(kernel["name"] and kernel["count"] > 0 for kernel in row["kernels"])
+    assert len(by_kind["capture"][0]["calls"]) == by_kind["capture"][0]["eager_calls"] + 3
+    assert len(by_kind["bits"]) == 3 and all(row["equal"] for row in by_kind["bits"])
+    assert outcomes(tmp_path / "profile.jsonl")["bench_loaded[B=64 D=64 F=512 k=8]"] == "skipped"
+
+
+@pytest.mark.slow
+def test_the_skewed_part_times_what_random_selections_do_not_show(tmp_path):
+    result = command("--part", "skewed", "--out", str(tmp_path), "--rehearse")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "skewed.json").read_text())["rows"]
+    timed = {row["stage"] for row in rows if row.get("seconds")}
+    skews = ("Zipf", "few latents", "tokens")
+    wanted = {f"{name}, skewed: {skew}" for name in ("decode", "update") for skew in skews}
+    assert timed == wanted | {f"aux-k, dead: {count}" for count in (1000, 9339, 24576)}
+    for row in rows:
+        if row.get("kind") == "op":
+            assert row["memory_bytes"] > 0 and (row["gathered_bytes"] > 0) == (
+                "aux" not in row["stage"]
+            )
+
+
+@pytest.mark.slow
 def test_a_failure_is_the_exit_code(tmp_path):
     result = command("--part", "kernels", "--out", str(tmp_path), "--rehearse", "-k", "nosuch")
     assert result.returncode == 1
@@ -285,3 +328,110 @@ def test_a_wrong_8_bit_moment_passes_no_gate(bench_step, monkeypatch):
     monkeypatch.setattr(torch_impl, "encode_moment_", wrong)
     with pytest.raises(AssertionError, match="gradient of W_enc: relative error"):
         gates.check("fastsae, graph, 8-bit", problem)
+
+
+# --- what only a GPU has, on the stand-in ---
+
+SHAPE = (32, 16, 128, 4)
+
+
+class Rows(list):
+    """A report."""
+
+    def add(self, **row) -> None:
+        self.append(row)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The module of the profile and variants parts, on a device that is not there and whose clock stands still."""
+    stand_in = pytest.importorskip("cuda_stand_in")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    device = stand_in.Device(index=0, count=1)
+    monkeypatch.setattr(stand_in.Event, "elapsed_time", lambda *_: 2.0, raising=False)
+    with device.installed():
+        type_ = type(segments.long_segments_kernel)
+        launched = type_.run
+
+        def run(kernel, *arguments, maxnreg=None, num_warps=4, num_stages=3, **options):
+            launched(kernel, *arguments, **options)
+            if maxnreg == 64:
+                raise RuntimeError("out of resources")
+            metadata = SimpleNamespace(num_warps=num_warps, num_stages=num_stages, shared=0)
+            return SimpleNamespace(metadata=metadata, n_regs=maxnreg or 40, n_spills=0)
+
+        monkeypatch.setattr(importlib.import_module("measure"), "FLUSHED", 64)
+        with mock.patch.object(type_, "run", run):
+            yield importlib.import_module("bench_gpu")
+
+
+def test_times_are_those_of_replays(on_a_gpu, monkeypatch):
+    measure = importlib.import_module("measure")
+    x = torch.zeros(4, device="cuda")
+    times, captured = measure.call_seconds(lambda i: x.add_(1), 2, "cuda")
+    assert captured and times == [2e-3] * 30
+
+
+def test_the_kernels_of_a_step_as_they_were_loaded(on_a_gpu):
+    rows, shape = Rows(), importlib.import_module("measure").Shape(*SHAPE)
+    on_a_gpu.bench_loaded(rows, shape, "cuda:0")
+    (row,) = rows
+    names = {kernel["kernel"] for kernel in row["kernels"]}
+    assert {"decoder_kernel", "encoder_kernel"} <= names
+    assert all(kernel["registers"] >= 40 and kernel["grid"] for kernel in row["kernels"])
+
+
+@pytest.mark.slow
+def test_each_kernel_is_launched_in_other_ways_and_one_that_fails_costs_no_other(
+    on_a_gpu, monkeypatch
+):
+    rows, shape = Rows(), importlib.import_module("measure").Shape(*SHAPE)
+    monkeypatch.setattr(on_a_gpu.gpu_step, "WARPS", (4, 8))
+    monkeypatch.setattr(on_a_gpu.gpu_step, "REGISTERS", (64, 96))
+    monkeypatch.setattr(on_a_gpu.gpu_step, "STAGES", (2, 3))
+    monkeypatch.setattr(on_a_gpu, "triton_impl", SimpleNamespace(TUNING=SimpleNamespace(entries=1)))
+    config = SimpleNamespace(fastsae_deadline=float("inf"))
+    on_a_gpu.bench_variants(SimpleNamespace(config=config), rows, shape, "cuda:0")
+    ways = [row["way"] for row in rows if row["kernel"] == "decoder_kernel"]
+    assert not [row for row in rows if row["kernel"].startswith(("count_", "batch_", "scatter_"))]
+    for way in (
+        {},
+        {"num_stages": 2},
+        {"maxnreg": 64},
+        {"maxnreg": 96},
+        {"num_warps": 8, "maxnreg": 96},
+        {"entries": 2},
+        {"entries": 4},
+    ):
+        assert way in ways
+    for row in rows:
+        assert ("refused" in row) == (row["way"].get("maxnreg") == 64)
+        assert "refused" in row or row["cold_seconds"] == row["warm_seconds"] == 2e-3
+    done = len(rows)
+    config.fastsae_deadline = 0.0
+    rows.clear()
+    on_a_gpu.bench_variants(SimpleNamespace(config=config), rows, shape, "cuda:0")
+    # Kernels as they are, and the update's tuned: none with other options of its launch.
+    assert 0 < len(rows) < done and not [row for row in rows if "num_" in str(row["way"])]
+
+
+def test_the_host_is_timed_and_bits_are_compared(on_a_gpu, monkeypatch):
+    rows, shape = Rows(), importlib.import_module("measure").Shape(*SHAPE)
+    monkeypatch.setattr(on_a_gpu, "REPEATED", 6)
+    on_a_gpu.bench_host(rows, shape, "cuda:0", "replayed")
+    on_a_gpu.bench_capture(rows, shape, "cuda:0")
+    on_a_gpu.bench_bits(rows, shape, "cuda:0", "replayed, 38 % dead")
+    host, capture, bits = rows
+    assert (
+        len(host["seconds"]) == 10 and capture["values"]["capturing call"][0] > 0 and bits["equal"]
+    )
+
+
+def test_the_gather_adds_up_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    if not dispatch.INTERPRETED:
+        pytest.skip("kernels run on CPU tensors under TRITON_INTERPRET=1 alone")
+    gather = importlib.import_module("gather")
+    table, index = torch.randn(32, 64), torch.randint(32, (3, 16), dtype=torch.int32)
+    found = gather.gather_sums(table, index, 8, 32, 4)
+    torch.testing.assert_close(found, table[index.long()].sum(1))

@@ -1,5 +1,6 @@
 """The planner: its memory is what a step really allocates, and its times are what the arithmetic says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -81,6 +82,26 @@ def test_the_roofline_at_the_recipes_shape():
     assert plan.stage_seconds(*RECIPE, RATES, quantized=True)["update"] < 0.7 * stages["update"]
 
 
+@pytest.mark.parametrize("gpu", plan.ASSUMED)
+def test_the_modelled_step_is_near_the_model_of_its_kernels(gpu, capsys):
+    path = Path(__file__).parents[2] / "benchmarks/results/gpu_model.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assumed = results["assumed"]
+    rates = plan.Rates(assumed["products, FLOP/s"], assumed["copy, bytes/s"][gpu])
+    assert plan.ASSUMED[gpu] == rates and assumed["between kernels of a graph, s"] == plan.GAP
+    rows = results.get("after", results["before"])["steps"]["plain"]
+    expected = 1e-6 * sum(row[f"{gpu} us"] for row in rows)
+    assert plan.modelled_seconds(*RECIPE, gpu) == pytest.approx(expected, rel=0.15)
+    (line,) = (line for line in printed(capsys).splitlines() if gpu in line)
+    assert f"{1e3 * plan.modelled_seconds(*RECIPE, gpu):.2f} ms" in line
+
+
+def test_nothing_else_is_modelled(capsys):
+    others = (("--precision", "fp32"), ("--moments", "8bit"))
+    for flags in (("--tflops", "790", "--bandwidth", "4.3"), EIGHT, *others):
+        assert "modelled" not in printed(capsys, *flags)
+
+
 def test_a_larger_size_never_takes_less():
     for position in range(4):
         larger = list(RECIPE)
@@ -154,7 +175,8 @@ def test_no_time_is_said_without_rates(capsys):
     said = printed(capsys, "--d-sae", "131072", "--k", "128", "--gib", "22")
     assert "131,072 latents" in said and "counted" in said
     assert "fits in 22 GiB" in said and "the largest dictionary there is" in said
-    assert "predicted at" not in said and " ms" not in said and "USD" not in said
+    assert "predicted at" not in said and "USD" not in said
+    assert " ms" not in said.split("modelled, not measured")[0]
     assert "does not fit in 22 GiB" in printed(capsys, "--d-sae", "524288", "--gib", "22")
 
 
