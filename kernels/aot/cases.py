@@ -37,7 +37,9 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 TOKENS, LATENTS, ACTIVE = 32, 512, 16
 LEVELS = torch.tensor([16, 64, LATENTS], dtype=torch.int32)  # of Matryoshka, at the first width
 # Kernels that need not load 128 bits at a time: they scatter, or a thread has too little to do.
-NARROW = {"bias update", "count latents", "long segments", "scatter latents", "step scalars"}
+NARROW = {
+    "bias update", "count entries", "count latents", "long segments", "scatter latents", "step scalars",
+}  # fmt: skip
 NARROW_IN_16_BITS = {"batch emit", "row emit"}
 
 
@@ -139,6 +141,7 @@ def _selection(cases: _Cases) -> None:
             kernels.topk(pre, ACTIVE)
         with cases.record(f" {name}, peaks", name == "fp32"):
             kernels.batch_topk(pre, TOKENS * ACTIVE, quota=1.0)
+            kernels.batch_topk(pre, TOKENS * ACTIVE, quota=0.5)
     with cases.record("", True):
         kernels.csr_to_csc(_csr(torch.float32), LATENTS)
         aux_k._keep_largest_(torch.zeros(TOKENS, LATENTS), ACTIVE)
