@@ -245,15 +245,14 @@ def count_keys_kernel(
 
     Every program works out for itself what earlier launches found: no program ever waits for another.
     """
-    filled = number
+    BINS: tl.constexpr = 128 if TOP else 256  # pyright: ignore
+    total = tl.zeros([BINS], tl.int32)
+    filled, top, upper = number, 0, 0
     if GATHERED:
         filled = tl.load(counters_ptr + STATE + NUMBER)
-    if TOP:
-        total = tl.zeros([128], tl.int32)
-    elif MIDDLE_TOO:
+    if MIDDLE_TOO and not TOP:
         top, rank = descend(tl.load(counters_ptr + tl.arange(0, 128)), 0, rank)
-        total = tl.zeros([256], tl.int32)
-    else:
+    if not MIDDLE_TOO and not TOP:
         upper, rank_within = _find_upper(counters_ptr, rank)
         if tl.program_id(0) == 0:
             tl.store(counters_ptr + STATE + UPPER, upper)
@@ -303,7 +302,7 @@ def gather_entries_kernel(
     bound, _rank = _find_key(counters_ptr)
     # Fewer groups than are asked for bound nothing.
     bound = tl.where(tl.load(counters_ptr + STATE + ENOUGH) > 0, bound, 0)
-    if row == 0:
+    if tl.program_id(0) == 0:
         tl.store(state_ptr + BOUND, bound)
     list_ptr += row.to(tl.int64) * G
     listed = 0
