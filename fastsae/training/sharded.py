@@ -27,7 +27,7 @@ from fastsae_kernels import (
     fused_update_latents_,
     reference,
 )
-from fastsae_kernels.aux_k import ActiveDead, active_dead, chosen_dead, loss_and_error_gradient
+from fastsae_kernels.aux_k import ActiveDead, active_dead, loss_and_error_gradient
 from fastsae_kernels.sharded_topk import select_across
 
 from ..config import TrainConfig
@@ -224,18 +224,26 @@ class ShardedUpdate(Update):
         active = []
         for s in self._shards.values():
             most = min(capacity, len(s.latents))
-            dead = chosen_dead(s.tokens_since_active, config.dead_after, most)
             matrices = s.W_enc.compute(), s.b_enc.weight, s.W_dec.compute(), self._b_dec.weight
-            active.append(active_dead(dead, most, x, *matrices, self.k_aux))
+            active.append(
+                active_dead(
+                    s.tokens_since_active,
+                    config.dead_after,
+                    most,
+                    x,
+                    *matrices,
+                    self.k_aux,
+                    x.dtype,
+                )
+            )
         active = self._keep_largest(active, x)
         E = self._sum([each.reconstruction() for each in active], residual, "aux-k")
         E = E - residual[self._own_tokens(len(x))]
         E = team.gather(E, team.counts(len(x)), "aux-k")
         loss, dE = loss_and_error_gradient(
-            E, residual, x, n_dead, self.k_aux, config.aux_normalization
-        )
-        # The coefficient first, as where there is one shard.
-        dE = dE.mul_(config.aux_weight).to(self._operand)
+            E, residual, x, n_dead, self.k_aux, config.aux_normalization,
+            config.aux_weight, self._operand,
+        )  # fmt: skip
         return loss, [each.gradients(dE) for each in active]
 
     def _keep_largest(self, active: list[ActiveDead], x: Tensor) -> list[ActiveDead]:

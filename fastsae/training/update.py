@@ -519,15 +519,21 @@ class Graphs:
 
 
 class LaggedCounts:
-    """How many latents were dead ``lag`` steps ago, rounded up, without waiting for the device.
+    """Room for as many latents as were dead ``lag`` steps ago, without waiting for the device.
 
-    One number ``[]``, or one for each shard ``[S]``. With ``lag = 0`` they are today's: on a CPU there is nothing
-    to wait for.
+    For one number ``[]``, or one for each shard ``[S]``. With ``lag = 0`` there is room for just today's: on a
+    CPU there is nothing to wait for.
+
+    Room is a multiple of ``TILE``, which a matrix product takes at a time anyway, and of an eighth of an octave:
+    at most an eighth too large, and few sizes ever occur. It stays until it is too small, or 15 % too large.
     """
+
+    TILE: ClassVar = 128
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
         self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._room: list[int] = []
 
     def update(self, counts: Tensor) -> list[int]:
         """Note today's ``counts``; returns capacities for those of ``lag`` steps ago."""
@@ -540,28 +546,40 @@ class LaggedCounts:
             event = torch.cuda.Event()
             event.record()
         self._pending.append((host, event))
+        self._room = self._room or [0] * counts.numel()
         if len(self._pending) <= self._lag:
-            return [0] * counts.numel()
+            return self._room
         old, arrived = self._pending.pop(0)
         if arrived is not None:
             arrived.synchronize()  # recorded steps ago: it has long arrived
-        # Powers of two, so that few shapes ever occur; twice the count leaves room for new deaths.
-        return [1 << (2 * n - 1).bit_length() if n else 0 for n in old.flatten().tolist()]
+        self._room = [*map(self._roomy, old.flatten().tolist(), self._room)]
+        return self._room
+
+    def _roomy(self, n: int, before: int) -> int:
+        if n <= before <= 1.15 * n:
+            return before
+        step = max(self.TILE, 1 << max(n.bit_length() - 4, 0))
+        return -(-n // step) * step
 
     def state(self) -> Tensor:
-        """The counts on their way, oldest first ``[n]`` or ``[n, S]`` int64."""
+        """The last capacities and the counts on their way, oldest first ``[1 + n]`` or ``[1 + n, S]`` int64."""
+        if not self._pending:
+            return torch.zeros(0, dtype=torch.int64)
         for _, arrived in self._pending:
             if arrived is not None:
                 arrived.synchronize()
-        none = torch.zeros(0, dtype=torch.int64)
-        return torch.stack([counts for counts, _ in self._pending]) if self._pending else none
+        counts = [counts for counts, _ in self._pending]
+        return torch.stack([torch.tensor(self._room).view(counts[0].shape), *counts])
 
     def fill(self, counts: Tensor) -> None:
         """Let it be as if ``counts`` had been dead all along."""
-        self.restore(counts.expand(self._lag, *counts.shape))
+        self.restore(torch.stack([torch.zeros_like(counts), *[counts] * self._lag]))
 
-    def restore(self, counts: Tensor) -> None:
-        self._pending = [(each, None) for each in counts.cpu()]
+    def restore(self, state: Tensor) -> None:
+        """Go on from what :meth:`state` gave."""
+        state = state.cpu()
+        self._room = state[:1].flatten().tolist()
+        self._pending = [(counts, None) for counts in state[1:]]
 
 
 def _feature_major(tensor: Tensor, name: str) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae_kernels import aux_k, dispatch, encoder, sparse_decoder, step
+from fastsae_kernels import dispatch, encoder, sparse_decoder, step
 
 # What several widths share is listed under the first of them.
 WIDTHS = (1536, 768, 1024, 2048, 2304, 4096)
@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 TOKENS, LATENTS, ACTIVE = 32, 512, 16
 LEVELS = torch.tensor([16, 64, LATENTS], dtype=torch.int32)  # of Matryoshka, at the first width
 # Kernels that need not load 128 bits at a time: they scatter, or a thread has too little to do.
-NARROW = {"bias update", "mark entries", "step scalars"}
+NARROW = {"bias update", "count entries", "mark entries", "step scalars"}
 NARROW_IN_16_BITS = {"batch emit", "row emit"}
 
 
@@ -141,9 +141,9 @@ def _selection(cases: _Cases) -> None:
             kernels.topk(pre, ACTIVE)
         with cases.record(f" {name}, peaks", name == "fp32"):
             kernels.batch_topk(pre, TOKENS * ACTIVE, quota=1.0)
+            kernels.batch_topk(pre, TOKENS * ACTIVE, quota=0.5)
     with cases.record("", True):
         kernels.csr_to_csc(_csr(torch.float32), LATENTS)
-        aux_k._keep_largest_(torch.zeros(TOKENS, LATENTS), ACTIVE)
 
 
 def _encoder(cases: _Cases) -> None:
@@ -163,10 +163,15 @@ def _decoder(cases: _Cases, width: int) -> None:
     for name, dtype in FLOATS.items():
         csr = _csr(dtype)
         x, W = (torch.zeros(rows, width, dtype=dtype) for rows in (TOKENS, LATENTS))
+        since = torch.zeros(LATENTS, dtype=torch.int64)
         with cases.record(f", D={width} {name}", width == WIDTHS[0] and name == "bf16"):
             kernels.sparse_decode(csr, W, W[0])
             kernels.sparse_decode_loss(csr, W, W[0], x)
             sparse_decoder._value_gradients(x, *csr, W)
+            kernels.aux_k_gradients(
+                x.float(), x.float(), W, since.float(), W, W[0].float(), since,
+                dead_after=10, max_dead=LATENTS, k_aux=ACTIVE,
+            )  # fmt: skip
             kernels.project_gradient(W, W)
             kernels.normalize_rows(W)
         if width == WIDTHS[0]:

@@ -6,7 +6,7 @@ from sparse_inputs import BACKENDS
 from tolerances import AUX_K
 
 from fastsae_kernels import aux_k, reference
-from fastsae_kernels.aux_k import _aux_k_gradients, _keep_largest_, aux_k_gradients
+from fastsae_kernels.aux_k import _aux_k_gradients, aux_k_gradients, torch_impl, triton_impl
 from fastsae_kernels.dispatch import use
 from fastsae_kernels.reference import Gradients
 
@@ -23,12 +23,14 @@ GATHERED = pytest.param(("cpu", "torch", "gathered"), id="torch gathered")
 def device(request, monkeypatch):
     where, implementation, *gathered = request.param
     if gathered:
-        sizes = {"SPARSE_FROM": 1, "STRIP": 3, "BLOCK_LATENTS": 2, "TOKENS_PER_SELECTION": 2}
-        for name, size in sizes.items():
-            monkeypatch.setattr(aux_k, name, size)
+        monkeypatch.setattr(aux_k, "SPARSE_FROM", 1)
+        for name, size in {"STRIP": 3, "BLOCK_LATENTS": 2, "TOKENS_PER_SELECTION": 2}.items():
+            monkeypatch.setattr(torch_impl, name, size)
     if where == "cpu":
-        # Two tiles of the longest row, with a rest.
-        monkeypatch.setattr(aux_k, "BLOCK_COLUMNS", 32)
+        # Two tiles of the longest row, with a rest, or more.
+        tiles = {"BLOCK_COLUMNS": 32, "BLOCK_GATHERED": 16, "BLOCK_WIDTH": 4, "TILE": (2, 16)}
+        for name, size in {**tiles, "MAX_PROGRAMS": 2, "BLOCK_LATENTS": 16}.items():
+            monkeypatch.setattr(triton_impl, name, size)
     with use(implementation):
         yield torch.device(where)
 
@@ -149,8 +151,13 @@ def test_selection_is_exact(device, k):
     z[0], z[1], z[2] = 1.0, z[1].round(), -z[2].abs()
     z[3, 5], z[3, 7], z[3, 9] = torch.inf, torch.nan, -torch.inf
     z[4, ::2], z[5] = 0.0, z[5] * 1e-40
-    kept = torch.where(reference.topk_mask(z, k), z, 0)
-    assert torch.equal(_keep_largest_(z.to(device), k).cpu(), kept)
+    bias = torch.randint(-1, 2, (40,)).float()
+    for n_dead, dtype in ((40, torch.float32), (33, torch.float16)):
+        pre = torch.where(torch.arange(40) < n_dead, z + bias, 0)
+        kept = torch.where(reference.topk_mask(pre, k), pre, 0)
+        on_device = [t.to(device) for t in (z.clone(), bias, torch.tensor(n_dead))]
+        found = aux_k._run(on_device[0], 1).keep_largest(on_device[0], k, *on_device[1:], dtype)
+        assert torch.equal(found.to(dtype).cpu(), kept.to(dtype))
 
 
 @settings(max_examples=50, deadline=None)
@@ -160,7 +167,9 @@ def test_selection_is_exact(device, k):
 )
 def test_selection_keeps_the_first_of_equals(k, row):
     z = torch.tensor([row])
-    assert torch.equal(_keep_largest_(z.clone(), k), torch.where(reference.topk_mask(z, k), z, 0))
+    n = torch.tensor(len(row))
+    found = torch_impl.keep_largest(z.clone(), k, torch.zeros(len(row)), n, z.dtype)
+    assert torch.equal(found, torch.where(reference.topk_mask(z, k), z, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

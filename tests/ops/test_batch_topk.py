@@ -5,7 +5,7 @@ from selection_cases import assert_batch_topk, cases
 
 from fastsae_kernels import CSR, batch_topk, csr_to_csc, group_max, reference, transpose
 from fastsae_kernels.dispatch import use
-from fastsae_kernels.selection import _batch_topk, _group_max
+from fastsae_kernels.selection import _batch_topk, _group_max, triton_impl
 from fastsae_kernels.selection.triton_impl import GROUP
 from fastsae_kernels.transpose import _csr_to_csc
 
@@ -55,6 +55,20 @@ def test_exact_in_every_dtype(name, dtype, quota, device, impl, poison):
         pytest.skip("the kernels compute in float32")
     pre = CASES[name].to(dtype)
     assert_batch_topk(pre.to(device), pre.numel() // 6, quota)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.slow_interpreted
+def test_exact_over_many_blocks(ties, device, impl, poison, monkeypatch):
+    """Of tokens, of keys and of a token's entries, where a program reads more than one of each."""
+    for name, size in {"BLOCK_KEYS": 32, "BLOCK_ROW": 32, "MAX_COUNTING_PROGRAMS": 2}.items():
+        monkeypatch.setattr(triton_impl, name, size)
+    pre = torch.randn(40, 75, generator=torch.Generator().manual_seed(7))
+    pre[20] += 3
+    if ties:
+        pre = pre.round()
+    for quota in (0, 0.4, 1):
+        assert_batch_topk(pre.to(device), 200, quota)
 
 
 def test_massive_ties_of_low_precision(device, impl, poison):

@@ -171,7 +171,7 @@ def test_kernels_on_wide_rows(request):
     g = torch.Generator().manual_seed(0)
     x, pre = torch.randn(B, D, generator=g), torch.randn(B, F, generator=g)
     rows = torch.nn.functional.normalize(torch.randn(F, D, generator=g))
-    z = torch.randn(4, 1500, generator=g)
+    z, bias = torch.randn(5, 1500, generator=g).split((4, 1))
     pre[:, 0] += 9
     races = plugin.emulator.races.found
     before, results = races.copy(), []
@@ -179,8 +179,15 @@ def test_kernels_on_wide_rows(request):
         with dispatch.use(how):
             csr = kernels.batch_topk(pre, K, quota=0.01).csr
             csc = kernels.csr_to_csc(csr, F)
-            found = [csr.indices, csc.positions, aux_k._keep_largest_(z.clone(), 9)]
+            found = [csr.indices, csc.positions]
+            run = aux_k._run(z, 1)
+            found.append(run.keep_largest(z.clone(), 9, bias[0], torch.tensor(1400), z.dtype))
             found.append(sparse_decoder._value_gradients(x, *csr, rows))
+            aux = kernels.aux_k_gradients(
+                x, x, rows, torch.zeros(F), rows, torch.zeros(D), torch.arange(F),
+                dead_after=3, max_dead=F, k_aux=4,
+            )  # fmt: skip
+            found += [aux.loss, *(gradient[: F - 3] for gradient in aux.gradients[:3])]
             for form in ({}, {"split": True, "quantized_moments": True}):
                 low = torch.bfloat16 if form else torch.float32
                 W_enc, W_dec = (kernels.MatrixState.start(rows.clone(), **form) for _ in range(2))

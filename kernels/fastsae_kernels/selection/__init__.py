@@ -18,17 +18,24 @@ places of the smallest.)
 
 The K largest positive entries lie in the K groups of the largest maxima: were one in a group outside, K
 groups would each hold an entry before it. So after one pass over ``pre``, only ``32 K`` entries are
-looked at again, whatever the data. The K-th largest key is found digit by digit (8 bits, most significant
-first) from integer histograms; keys are the bits of the positive float32, which order as the values do.
+looked at again, whatever the data. And the K-th largest maximum is a bound: each of the K groups holds an
+entry that reaches it. Above it lie, in fewer than K groups, little more than K entries as a rule. If fewer
+do, it is the K-th largest entry itself, and those level with it fill up, the first of them.
 
-On a GPU the batch level takes one launch a digit and three more for each of: the groups (of which
-exactly K are listed, in token-major order) and the entries inside them. Per token one program selects
-in one row, any ``k <= F``, and a second launch writes the CSR arrays. The peaks are 64-bit integer
-maxima of value and token together, taken in the same pass as the group maxima.
+The K-th largest key is found digit by digit, most significant first, from integer histograms; keys are
+the bits of the positive float32, which order as the values do.
+
+On a GPU the batch level takes nine launches: three passes over the maxima, one that gathers the entries
+above the bound, two passes over those, one that counts each token's, one that writes them. Per token one
+program selects in one row, any ``k <= F``, and a second launch writes the CSR arrays. The peaks are 64-bit
+integer maxima of value and token together, taken in the same pass as the group maxima; a quota takes four
+launches more, or eight where it has not room for a peak of each latent.
 
 Bytes: the maxima read ``pre`` once and write 1/32 of it. The batch level then moves 4 x 4 B a group
-(from L2), 6 x 128 B a listed group and 8 B an entry written; per token 5 x 128 B a listed group.
-Deterministic, bit for bit: only integers are added or compared, and no place depends on arrival order.
+(from L2), 2 x 128 B a group that reaches the bound, about 40 B an entry above it, and has room for ``32 K``
+of those; per token 5 x 128 B a listed group.
+Deterministic, bit for bit: only integers are added or compared, and no place in a result depends on
+arrival order.
 """
 
 from typing import NamedTuple
@@ -40,7 +47,6 @@ from ..dispatch import implementation, register
 from ..dtypes import FLOATS
 from ..sparse import CSR, scatter_values
 from . import torch_impl, triton_impl
-from .torch_impl import largest_peaks, peak_values
 from .triton_impl import empty_maxima, empty_selection
 
 MAX_SLOTS = 2**31 - 1  # places are int32
@@ -112,11 +118,8 @@ def _batch_topk(
     if num_selected == 0:
         values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
         return values, indices, offsets.zero_(), threshold.fill_(torch.inf)
-    most_peaks = int(quota * num_selected)
-    if most_peaks < len(peaks):
-        peaks = largest_peaks(peak_values(pre, peaks), peaks, most_peaks)
     run = torch_impl if implementation(pre) == "torch" else triton_impl
-    return run.batch_topk(pre, maxima, peaks, num_selected)
+    return run.batch_topk(pre, maxima, peaks, num_selected, int(quota * num_selected))
 
 
 def _check_pre(pre: Tensor, where: str) -> None:

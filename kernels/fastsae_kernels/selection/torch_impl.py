@@ -140,13 +140,15 @@ def batch_csr(
 
 
 def batch_topk(
-    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int
+    pre: Tensor, maxima: Tensor, peaks: Tensor, num_selected: int, most_peaks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``values, indices, offsets, threshold`` of the selection from ``pre [B, F]``."""
     flat = largest_positive(pre, maxima, num_selected, per_token=False)
     values = others = pre.reshape(-1)[flat]
     if len(peaks):
         largest = peak_values(pre, peaks)
+        if most_peaks < len(peaks):
+            peaks = largest_peaks(largest, peaks, most_peaks)
         values, flat, others = put_peaks_first(values, flat, peaks, largest, num_selected)
     return batch_csr(values, flat, others, pre.shape, num_selected)
 
