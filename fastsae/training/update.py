@@ -354,7 +354,6 @@ class FusedUpdate(Update):
                 coefficient=config.aux_weight,
                 target=whole,
             )
-        self.updates += 1
         operand, dY_scale = W_enc.compute().dtype, -2 / (len(dY) * len(x))
         skip, clip = self._biases.get("W_skip"), None
         # All levels share the skip connection, as they do b_dec.

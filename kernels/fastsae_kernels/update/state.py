@@ -227,14 +227,23 @@ def mix(h):
 
 
 @jit
-def load_moment(ptr, scale_ptr, row, at, mask, TOP: tl.constexpr):
-    """One row of a moment; ``scale_ptr`` is None where it is float32. TOP: 127 for m, 255 for v."""
-    moment = tl.load(ptr + at, mask=mask, other=0).to(tl.float32)
-    if scale_ptr is None:
+def load_moment(ptr, scale_ptr, row, at, mask):
+    """One row of a moment as it is stored, and its scale."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row)
+    return tl.load(ptr + at, mask=mask, other=0), scale
+
+
+@jit
+def decoded_moment(moment, scale, TOP: tl.constexpr):
+    """The float32 moment that :func:`load_moment` gave. TOP: 127 for m, 255 for v."""
+    if moment.dtype == tl.float32:
         return moment
     else:
-        value = tl.exp2((tl.abs(moment) - TOP) * 0.125) * tl.load(scale_ptr + row)
-        return tl.where(moment == 0, 0.0, tl.where(moment < 0, -value, value))
+        code = moment.to(tl.float32)
+        value = tl.exp2((tl.abs(code) - TOP) * 0.125) * scale
+        return tl.where(code == 0, 0.0, tl.where(code < 0, -value, value))
 
 
 @jit
