@@ -236,12 +236,12 @@ def launches_of_a_step(**changes: Any) -> Counter[str]:
 
 
 BUDGETS = {
-    "plain": ({}, 84),
-    "quota": ({"latent_quota": 0.4}, 97),
-    "clipped": ({"clip_norm": 1.0}, 106),
-    "8-bit": ({"moments": "8bit"}, 84),
-    "aux-k": ({"k_aux": 8}, 138),
-    "matryoshka": ({"matryoshka": LEVELS}, 100),
+    "plain": ({}, 79),
+    "quota": ({"latent_quota": 0.4}, 92),
+    "clipped": ({"clip_norm": 1.0}, 93),
+    "8-bit": ({"moments": "8bit"}, 79),
+    "aux-k": ({"k_aux": 8}, 133),
+    "matryoshka": ({"matryoshka": LEVELS}, 95),
     "replayed": ({"cuda_graph": True}, 6),
 }
 """Settings, and how many kernels a step of them launches, Triton's and torch's: whoever needs fewer lowers

@@ -26,8 +26,8 @@ Shapes: ``W_enc``, ``W_dec [F, D]`` (one latent, one row of each), the state as 
 float32 (float64 on torch for float64 weights).
 
 Deterministic: a segment's entries are added in token order; segments of more than 128 are summed in
-chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then over the blocks. No
-atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
+chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then over 32 blocks, or 32
+tokens, then over those. No atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
 graph of it can be replayed for every step.
 
 Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moments (26 with a 16-bit copy,
@@ -195,7 +195,8 @@ def fused_update_(
     :class:`BiasState`. ``x [B, D]`` is the scaled input, ``dY_scale · dY [B, D]`` the loss's gradient at
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
     float tensor and ``step []`` an int64 tensor that counts the updates, 0 before the first: this one adds 1.
-    Both are on the device, as is the ``clip []`` that multiplies every gradient after the projection (:func:`clip_factor`).
+    Both are on the device, as is the ``clip []`` that multiplies every gradient after the projection
+    (:func:`clip_factor`).
     With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``. With ``tied``,
     ``b_dec`` is what ``x`` is centred by too; without, it is the bias of the output alone, which may have another
     width.
@@ -228,9 +229,10 @@ def fused_update_latents_(
 ) -> Tensor:
     """:func:`fused_update_` of some consecutive latents of a dictionary, ``first_row`` and those after it.
 
-    The state, ``csr`` and ``csc`` hold these latents alone. ``b_dec [D]`` is only read, and so is
-    ``step []``, the number of this update, from 1. Returns what the latents add to ``b_dec``'s gradient ``[D]``, ``-Σ_f db_enc[f] · W_enc[f]``, beside the ``Σ_b dY[b]`` of no latent. Their
-    rows, 8-bit moments too, become what they become in an update of the whole dictionary.
+    The state, ``csr`` and ``csc`` hold these latents alone. ``b_dec [D]`` is only read, and so is ``step []``,
+    the number of this update, from 1. Returns what they add to ``b_dec``'s gradient ``[D]``,
+    ``-Σ_f db_enc[f] · W_enc[f]``, beside the ``Σ_b dY[b]`` of no latent. Their rows, 8-bit moments too,
+    become what they become in an update of the whole dictionary.
     """
     part = torch.empty_like(b_dec)
     parts = (W_enc, b_enc, W_dec, [b_dec]), (csr, csc, x, dY), (lr, step, None, *betas, eps)

@@ -77,6 +77,16 @@ class MatrixState(NamedTuple):
         """What the forward pass multiplies by: the low-precision copy where there is one."""
         return self.weight if self.copy is None else self.copy
 
+    def set_master_(self, master: Tensor) -> None:
+        """Write ``master [F, D]`` float32, in the form it is stored in, and the copy."""
+        weight = master
+        if self.remainder is not None:
+            weight, remainder = split_master(master)
+            self.remainder.copy_(remainder)
+        self.weight.copy_(weight)
+        if self.copy is not None:
+            self.copy.copy_(master)
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """``m`` and ``v`` ``[F, D]``, decoded if they are 8-bit."""
         if self.m_scale is None or self.v_scale is None:

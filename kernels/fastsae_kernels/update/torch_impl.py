@@ -76,9 +76,7 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
     return (squares + db_dec.square().sum()).sqrt()
 
 
-def fused_update(
-    parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam
-) -> None:
+def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
     if db_dec is None:

@@ -27,8 +27,8 @@ from .state import (
     store_moment,
 )
 
-# A tile of a bias's gradient: rows are added, columns are not.
-BIAS_ROWS, BIAS_COLUMNS = 64, 64
+# A tile of a bias's gradient, a thread to each column: rows are added, columns are not.
+BIAS_ROWS, BIAS_COLUMNS = 32, 128
 
 
 @dataclass
@@ -200,9 +200,7 @@ def decoder_kernel(
     else:
         m = decoded_moment(m, m_scale, 127)
         v = decoded_moment(v, v_scale, 255)
-        w, m, v = _adam(
-            w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2
-        )
+        w, m, v = _adam(w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
         store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
         store_moment(
             W_dec_m_ptr, W_dec_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
@@ -275,9 +273,7 @@ def encoder_kernel(
         else:
             m = decoded_moment(m, m_scale, 127)
             v = decoded_moment(v, v_scale, 255)
-            w, m, v = _adam(
-            w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2
-        )
+            w, m, v = _adam(w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
             store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
             store_moment(
                 W_enc_m_ptr, W_enc_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
@@ -341,9 +337,7 @@ def _update_bias(
         m = tl.load(m_ptr + at, mask=inside, other=0.0)
         v = tl.load(v_ptr + at, mask=inside, other=0.0)
         lr, correction, clip = _load_scalars(scalars_ptr, clip_ptr)
-        bias, m, v = _adam(
-            bias, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2
-        )
+        bias, m, v = _adam(bias, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
         tl.store(bias_ptr + at, bias, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
         tl.store(v_ptr + at, v, mask=inside)
@@ -475,7 +469,7 @@ def _launch(
         **common, **tiles, **step, **adam,
     )  # fmt: skip
     parts = new(triton.cdiv(tokens, BIAS_ROWS) + triton.cdiv(blocks, BIAS_ROWS), width)
-    tile = {"D": width, "ROWS": BIAS_ROWS, "COLUMNS": BIAS_COLUMNS}
+    tile = {"D": width, "ROWS": BIAS_ROWS, "COLUMNS": BIAS_COLUMNS, "num_warps": BIAS_COLUMNS // 32}
     db_dec_parts_kernel[(len(parts), bias_tiles[1])](
         dY_ptr=dY, block_db_dec_ptr=block_db_dec, parts_ptr=parts,
         tokens=tokens, blocks=blocks, dY_scale=dY_scale,
@@ -496,15 +490,14 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
     return _launch(W_enc, W_dec, b_dec, inputs, biases, norm=True, **unused).sum().sqrt()
 
 
-def fused_update(
-    parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam
-) -> None:
+def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
     scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
     step_scalars_kernel[(1,)](
         lr_ptr=lr, step_ptr=step, clip_ptr=clip, scalars_ptr=scalars,
         LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), COUNT=int(db_dec is None),
+        num_warps=1,  # another might read the count after it is written
     )  # fmt: skip
     own = {"scalars_ptr": scalars, "clip_ptr": clip, "eps": eps, "BETA1": beta1, "BETA2": beta2}
     state = BiasState(b_dec, *moments) if db_dec is None else (db_dec, None, None)
