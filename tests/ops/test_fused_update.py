@@ -576,3 +576,12 @@ def test_one_step_of_a_transcoder_is_the_reference_step(device, max_norm, width)
         clip=clip, **options,
     )  # fmt: skip
     assert_close(fused, expected, FUSED_STEP)
+
+
+def test_what_a_gpu_should_decide_is_read_at_each_launch(monkeypatch):
+    before = triton_impl.decoder_blocks(1536), triton_impl.encoder_blocks(1536, False)
+    monkeypatch.setattr(triton_impl.TUNING, "decoder_elements", 8)
+    monkeypatch.setattr(triton_impl.TUNING, "encoder_elements", 4)
+    after = triton_impl.decoder_blocks(1536), triton_impl.encoder_blocks(1536, False)
+    for fewer, more in zip(before, after, strict=True):
+        assert more == {"BLOCK_D": fewer["BLOCK_D"], "num_warps": 2 * fewer["num_warps"]}
