@@ -6,6 +6,7 @@ many latents are in flight, and all that passes between them is dz, one float an
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from ..sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 from .state import (
     Adam,
     Batch,
-    BiasState,
     MatrixState,
     Parameters,
     decoded_moment,
@@ -111,10 +111,10 @@ def decoder_chunks_kernel(
 
 @jit
 def step_scalars_kernel(
-    lr_ptr, step_ptr, clip_ptr, scalars_ptr,
+    lr_ptr, step_ptr, scalars_ptr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """``lr / (1 - β1^t)``, ``1 / sqrt(1 - β2^t)`` and the clip factor, from float64; t counts up first."""
+    """``lr / (1 - β1^t)`` and ``1 / sqrt(1 - β2^t)``, from float64; t counts up first."""
     count = tl.load(step_ptr)
     if COUNT:
         count += 1
@@ -124,16 +124,15 @@ def step_scalars_kernel(
     correction2 = 1.0 - tl.exp(step * LOG_BETA2)
     tl.store(scalars_ptr, (tl.load(lr_ptr).to(tl.float64) / correction1).to(tl.float32))
     tl.store(scalars_ptr + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32))
-    if clip_ptr is not None:
-        tl.store(scalars_ptr + 2, tl.load(clip_ptr).to(tl.float32))
 
 
 @jit
-def _load_scalars(scalars_ptr, clip_ptr):
-    clip = 1.0
-    if clip_ptr is not None:
-        clip = tl.load(scalars_ptr + 2)
-    return tl.load(scalars_ptr), tl.load(scalars_ptr + 1), clip
+def _load_if(ptr, at, otherwise):
+    """What a tensor has at a place, where there is a tensor."""
+    if ptr is None:
+        return otherwise
+    else:
+        return tl.load(ptr + at)
 
 
 @jit
@@ -143,7 +142,7 @@ def _adam(
 ):  # fmt: skip
     """``(weight, m, v)`` after one step of Adam."""
     if clip_ptr is not None:
-        gradient *= clip
+        gradient *= clip.to(tl.float32)
     m = BETA1 * m + (1 - BETA1) * gradient
     v = BETA2 * v + (1 - BETA2) * gradient * gradient
     return weight - lr * m / (tl.sqrt(v) * correction + eps), m, v
@@ -171,13 +170,13 @@ def decoder_kernel(
     first_chunk = tl.load(starts_ptr + f)
     last_chunk = tl.load(starts_ptr + f + 1)
     w = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
-    if squares_ptr is None:
-        m, m_scale = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside)
-        v, v_scale = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside)
-        step = tl.load(step_ptr).to(tl.int32)
-        lr, correction, clip = _load_scalars(scalars_ptr, clip_ptr)
-    if aux_slots_ptr is not None:
-        slot = tl.load(aux_slots_ptr + f).to(tl.int64)
+    m, m_scale = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside)
+    v, v_scale = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside)
+    lr = _load_if(scalars_ptr, 0, 0.0)
+    correction = _load_if(scalars_ptr, 1, 0.0)
+    clip = _load_if(clip_ptr, 0, 1.0)
+    step = _load_if(step_ptr, 0, 0)
+    slot = _load_if(aux_slots_ptr, f, -1)
     dY_ptr += _level_of(f, levels_ptr, LEVELS) * level_stride
 
     end = tl.where(end - begin > CHUNK, begin, end)
@@ -192,7 +191,7 @@ def decoder_kernel(
         gradient += tl.load(chunk_dW_dec_ptr + there, mask=inside, other=0.0)
     if aux_slots_ptr is not None:
         there = inside & (slot >= 0)
-        gradient += tl.load(aux_dW_dec_ptr + slot * D + columns, mask=there, other=0.0)
+        gradient += tl.load(aux_dW_dec_ptr + slot.to(tl.int64) * D + columns, mask=there, other=0.0)
     gradient = tangent(gradient, w)
 
     if squares_ptr is not None:
@@ -231,9 +230,10 @@ def encoder_kernel(
     columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     db_dec = tl.zeros((BLOCK_D,), tl.float32)
-    if squares_ptr is None:
-        step = tl.load(step_ptr).to(tl.int32)
-        lr, correction, clip = _load_scalars(scalars_ptr, clip_ptr)
+    lr = _load_if(scalars_ptr, 0, 0.0)
+    correction = _load_if(scalars_ptr, 1, 0.0)
+    clip = _load_if(clip_ptr, 0, 1.0)
+    step = _load_if(step_ptr, 0, 0)
     for latent in range(block * LATENTS, tl.minimum((block + 1) * LATENTS, F)):
         f = tl.cast(latent, tl.int64)
         at = f * D + columns
@@ -243,11 +243,9 @@ def encoder_kernel(
         first_chunk = tl.load(starts_ptr + f)
         last_chunk = tl.load(starts_ptr + f + 1)
         w = load_master(W_enc_ptr, W_enc_remainder_ptr, at, inside)
-        if squares_ptr is None:
-            m, m_scale = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside)
-            v, v_scale = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside)
-        if aux_slots_ptr is not None:
-            slot = tl.load(aux_slots_ptr + f).to(tl.int64)
+        m, m_scale = load_moment(W_enc_m_ptr, W_enc_m_scale_ptr, f, at, inside)
+        v, v_scale = load_moment(W_enc_v_ptr, W_enc_v_scale_ptr, f, at, inside)
+        slot = _load_if(aux_slots_ptr, f, -1)
 
         db_enc = 0.0
         for first in range(begin, end, CHUNK):
@@ -264,7 +262,8 @@ def encoder_kernel(
         db_dec += db_enc * w
         if aux_slots_ptr is not None:
             there = inside & (slot >= 0)
-            gradient += tl.load(aux_dW_enc_ptr + slot * D + columns, mask=there, other=0.0)
+            row = slot.to(tl.int64) * D
+            gradient += tl.load(aux_dW_enc_ptr + row + columns, mask=there, other=0.0)
             db_enc += tl.load(aux_db_enc_ptr + slot, mask=slot >= 0, other=0.0)
 
         tl.store(db_enc_ptr + f, db_enc, mask=tile == 0)
@@ -336,7 +335,8 @@ def _update_bias(
         bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
         m = tl.load(m_ptr + at, mask=inside, other=0.0)
         v = tl.load(v_ptr + at, mask=inside, other=0.0)
-        lr, correction, clip = _load_scalars(scalars_ptr, clip_ptr)
+        lr, correction = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+        clip = _load_if(clip_ptr, 0, 1.0)
         bias, m, v = _adam(bias, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
         tl.store(bias_ptr + at, bias, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
@@ -395,8 +395,9 @@ def _row_pointers(name: str, state: MatrixState) -> dict[str, Tensor | None]:
     return {f"{name}_ptr": _bits(state.weight), **rest}
 
 
-def _bias_pointers(name: str, state: BiasState | None) -> dict[str, Tensor | None]:
-    weight, m, v = state or (None, None, None)
+def _bias_pointers(
+    name: str, weight: Tensor | None = None, m: Tensor | None = None, v: Tensor | None = None
+) -> dict[str, Tensor | None]:
     return {f"{name}_ptr": weight, f"{name}_m_ptr": m, f"{name}_v_ptr": v}
 
 
@@ -484,23 +485,25 @@ def _launch(
 
 
 def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs: Batch) -> Tensor:
-    unused = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
+    unused: dict[str, Any] = dict.fromkeys(("scalars_ptr", "step_ptr", "clip_ptr"))
     unused |= dict.fromkeys(("eps", "BETA1", "BETA2"), 0.0) | {"first_row": 0}
-    biases = _bias_pointers("b_enc", None) | _bias_pointers("b_dec", None)
+    biases = _bias_pointers("b_enc") | _bias_pointers("b_dec")
     return _launch(W_enc, W_dec, b_dec, inputs, biases, norm=True, **unused).sum().sqrt()
 
 
 def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
-    scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
+    scalars = torch.empty(2, dtype=torch.float32, device=lr.device)
     step_scalars_kernel[(1,)](
-        lr_ptr=lr, step_ptr=step, clip_ptr=clip, scalars_ptr=scalars,
+        lr_ptr=lr, step_ptr=step, scalars_ptr=scalars,
         LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), COUNT=int(db_dec is None),
         num_warps=1,  # another might read the count after it is written
     )  # fmt: skip
-    own = {"scalars_ptr": scalars, "clip_ptr": clip, "eps": eps, "BETA1": beta1, "BETA2": beta2}
-    state = BiasState(b_dec, *moments) if db_dec is None else (db_dec, None, None)
-    biases = _bias_pointers("b_enc", b_enc) | _bias_pointers("b_dec", state)
-    options = {"own_part": db_dec is not None, "step_ptr": step, "first_row": first_row}
-    _launch(W_enc, W_dec, b_dec, inputs, biases, **options, **own)
+    own = (b_dec, *moments) if db_dec is None else (db_dec,)
+    _launch(
+        W_enc, W_dec, b_dec, inputs, _bias_pointers("b_enc", *b_enc) | _bias_pointers("b_dec", *own),
+        own_part=db_dec is not None,
+        step_ptr=step, first_row=first_row,
+        scalars_ptr=scalars, clip_ptr=clip, eps=eps, BETA1=beta1, BETA2=beta2,
+    )  # fmt: skip
