@@ -84,10 +84,10 @@ def bench_scaling(request, report, shape, device, axis, size):
 def least_seconds(shape: Shape, rates: dict, *, dead: int = 0, moment_bytes: int = 4) -> float:
     """What our step costs on a GPU if nothing overlaps and nothing else costs anything.
 
-    Weights and moments are read and written once (masters fp32, their bf16 copy written), products run at
+    Weights, whose upper halves are the operands, and moments are read and written once, products run at
     the speed of large ones, and gathered rows come through L2. ``rates``: of ``measure.ceilings``.
     """
-    per_weight = 2 * 4 + 2 + 2 * 2 * moment_bytes
+    per_weight = 2 * 4 + 2 * 2 * moment_bytes
     moved = 2 * shape.F * shape.D * per_weight + 2 * 4 * shape.B * shape.F
     # Decoding gathers a row of W_dec per active; the update one of dY, twice, and one of x.
     gathered = 4 * shape.K * shape.D * 2

@@ -159,14 +159,12 @@ class Split(NamedTuple):
 ALONE = Split()
 
 
-def state_bytes(D: int, F: int, *, copy: bool = True, quantized: bool = False) -> int:
-    """Bytes of all that a training step keeps: weights, moments, compute copies and counters.
+def state_bytes(D: int, F: int, *, quantized: bool = False) -> int:
+    """Bytes of all that a training step keeps: weights, moments and counters.
 
-    Args:
-        copy: a 16-bit copy of both matrices, as bf16 training has.
-        quantized: 8-bit moments with a scale per row.
+    A bf16 operand is the upper half of its weight. ``quantized``: 8-bit moments with a scale per row.
     """
-    matrices = 2 * F * D * (4 + (2 if quantized else 8) + (2 if copy else 0))
+    matrices = 2 * F * D * (4 + (2 if quantized else 8))
     scales = 2 * F * 8 if quantized else 0
     vectors = (F + D) * 12
     counters = F * 8
@@ -226,11 +224,11 @@ def stage_bytes(
     """Fewest bytes that each stage of a step without dead latents reads and writes, on a GPU whose latents
     are as active as others.
 
-    ``low`` is the size of an operand in bytes: 2 in bf16, 4 in fp32 (which has no copy to write).
+    ``low`` is the size of an operand in bytes: 2 in bf16, 4 in fp32.
     """
     K, here = int(k * B), split.latents_here(F)
     active = K * here // F
-    per_weight = (12 if quantized else 24) + (2 if low == 2 else 0)
+    per_weight = 12 if quantized else 24
     # All that is selected may be in one shard: each lists as many.
     listed = split.shards_here * (K * 128 * 6 + K * 8)
     return {
@@ -274,7 +272,7 @@ def describe(o: PlanOptions) -> list[str]:
     """What the command prints."""
     shape = (o.batch_size, o.d_in, o.d_sae, o.k)
     quantized = o.moments == "8bit"
-    kept = {"copy": o.precision == "bf16", "quantized": quantized}
+    kept = {"quantized": quantized}
     levels, split = len(o.matryoshka) or 1, o.split
     here = split.latents_here(o.d_sae)
     options = {"levels": levels, "split": split}
@@ -328,7 +326,7 @@ def describe(o: PlanOptions) -> list[str]:
                 )
         return [*lines, "", "give --tflops and --bandwidth of your GPU to have its time predicted"]
     rates = Rates(1e12 * o.tflops, 1e12 * o.bandwidth)
-    low = 2 if kept["copy"] else 4
+    low = 2 if o.precision == "bf16" else 4
     stages = stage_seconds(*shape, rates, low=low, quantized=quantized, split=split)
     at = f"{o.tflops:g} TFLOP/s and {o.bandwidth:g} TB/s"
     if o.nvlink_gbyte is not None:

@@ -34,7 +34,7 @@ from ..config import TrainConfig
 from ..metrics import density_histogram
 from ..sae.module import SAE
 from ..team import Node, Team, cover, tree_sum
-from .update import FusedUpdate, LaggedCounts, Update, UpdateResult, adam_, copy_state
+from .update import FusedUpdate, LaggedCounts, Update, UpdateResult, adam_, copy_state, empty_
 
 _BY_LATENT = ("W_enc", "W_dec", "b_enc")
 
@@ -58,9 +58,11 @@ class Shard(NamedTuple):
         """All that is kept of each latent, one row of each tensor; ``W_enc`` too."""
         state = {"tokens_since_active": self.tokens_since_active}
         for name in _BY_LATENT:
-            for part, tensor in getattr(self, name)._asdict().items():
-                if tensor is not None and part != "copy":
-                    state[name if part == "weight" else f"adam.{name}.{part}"] = tensor
+            own = getattr(self, name)
+            state[name] = own.master() if isinstance(own, MatrixState) else own.weight
+            for part, tensor in own._asdict().items():
+                if tensor is not None and part not in ("weight", "remainder"):
+                    state[f"adam.{name}.{part}"] = tensor
         return state
 
 
@@ -94,7 +96,7 @@ class ShardedUpdate(Update):
             W_enc, W_dec = (
                 MatrixState.start(
                     rows[at].clone(),
-                    copy_dtype=None if self._operand == sae.dtype else self._operand,
+                    split=self._operand != sae.dtype,
                     quantized_moments=config.moments == "8bit",
                 )
                 for rows in (sae.W_enc.data.T, sae.W_dec.data)
@@ -102,10 +104,7 @@ class ShardedUpdate(Update):
             b_enc = BiasState.start(sae.b_enc.data[at].clone())
             since = self.tokens_since_active[at]
             self._shards[shard] = Shard(latents, W_enc, b_enc, W_dec, since)
-        for name in _BY_LATENT:
-            parameter = getattr(sae, name)
-            none = parameter.data[:, :0] if name == "W_enc" else parameter.data[:0]
-            parameter.data = none.clone()  # a view would keep the rest in memory
+        empty_(sae, _BY_LATENT)
         self._b_dec = BiasState.start(sae.b_dec.data)
         self._dead_counts = LaggedCounts(FusedUpdate.AUX_LAG_STEPS.get(device.type, 0))
 
@@ -150,7 +149,7 @@ class ShardedUpdate(Update):
     @torch.no_grad()
     def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
         config, team, shards = self.config, self._team, [*self._shards.values()]
-        scaled, _ = self.sae.scale_input(x)
+        scaled, _ = self._sae.scale_input(x)
         b_dec = self._b_dec.weight
         csrs, threshold = self._select(scaled, budget)
         cscs = [csr_to_csc(csr, len(s.latents)) for csr, s in zip(csrs, shards, strict=True)]
@@ -273,7 +272,7 @@ class ShardedUpdate(Update):
         return int(self._total(self.alive.sum())) / self._d_sae
 
     def decoder_norm_error(self) -> float:
-        errors = [(s.W_dec.weight.norm(dim=1) - 1).abs().max() for s in self._shards.values()]
+        errors = [(s.W_dec.master().norm(dim=1) - 1).abs().max() for s in self._shards.values()]
         worst = torch.stack([torch.zeros_like(self.lr), *errors]).max()
         return float(self._team.gather(worst[None], [1] * self._team.size, "metrics").max())
 
@@ -307,9 +306,8 @@ class ShardedUpdate(Update):
     def load_shard_state(self, shard: int, state: dict[str, Tensor]) -> None:
         """Restore it. Raises KeyError and RuntimeError where a tensor is missing or has another shape."""
         copy_state(self.shard_state(shard), state)
-        for rows in (self._shards[shard].W_enc, self._shards[shard].W_dec):
-            if rows.copy is not None:
-                rows.copy.copy_(rows.weight)
+        for name in ("W_enc", "W_dec"):  # split ones are copies there
+            getattr(self._shards[shard], name).set_master_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         state = self.shared_state()

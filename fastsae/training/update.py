@@ -8,16 +8,17 @@ saved by one goes on with the other.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae_kernels import (
     BiasState,
@@ -76,7 +77,7 @@ class Update(ABC):
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         assert isinstance(sae.activation, BatchTopK)
-        self.sae = sae.train()
+        self._sae = sae.train()
         self.activation = sae.activation
         self.config = config
         self.k_aux = sae.default_k_aux if config.k_aux is None else config.k_aux
@@ -86,6 +87,11 @@ class Update(ABC):
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.lr = torch.tensor(config.peak_lr, dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE, with its weights as they are now."""
+        return self._sae
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units; a transcoder, to give ``target [B, D_out]``."""
@@ -140,16 +146,17 @@ class Update(ABC):
         ``objective``, ``error`` and ``aux`` are after input scaling; everything else is in the units of
         the raw activations, ``mse`` the mean over tokens and dimensions.
         """
-        scaled, statistics = self.sae.scale_target(x)
+        sae = self._sae
+        scaled, statistics = sae.scale_target(x)
         x = x.float()
         # By level, and one at a time: together they are as large as the batch times the levels.
         squared = [
-            (x - self.sae.to_raw_units(scaled - residual, statistics).float()).square()
+            (x - sae.to_raw_units(scaled - residual, statistics).float()).square()
             for residual in result.residuals
         ]
         variance = (x - x.mean(0)).square().sum()
         explained = [1 - each.sum() / variance for each in squared]
-        threshold = self.sae.threshold
+        threshold = sae.threshold
         assert threshold is not None
         values = {
             "objective": result.objective,
@@ -165,7 +172,7 @@ class Update(ABC):
             "lr": self.lr,
         }
         if len(explained) > 1:
-            for m, square, share in zip(self.sae.levels, squared, explained, strict=True):
+            for m, square, share in zip(sae.levels, squared, explained, strict=True):
                 values |= {f"mse_{m}": square.mean(), f"explained_variance_{m}": share}
         numbers = {name: float(value) for name, value in values.items()}
         whole = ("dead", "alive_window_tokens")
@@ -293,14 +300,17 @@ class FusedUpdate(Update):
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         super().__init__(sae, config)
+        self._split = sae.precision == "bf16"
         self._rows = {
             name: MatrixState.start(
                 _feature_major(getattr(sae, name).data, name),
-                copy_dtype=torch.bfloat16 if sae.precision == "bf16" else None,
+                split=self._split,
                 quantized_moments=config.moments == "8bit",
             )
             for name in ("W_enc", "W_dec")
         }
+        if self._split:
+            empty_(sae, self._rows)
         self._biases = {
             name: BiasState.start(getattr(sae, name).data) for name in ("b_enc", "b_dec")
         }
@@ -315,6 +325,18 @@ class FusedUpdate(Update):
         self._dead_counts = LaggedCounts(self.AUX_LAG_STEPS.get(sae.W_dec.device.type, 0))
         self._graphs = Graphs(self._on_device) if config.cuda_graph and sae.W_dec.is_cuda else None
 
+    @property
+    def sae(self) -> SAE:
+        """The SAE, with its weights as they are now: copies, where masters are split and the SAE that was given
+        is without rows."""
+        if not self._split:
+            return self._sae
+        whole = copy.copy(self._sae)
+        masters = {name: _feature_major(rows.master(), name) for name, rows in self._rows.items()}
+        own = {name: nn.Parameter(master) for name, master in masters.items()}
+        whole._parameters = {**self._sae._parameters, **own}
+        return whole
+
     def mark_dead(self, latents: Tensor) -> None:
         super().mark_dead(latents)
         self._dead_counts.fill(self.dead.sum())
@@ -323,7 +345,7 @@ class FusedUpdate(Update):
     def _step(self, x: Tensor, target: Tensor | None, budget: int) -> UpdateResult:
         capacity = 0
         if self.config.aux_weight > 0:
-            capacity = min(*self._dead_counts.update(self.dead.sum()), self.sae.d_sae)
+            capacity = min(*self._dead_counts.update(self.dead.sum()), self._sae.d_sae)
         quota = self.activation.latent_quota
         batch = x if target is None else torch.cat([x, target], 1)
         # While k goes to its final value no budget comes back, and none is worth a graph.
@@ -334,7 +356,7 @@ class FusedUpdate(Update):
     def _on_device(self, batch: Tensor, budget: int, quota: float, capacity: int) -> UpdateResult:
         """One step that selects ``budget`` entries with a latent ``quota``, and in which up to
         ``capacity`` dead latents take part; reads nothing back."""
-        sae, config = self.sae, self.config
+        sae, config = self._sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
         operand = W_enc.compute().dtype
@@ -375,7 +397,6 @@ class FusedUpdate(Update):
         error, objective, weight = step_objective(
             decoded.squared_error, aux, config.aux_weight, config.objective
         )
-        self.updates += 1
         levels, tokens, _ = decoded.residual.shape
         dY_scale = -2 / (levels * tokens)
         skip, dW_skip, clip = self._biases.get("W_skip"), None, None
@@ -447,9 +468,9 @@ class FusedUpdate(Update):
         super().load_state_dict(state)
         # A run that the autograd step saved has no counts on their way: aux-k starts the lag anew.
         self._dead_counts.restore(state.get("dead_counts", torch.zeros(0, dtype=torch.int64)))
-        for rows in self._rows.values():
-            if rows.copy is not None:
-                rows.copy.copy_(rows.weight)
+        if self._split:
+            for name, rows in self._rows.items():
+                rows.set_master_(_feature_major(state[f"sae.{name}"], name))
 
 
 def adam_(state: BiasState, gradient: Tensor, lr: Tensor, step: Tensor, eps: float = 1e-8) -> None:
@@ -580,6 +601,14 @@ class LaggedCounts:
         state = state.cpu()
         self._room = state[:1].flatten().tolist()
         self._pending = [(counts, None) for counts in state[1:]]
+
+
+def empty_(sae: SAE, names: Iterable[str]) -> None:
+    """Let go of the latents' rows of ``sae``, which somebody else holds from now on."""
+    for name in names:
+        parameter = getattr(sae, name)
+        none = parameter.data[:, :0] if name == "W_enc" else parameter.data[:0]
+        parameter.data = none.clone()  # a view would keep the rest in memory
 
 
 def _feature_major(tensor: Tensor, name: str) -> Tensor:

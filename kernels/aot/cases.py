@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 TOKENS, LATENTS, ACTIVE = 32, 512, 16
 LEVELS = torch.tensor([16, 64, LATENTS], dtype=torch.int32)  # of Matryoshka, at the first width
 # Kernels that need not load 128 bits at a time: they scatter, or a thread has too little to do.
-NARROW = {"bias update", "count entries", "mark entries", "step scalars"}
+NARROW = {"count entries", "mark entries", "step scalars"}
 NARROW_IN_16_BITS = {"batch emit", "row emit"}
 
 

@@ -239,7 +239,9 @@ def convert(opcode: str) -> Callable[..., Register]:
             if to[0] != "f":
                 limits = np.iinfo(target)
                 value = np.clip(np.nan_to_num(value.astype(np.float64)), limits.min, limits.max)
-        return bits_of(value, target)
+        # No register is of 8 bits: the number is extended to 16.
+        wide = {"s8": np.int16, "u8": np.uint16}.get(to)
+        return bits_of(value, target) if wide is None else bits_of(value.astype(target), wide)
 
     return result
 

@@ -28,7 +28,7 @@ def tangent(gradient, w):
 @jit
 def unit(w):
     """``w`` of norm 1, or zero."""
-    return w / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), TINY)
+    return w * (1.0 / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), TINY))
 
 
 @jit

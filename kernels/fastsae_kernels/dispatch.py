@@ -153,7 +153,8 @@ class _Operation(CustomOpDef):
             return super().__call__(*args)
         result = self._function(*args)
         for i in self._written:
-            increment_version(args[i])
+            if args[i] is not None:
+                increment_version(args[i])
         return result
 
 

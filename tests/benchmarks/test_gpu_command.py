@@ -259,14 +259,14 @@ def bench_step(monkeypatch):
 def test_the_roofline_adds_up(bench_step):
     rates = {"bytes": 4.3e12, "gather": 5.5e12, "flops_bf16": 790e12}
     shape = importlib.import_module("measure").RECIPE
-    # Masters and moments twice, the copy once: 26 bytes a weight; 8-bit moments: 14.
-    weights = 2 * 24576 * 1536 * 26 / 4.3e12
+    # Masters and moments twice: 24 bytes a weight; 8-bit moments: 12.
+    weights = 2 * 24576 * 1536 * 24 / 4.3e12
     rest = 2 * 4 * 1024 * 24576 / 4.3e12 + 4 * 65536 * 1536 * 2 / 5.5e12
     rest += 2 * 1024 * 1536 * 24576 / 790e12
     least = bench_step.least_seconds
     assert least(shape, rates) == pytest.approx(weights + rest)
     small = least(shape, rates, moment_bytes=1)
-    assert small == pytest.approx(weights * 14 / 26 + rest)
+    assert small == pytest.approx(weights * 12 / 24 + rest)
     dead = least(shape, rates, dead=9339) - least(shape, rates)
     assert dead == pytest.approx(10 * 1024 * 1536 * 9339 / 790e12)
 

@@ -62,6 +62,19 @@ def test_moments_round_without_bias_to_a_neighbouring_code(dtype):
     assert (ratio.mean(0) - 1).abs().max() < 4 * 0.09 / 2 / 4000**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_every_code_is_what_its_number_is_stored_as(dtype):
+    codes = torch.arange(-127 if dtype == torch.int8 else 0, torch.iinfo(dtype).max + 1)[None]
+    row = decode_moment(codes.to(dtype), torch.tensor([3e-7]))
+    assert row.double().abs().log2().diff()[:, 1:120].abs().sub(1 / 8).abs().max() < 1e-5
+    for step in range(100):
+        code, scale = torch.zeros_like(row, dtype=dtype), torch.zeros(1)
+        encode_moment_(code, scale, row, 5, torch.tensor(step))
+        assert 0 <= scale / 3e-7 - 1 < 2**-19
+        # The scale is a millionth above the largest, and so each a little below its code.
+        assert (code != codes).sum() <= 1 and (code.int() - codes).abs().max() <= 1
+
+
 def test_tiny_second_moments_are_never_zero_and_zeros_stay():
     v = torch.tensor([[1.0, 1e-30, 0.0]])
     code, scale = torch.zeros(1, 3, dtype=torch.uint8), torch.zeros(1)

@@ -14,6 +14,7 @@ import torch
 
 import fastsae_kernels as kernels
 from fastsae_kernels import aux_k, dispatch, sparse_decoder
+from fastsae_kernels.update import triton_impl
 
 pytest.importorskip("triton")
 np = pytest.importorskip("numpy", minversion="2.0")
@@ -162,11 +163,13 @@ def test_what_is_planted_is_found_and_nothing_else(tmp_path):
     assert 2**-24 < found["inexact root"] <= 2**-22
 
 
-def test_kernels_on_wide_rows(request):
+def test_kernels_on_wide_rows(request, monkeypatch):
     """Where no warp holds what another does, nothing races but programs that store the same True."""
     plugin = request.config.pluginmanager.get_plugin("emulation")
     if plugin is None:
         pytest.skip("kernels/emulator/run.py runs this")
+    for name in ("decoder_elements", "encoder_elements"):  # so that a row takes four warps
+        monkeypatch.setattr(triton_impl.TUNING, name, 4)
     B, D, F, K = 160, 512, 12, 700  # a latent has more tokens than a chunk
     g = torch.Generator().manual_seed(0)
     x, pre = torch.randn(B, D, generator=g), torch.randn(B, F, generator=g)
@@ -252,6 +255,12 @@ def test_an_instruction_is_what_is_documented(opcode, operands, expected):
     with np.errstate(all="ignore"):
         found = arithmetic.operation(opcode)(*operands)
     assert found.dtype == u32 and found.tolist() == expected.tolist()
+
+
+def test_a_byte_is_extended_to_the_width_of_a_register():
+    byte = arithmetic.operation("cvt.s8.s32")(bits(0x1FF))
+    assert byte.dtype == np.uint16
+    assert arithmetic.operation("cvt.rn.f32.s16")(byte).tolist() == floats(-1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def device(request, monkeypatch):
     where, implementation = request.param
     if where == "cpu":
         # Fewer, larger steps for the interpreter; the sums are the same in another order.
-        monkeypatch.setattr(triton_impl, "BLOCK_T", 16)
+        monkeypatch.setattr(triton_impl.TUNING, "entries", 16)
     with use(implementation):
         yield torch.device(where)
 
@@ -81,7 +81,8 @@ class Fused:
             for rows, moments, transpose in ((self.W_enc, m[0], True), (self.W_dec, m[2], False)):
                 rows.m.copy_(moments.m.T if transpose else moments.m)
                 rows.v.copy_(moments.v.T if transpose else moments.v)
-        self.dtype, self.device, self.count = dtype, device, state.step
+        self.dtype, self.device = dtype, device
+        self.count = torch.tensor(state.step, device=device)
         self.levels = torch.tensor(levels, dtype=torch.int32, device=device)
 
     def inputs(self, x, mask):
@@ -95,7 +96,6 @@ class Fused:
 
     def step(self, inputs, max_norm=None, aux=None, lr=3e-4):
         csr, csc, x, residual = inputs
-        self.count += 1
         aux_gradients = None if aux is None else self.aux_k(x, residual[-1], aux)
         clip, norm, dY = None, None, nested_gradient(residual)
         scale = -2 / (len(x) * len(residual))
@@ -115,7 +115,7 @@ class Fused:
             x,
             dY,
             torch.tensor(lr, dtype=torch.float64, device=self.device),
-            torch.tensor(self.count, device=self.device),
+            self.count,
             clip=clip,
             **options,
         )
@@ -356,7 +356,7 @@ def test_parts_of_the_dictionary_become_what_they_become_in_the_whole(device, fo
         parts.append([t for own in (W_enc, W_dec) for t in own if t is not None] + [*b_enc])
     moment = whole.b_dec.m.clone()
     fused_update_(
-        whole.W_enc, whole.b_enc, whole.W_dec, whole.b_dec, csr, csc, x, residual[0], lr, step,
+        whole.W_enc, whole.b_enc, whole.W_dec, whole.b_dec, csr, csc, x, residual[0], lr, step - 1,
         dY_scale=-0.01, aux_gradients=aux,
     )  # fmt: skip
     rows = [t for own in (whole.W_enc, whole.W_dec) for t in own if t is not None]
@@ -434,10 +434,9 @@ def flat_arguments(device="cpu"):
     state, x, mask = start(10)
     fused = Fused(state, torch.float32, device, split=True, quantized_moments=True)
     csr, csc, x, residual = fused.inputs(x, mask)
-    lr, step = torch.tensor(1e-3, device=device), torch.tensor(1, device=device)
+    lr, step = torch.tensor(1e-3, device=device), torch.tensor(0, device=device)
     W_enc, W_dec = _parts(fused.W_enc), _parts(fused.W_dec)
-    db_dec = torch.zeros_like(fused.b_dec.weight)
-    parameters = (*W_enc, [*fused.b_enc], *W_dec, [*fused.b_dec], db_dec)
+    parameters = (*W_enc, [*fused.b_enc], *W_dec, [*fused.b_dec], None)
     inputs = ([csr.values, *csc, x, residual], -0.1, [])
     matrices = fused.W_enc, fused.W_dec
     weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]
@@ -466,12 +465,14 @@ def test_compiles_whole_without_recompiling_between_steps():
         fused_update_(*parameters, csr, csc, x, residual[0], lr, count, dY_scale=-0.01)
 
     lrs = [torch.tensor(lr) for lr in (1e-3, 2e-3)]
-    counts = [torch.tensor(n) for n in (6, 7)]
+    counts = (5, 6)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lr, count in zip(lrs, counts, strict=True):
             for fused, run in ((plain, step._torchdynamo_orig_callable), (compiled, step)):
                 parameters = fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec
-                run(*parameters, *fused.inputs(x, mask), lr, count)
+                count_here = torch.tensor(count)
+                run(*parameters, *fused.inputs(x, mask), lr, count_here)
+                assert count_here == count + 1
     for got, expected in zip(compiled.tensors(), plain.tensors(), strict=True):
         assert torch.equal(got, expected)
 
@@ -495,9 +496,9 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
     with Sizes():
         torch_impl.fused_update(
             Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec.weight, fused.b_dec[1:]),
-            torch.zeros(WIDTH),
+            None,
             Batch(csr.values, csc, x, residual, -0.1, None),
-            Adam(torch.tensor(1e-3), torch.tensor(1), None, 0.9, 0.999, 1e-8),
+            Adam(torch.tensor(1e-3), torch.tensor(0), None, 0.9, 0.999, 1e-8),
         )
     assert sizes and max(sizes) < LATENTS * WIDTH
 
@@ -571,7 +572,16 @@ def test_one_step_of_a_transcoder_is_the_reference_step(device, max_norm, width)
         clip = clip_factor(norm, max_norm)
     fused_update_(
         fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec, *batch,
-        torch.tensor(3e-4, device=device), torch.tensor(state.step + 1, device=device),
+        torch.tensor(3e-4, device=device), torch.tensor(state.step, device=device),
         clip=clip, **options,
     )  # fmt: skip
     assert_close(fused, expected, FUSED_STEP)
+
+
+def test_what_a_gpu_should_decide_is_read_at_each_launch(monkeypatch):
+    before = triton_impl.decoder_blocks(1536), triton_impl.encoder_blocks(1536, False)
+    monkeypatch.setattr(triton_impl.TUNING, "decoder_elements", 8)
+    monkeypatch.setattr(triton_impl.TUNING, "encoder_elements", 4)
+    after = triton_impl.decoder_blocks(1536), triton_impl.encoder_blocks(1536, False)
+    for fewer, more in zip(before, after, strict=True):
+        assert more == {"BLOCK_D": fewer["BLOCK_D"], "num_warps": 2 * fewer["num_warps"]}

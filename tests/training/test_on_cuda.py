@@ -288,13 +288,13 @@ def launches_of_a_step(**changes: Any) -> Counter[str]:
 
 
 BUDGETS = {
-    "plain": ({}, 39),
-    "quota": ({"latent_quota": 1.0}, 43),
-    "quota of few": ({"latent_quota": 0.4}, 47),
-    "clipped": ({"clip_norm": 1.0}, 61),
-    "8-bit": ({"moments": "8bit"}, 39),
-    "aux-k": ({"k_aux": 8}, 55),
-    "matryoshka": ({"matryoshka": LEVELS}, 50),
+    "plain": ({}, 34),
+    "quota": ({"latent_quota": 1.0}, 38),
+    "quota of few": ({"latent_quota": 0.4}, 42),
+    "clipped": ({"clip_norm": 1.0}, 48),
+    "8-bit": ({"moments": "8bit"}, 34),
+    "aux-k": ({"k_aux": 8}, 50),
+    "matryoshka": ({"matryoshka": LEVELS}, 45),
     "replayed": ({"cuda_graph": True}, 6),
 }
 """Settings, and how many kernels a step of them launches, Triton's and torch's: whoever needs fewer lowers

@@ -131,6 +131,35 @@ def test_decoder_rows_stay_on_the_sphere_in_fp32(way: str) -> None:
         assert (step.sae.W_dec.norm(dim=1) - 1).abs().max() < 2e-7  # two fp32 roundings of 1
 
 
+def test_split_masters_are_whole_outside_of_a_step() -> None:
+    """Of bf16, where the SAE that was given holds none of their rows: asked for, saved and resumed they have
+    all their bits."""
+
+    def new(way: str = "fused") -> Update:
+        sae = fastsae.SAE(6, 40, 2.5, generator=torch.Generator().manual_seed(0))
+        sae.precision = "bf16"
+        return UPDATES[way](sae, CONFIG)
+
+    step, other, again = new(), new("autograd"), new()
+    assert step.sae.W_dec.equal(other.sae.W_dec) and step.sae.W_enc.equal(other.sae.W_enc)
+    for x in batches(20, torch.float32):
+        step(x)
+    sae, state = step.sae, {name: t.clone() for name, t in step.state_dict().items()}
+    assert sae.W_dec.dtype == torch.float32 and not sae.W_dec.bfloat16().float().equal(sae.W_dec)
+    for update in (other, again):
+        update.load_state_dict(state)
+        for name in PARAMETERS:
+            assert getattr(update.sae, name).equal(getattr(sae, name)), name
+    for x in batches(5, torch.float32):
+        step(x)
+        again(x)
+    assert sae.W_dec.equal(state["sae.W_dec"]) and not step.sae.W_dec.equal(sae.W_dec)
+    for (name, found), expected in zip(
+        again.state_dict().items(), step.state_dict().values(), strict=True
+    ):
+        assert found.equal(expected), name
+
+
 def test_dead_is_as_it_stood_before_the_step(way: str) -> None:
     step = new_step(way)
     x = batches(1)[0]

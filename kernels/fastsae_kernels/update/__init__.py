@@ -26,8 +26,8 @@ Shapes: ``W_enc``, ``W_dec [F, D]`` (one latent, one row of each), the state as 
 float32 (float64 on torch for float64 weights).
 
 Deterministic: a segment's entries are added in token order; segments of more than 128 are summed in
-chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then over the blocks. No
-atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
+chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then over 32 blocks, or 32
+tokens, then over those. No atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
 graph of it can be replayed for every step.
 
 Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moments (26 with a 16-bit copy,
@@ -67,10 +67,10 @@ def _gradient_norm(
     )
 
 
-@register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec", "db_dec"))
+@register(fake=lambda *_: None, mutates_args=("W_enc", "b_enc", "W_dec", "b_dec", "db_dec", "step"))
 def _fused_update_(
     W_enc: list[Tensor], W_enc_parts: str, b_enc: list[Tensor],
-    W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor], db_dec: Tensor,
+    W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor], db_dec: Tensor | None,
     batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
     tied: bool = True, first_row: int = 0,
@@ -194,8 +194,9 @@ def fused_update_(
     ``W_enc`` and ``W_dec`` are :class:`MatrixState` ``[F, D]``, ``b_enc [F]`` and ``b_dec [D]``
     :class:`BiasState`. ``x [B, D]`` is the scaled input, ``dY_scale · dY [B, D]`` the loss's gradient at
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
-    float tensor and ``step []`` an int64 tensor that counts from 1, both on the device, as is the
-    ``clip []`` that multiplies every gradient after the projection (:func:`clip_factor`).
+    float tensor and ``step []`` an int64 tensor that counts the updates, 0 before the first: this one adds 1.
+    Both are on the device, as is the ``clip []`` that multiplies every gradient after the projection
+    (:func:`clip_factor`).
     With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``. With ``tied``,
     ``b_dec`` is what ``x`` is centred by too; without, it is the bias of the output alone, which may have another
     width.
@@ -228,11 +229,12 @@ def fused_update_latents_(
 ) -> Tensor:
     """:func:`fused_update_` of some consecutive latents of a dictionary, ``first_row`` and those after it.
 
-    The state, ``csr`` and ``csc`` hold these latents alone. ``b_dec [D]`` is only read: returns what they
-    add to its gradient ``[D]``, ``-Σ_f db_enc[f] · W_enc[f]``, beside the ``Σ_b dY[b]`` of no latent. Their
-    rows, 8-bit moments too, become what they become in an update of the whole dictionary.
+    The state, ``csr`` and ``csc`` hold these latents alone. ``b_dec [D]`` is only read, and so is ``step []``,
+    the number of this update, from 1. Returns what they add to ``b_dec``'s gradient ``[D]``,
+    ``-Σ_f db_enc[f] · W_enc[f]``, beside the ``Σ_b dY[b]`` of no latent. Their rows, 8-bit moments too,
+    become what they become in an update of the whole dictionary.
     """
-    part = torch.zeros_like(b_dec)
+    part = torch.empty_like(b_dec)
     parts = (W_enc, b_enc, W_dec, [b_dec]), (csr, csc, x, dY), (lr, step, None, *betas, eps)
     _update(*parts, part, dY_scale, aux_gradients, None, True, first_row)
     return part
@@ -246,7 +248,7 @@ def _update(
     dY_scale: float, aux_gradients: AuxGradients | None, levels: Tensor | None, tied: bool,
     first_row: int,
 ) -> None:  # fmt: skip
-    """Check, then update; the latents' part is taken from ``db_dec``, which is the output's if absent."""
+    """Check, then update; of some latents ``db_dec`` takes what they add to its gradient."""
     W_enc, b_enc, W_dec, b_dec = state
     biases = {f"b_enc.{part}": tensor for part, tensor in b_enc._asdict().items()}
     biases |= {f"b_dec.{i}": tensor for i, tensor in zip(BiasState._fields, b_dec, strict=False)}
@@ -257,7 +259,5 @@ def _update(
             "lr and step: expected one-element tensors, step int64, got "
             f"{list(lr.shape)} and {list(step.shape)} {step.dtype}"
         )
-    if db_dec is None:
-        db_dec = _inputs(batch, dY_scale, [], tied).output_gradient(b_dec[0].dtype)
     parameters = (*_parts(W_enc), [*b_enc], *_parts(W_dec), b_dec, db_dec)
     _fused_update_(*parameters, batch, dY_scale, aux, *adam, tied, first_row)

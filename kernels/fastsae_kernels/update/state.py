@@ -15,9 +15,14 @@ step, with the row's largest element as its scale. ``m`` is int8 with its sign, 
 2^15.75; ``v`` is uint8, top = 255, 2^31.75. A linear code for ``m`` would spend its levels on the few
 dimensions of a residual stream that are a hundred times larger than the rest. Rounding is stochastic
 with an exact mean: a decay of 0.1 % a step is far less than one code, and rounding to nearest would undo
-it every time. Only a ``v`` below the range is rounded up, never to zero, since it divides. The random
-bits are a hash of (step, latent, column, moment), so two runs are bit-identical. Their effect on quality
-is measured in ``kernels/README.md``.
+it every time. Only a ``v`` below the range is rounded up, never to zero, since it divides. Two runs are
+bit-identical: the random ``u`` in [0, 1) are 16 bits each, for both moments of four columns, of a hash of
+(step, latent, column / 4). Their effect on quality is measured in ``kernels/README.md``.
+
+Few instructions code a number ``r``, a share of the scale. Between the codes' ``low <= r <= high`` it goes up
+where ``u >= (high - r) / (high - low)``, which is ``r / (1 - (1 - 2^(-1/8)) u) >= high``: so grown it is
+rounded down. The upper 12 bits of a float count eighths of its binade, each of which ends within one code or
+at it: the number is below or not below one power of two, and that is its code.
 """
 
 from typing import NamedTuple
@@ -30,6 +35,11 @@ from ..dtypes import TINY, rounded
 from ..sparse import CSC
 
 CODES_PER_BINADE = 8
+# What a scale is above the largest element, so that with rounding errors none is above the scale.
+MARGIN = tl.constexpr(1 + 2**-20)
+SHRINK = tl.constexpr(1 - 2 ** (-1 / 8))
+# The smallest m above zero.
+LOWEST = tl.constexpr(2 ** (-126 / 8))
 
 
 class MatrixState(NamedTuple):
@@ -76,6 +86,16 @@ class MatrixState(NamedTuple):
     def compute(self) -> Tensor:
         """What the forward pass multiplies by: the low-precision copy where there is one."""
         return self.weight if self.copy is None else self.copy
+
+    def set_master_(self, master: Tensor) -> None:
+        """Write ``master [F, D]`` float32, in the form it is stored in, and the copy."""
+        weight = master
+        if self.remainder is not None:
+            weight, remainder = split_master(master)
+            self.remainder.copy_(remainder)
+        self.weight.copy_(weight)
+        if self.copy is not None:
+            self.copy.copy_(master)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """``m`` and ``v`` ``[F, D]``, decoded if they are 8-bit."""
@@ -167,30 +187,31 @@ def _mix(h: Tensor) -> Tensor:
 def _uniform(block: Tensor, first: int, step: Tensor) -> Tensor:
     """A number in [0, 1) for each element of a moment's rows from ``first`` on."""
     rows, columns = (torch.arange(n, device=block.device) for n in block.shape)
-    key = _mix(_mix(step.long() * 2 + (block.dtype == torch.int8)) ^ (rows + first))
-    return (_mix(key[:, None] ^ columns) >> 8).to(torch.float32) / 2**24
+    quads = columns[::4] // 4
+    h = _mix(_mix(_mix(step.long()) ^ (rows + first))[:, None] ^ quads)
+    h = h & 0xFFFF if block.dtype == torch.int8 else h >> 16
+    return (h[:, columns // 4].to(torch.float32) + 0.5) / 2**16
 
 
 def decode_moment(code: Tensor, scale: Tensor) -> Tensor:
     """The float32 moment ``[rows, D]`` of int8 (``m``) or uint8 (``v``) codes, scales ``[rows]``."""
     top = torch.iinfo(code.dtype).max
     signed = code.float()
-    value = torch.exp2((signed.abs() - top) / CODES_PER_BINADE) * scale[:, None]
-    return value * signed.sign()
+    value = torch.exp2((signed.abs() - top) / CODES_PER_BINADE)
+    return value * (signed.sign() * scale[:, None])
 
 
 def encode_moment_(code: Tensor, scale: Tensor, value: Tensor, first: int, step: Tensor) -> None:
     """Write a block of rows ``value`` as ``code`` and ``scale``; the first is of latent ``first``."""
-    top, tiny = torch.iinfo(code.dtype).max, torch.finfo(torch.float32).tiny
-    torch.amax(value.abs(), 1, out=scale)
-    ratio = value.abs() / scale.clamp_min(tiny)[:, None]
-    below = torch.floor(top + CODES_PER_BINADE * torch.log2(ratio.clamp_min(tiny)))
-    below = below.clamp(0, top - 1)
-    low = torch.exp2((below - top) / CODES_PER_BINADE) * (below > 0)
-    high = torch.exp2((below + 1 - top) / CODES_PER_BINADE)
-    near = below + (_uniform(code, first, step) * (high - low) < ratio - low)
-    if code.dtype == torch.uint8:
-        near = near.clamp_min(1) * (value > 0)
+    top, size, u = torch.iinfo(code.dtype).max, value.abs(), _uniform(code, first, step)
+    torch.amax(size, 1, out=scale)
+    scale *= MARGIN.value
+    inverse = 1 / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    grown = size * (inverse / (1 - SHRINK.value * u))
+    eighths = (grown.view(torch.int32) >> 20).clamp_min(1017 - top)
+    up = grown >= torch.exp2((eighths - 1015) / CODES_PER_BINADE)
+    least = u * (LOWEST.value * scale)[:, None] if code.dtype == torch.int8 else 0
+    near = torch.where(size > least, eighths + (top - 1016) + up, 0)
     code.copy_(near * value.sign())
 
 
@@ -227,14 +248,25 @@ def mix(h):
 
 
 @jit
-def load_moment(ptr, scale_ptr, row, at, mask, TOP: tl.constexpr):
-    """One row of a moment; ``scale_ptr`` is None where it is float32. TOP: 127 for m, 255 for v."""
-    moment = tl.load(ptr + at, mask=mask, other=0).to(tl.float32)
-    if scale_ptr is None:
+def load_moment(ptr, scale_ptr, row, at, mask):
+    """One row of a moment as it is stored, and its scale."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row)
+    return tl.load(ptr + at, mask=mask, other=0), scale
+
+
+@jit
+def decoded_moment(moment, scale, TOP: tl.constexpr):
+    """The float32 moment that :func:`load_moment` gave. TOP: 127 for m, 255 for v."""
+    if moment.dtype == tl.float32:
         return moment
     else:
-        value = tl.exp2((tl.abs(moment) - TOP) * 0.125) * tl.load(scale_ptr + row)
-        return tl.where(moment == 0, 0.0, tl.where(moment < 0, -value, value))
+        code = moment.to(tl.float32)
+        sign = tl.minimum(code, 1.0)
+        if TOP == 127:
+            sign = tl.maximum(sign, -1.0)
+        return tl.exp2(tl.abs(code) * 0.125 - TOP * 0.125) * (sign * scale)
 
 
 @jit
@@ -246,18 +278,22 @@ def store_moment(
     if scale_ptr is None:
         tl.store(ptr + at, moment, mask=mask)
     else:
-        size = tl.abs(moment)
-        scale = tl.max(size, 0)
+        key = mix(step.to(tl.uint32)) ^ (first_row + row).to(tl.uint32)
+        h = mix(mix(key) ^ (columns // 4).to(tl.uint32))
+        h = h & 0xFFFF if TOP == 127 else h >> 16
+        u = (h.to(tl.float32) + 0.5) * (1.0 / 65536)
+        size = tl.abs(moment) if TOP == 127 else moment
+        scale = tl.max(size, 0) * MARGIN
         tl.store(scale_ptr + row, scale)
-        ratio = size / tl.maximum(scale, TINY)
-        below = tl.floor(TOP + 8 * tl.log2(tl.maximum(ratio, TINY)))
-        below = tl.minimum(tl.maximum(below, 0.0), TOP - 1.0)
-        low = tl.where(below > 0, tl.exp2((below - TOP) * 0.125), 0.0)
-        high = tl.exp2((below + 1 - TOP) * 0.125)
-        key = mix((step * 2 + (TOP == 127)).to(tl.uint32)) ^ (first_row + row).to(tl.uint32)
-        uniform = (mix(mix(key) ^ columns.to(tl.uint32)) >> 8).to(tl.float32) * (1.0 / 16777216)
-        near = below + tl.where(uniform * (high - low) < ratio - low, 1.0, 0.0)
-        if TOP == 255:
-            near = tl.where(size > 0, tl.maximum(near, 1.0), 0.0)
-        near = tl.where(moment < 0, -near, near)
-        tl.store(ptr + at, near.to(tl.int32).to(ptr.dtype.element_ty), mask=mask)
+        grown = size * ((1.0 / tl.maximum(scale, TINY)) / (1.0 - SHRINK * u))
+        eighths = tl.maximum(grown.to(tl.int32, bitcast=True) >> 20, 1017 - TOP)
+        # 2^23 and the number, by its bits: converting takes a slower unit. All of it is exact.
+        number = (eighths | 0x4B000000).to(tl.float32, bitcast=True)
+        above = tl.exp2(number * 0.125 - (8388608 + 1015) * 0.125)
+        code = eighths + tl.where(grown >= above, TOP - 1015, TOP - 1016)
+        if TOP == 127:
+            code = tl.where(size > u * (LOWEST * scale), code, 0)
+            code = tl.where(moment < 0, -code, code)
+        else:
+            code = tl.where(size > 0, code, 0)
+        tl.store(ptr + at, code.to(ptr.dtype.element_ty), mask=mask)

@@ -76,9 +76,14 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
     return (squares + db_dec.square().sum()).sqrt()
 
 
-def fused_update(parameters: Parameters, db_dec: Tensor, inputs: Batch, adam: Adam) -> None:
+def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
     lr, step, clip, beta1, beta2, eps = adam
+    if db_dec is None:
+        step += 1
+        db_dec = inputs.output_gradient(b_dec.dtype)
+    else:
+        db_dec.zero_()
     options: dict[str, Any] = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps}
     options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
     t = step.to(torch.float32).reshape(())
