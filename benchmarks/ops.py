@@ -296,8 +296,7 @@ def update(inputs: Inputs) -> Op:
     error = [z.float() @ W + b_dec - x.float() for z, x in zip(z, x, strict=True)]
     dY = [(each * (2 / each.numel())).to(low) for each in error]
     lr, step = torch.tensor(3e-4, device=device), torch.ones((), dtype=torch.int64, device=device)
-    copy_dtype = None if low == torch.float32 else low
-    rows = [kernels.MatrixState.start(W.clone(), copy_dtype=copy_dtype) for _ in range(2)]
+    rows = [kernels.MatrixState.start(W.clone(), split=low == torch.bfloat16) for _ in range(2)]
     vectors = [kernels.BiasState.start(b.clone()) for b in (inputs.b_enc, b_dec)]
 
     def ours(i):
@@ -341,7 +340,7 @@ def update(inputs: Inputs) -> Op:
             "torch, compiled": dense(torch.compile(dense_gradients)),
         },
         judge,
-        bytes_moved=2 * s.D * s.F * (24 if copy_dtype is None else 26),
+        bytes_moved=2 * s.D * s.F * 24,
         flops=8 * entries * s.D,
         gathered=2 * entries * s.D * x[0].element_size(),
         gather="gather_l2",

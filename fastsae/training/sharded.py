@@ -153,7 +153,7 @@ class ShardedUpdate(Update):
         b_dec = self._b_dec.weight
         csrs, threshold = self._select(scaled, budget)
         cscs = [csr_to_csc(csr, len(s.latents)) for csr, s in zip(csrs, shards, strict=True)]
-        parts = [decode_part(csr, s.W_dec.compute()) for csr, s in zip(csrs, shards, strict=True)]
+        parts = [decode_part(csr, s.W_dec.weight) for csr, s in zip(csrs, shards, strict=True)]
         x_hat = self._sum(parts, scaled, "partial sums") + b_dec
         own = self._own_tokens(len(x))
         residual = team.gather(scaled[own] - x_hat, team.counts(len(x)), "gradients")
@@ -193,7 +193,7 @@ class ShardedUpdate(Update):
         quota = self.activation.latent_quota
         found = [
             encode_batch_topk(
-                x, s.W_enc.compute().T, s.b_enc.weight, self._b_dec.weight, budget, quota
+                x, s.W_enc.weight.T, s.b_enc.weight, self._b_dec.weight, budget, quota
             )
             for s in self._shards.values()
         ]
@@ -223,7 +223,7 @@ class ShardedUpdate(Update):
         active = []
         for s in self._shards.values():
             most = min(capacity, len(s.latents))
-            matrices = s.W_enc.compute(), s.b_enc.weight, s.W_dec.compute(), self._b_dec.weight
+            matrices = s.W_enc.weight, s.b_enc.weight, s.W_dec.weight, self._b_dec.weight
             active.append(
                 active_dead(
                     s.tokens_since_active,

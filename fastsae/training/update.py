@@ -359,7 +359,7 @@ class FusedUpdate(Update):
         sae, config = self._sae, self.config
         W_enc, W_dec = self._rows["W_enc"], self._rows["W_dec"]
         b_enc, b_dec = self._biases["b_enc"], self._biases["b_dec"]
-        operand = W_enc.compute().dtype
+        operand = W_enc.weight.dtype
         if self._tied:
             constant = sae.scale if sae.normalize == "scalar" else None
             x = sae.scale_input(batch)[0] if sae.normalize == "layer_norm" else batch
@@ -371,20 +371,20 @@ class FusedUpdate(Update):
             left = sae.left_to_decoder(whole, scaled)
             centred = inputs = scaled.to(operand)
 
-        selection = encode_batch_topk(centred, W_enc.compute().T, b_enc.weight, None, budget, quota)
+        selection = encode_batch_topk(centred, W_enc.weight.T, b_enc.weight, None, budget, quota)
         csr = selection.csr
         with self._beside():
             csc = csr_to_csc(csr, sae.d_sae)
-        decoded = nested_decode_loss(csr, W_dec.compute(), b_dec.weight, left, self._levels)
+        decoded = nested_decode_loss(csr, W_dec.weight, b_dec.weight, left, self._levels)
 
         aux, aux_gradients = self._no_aux, None
         if capacity:
             aux, aux_gradients = aux_k_gradients(
                 scaled,
                 decoded.residual[-1],
-                W_enc.compute(),
+                W_enc.weight,
                 b_enc.weight,
-                W_dec.compute(),
+                W_dec.weight,
                 b_dec.weight if self._tied else torch.zeros_like(scaled[0]),
                 self.tokens_since_active,
                 dead_after=config.dead_after,

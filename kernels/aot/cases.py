@@ -28,7 +28,6 @@ TYPES = {dtype: name for name, dtype in (FLOATS | INTEGERS).items()}
 # The forms in which a state is stored, with the dtype of the activations beside it.
 FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
-    "bf16 copy": (torch.bfloat16, {"copy_dtype": torch.bfloat16}),
     "bf16 split": (torch.bfloat16, {"split": True}),
     "fp32 8-bit": (torch.float32, {"quantized_moments": True}),
     "bf16 split 8-bit": (torch.bfloat16, {"split": True, "quantized_moments": True}),

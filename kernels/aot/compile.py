@@ -49,8 +49,8 @@ SHOWN = (
     "encode pointers bf16",
     "encode descriptors bf16",
     "decode loss, D=1536 bf16",
-    "decoder, aux-k and clipping, D=1536 bf16 copy",
-    "encoder, aux-k and clipping, D=1536 bf16 copy",
+    "decoder, aux-k and clipping, D=1536 bf16 split",
+    "encoder, aux-k and clipping, D=1536 bf16 split",
 )
 
 

@@ -16,8 +16,8 @@ B, D, F, K = 64, 1536, 512, 1024
 
 
 FORMS: dict[str, dict[str, Any]] = {
-    "float32 moments": {"copy_dtype": torch.bfloat16},
-    "8-bit moments": {"copy_dtype": torch.bfloat16, "quantized_moments": True},
+    "float32 moments": {"split": True},
+    "8-bit moments": {"split": True, "quantized_moments": True},
 }
 
 
@@ -38,7 +38,7 @@ def table() -> list[str]:
         emulator.counts.clear()
         W_enc, W_dec = (kernels.MatrixState.start(rows.clone(), **options) for _ in range(2))
         b_enc, b_dec = (kernels.BiasState.start(torch.zeros(n)) for n in (F, D))
-        W, low = W_enc.compute(), torch.bfloat16
+        W, low = W_enc.weight, torch.bfloat16
         with dispatch.use("triton"):
             csr = kernels.encode_batch_topk(x, W.T, b_enc.weight, b_dec.weight, K).csr
             csc = kernels.csr_to_csc(csr, F)

@@ -29,7 +29,6 @@ LEVELS = (2, 7, LATENTS)  # a latent of two chunks and the long one are in the s
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
 FORMS = {
     "whole": {},
-    "copy": {"copy_dtype": torch.bfloat16},
     "split": {"split": True},
     "8-bit": {"quantized_moments": True},
     "split 8-bit": {"split": True, "quantized_moments": True},
@@ -293,15 +292,12 @@ def test_every_storage_form_takes_the_same_step(device, form):
     if "8-bit" in form:
         for ours, theirs in zip(got[4:], tensors(expected)[4:], strict=True):
             assert (ours - theirs).abs().max() <= 0.1 * theirs.abs().max()
-    for rows in (fused.W_enc, fused.W_dec):
-        if rows.copy is not None:
-            assert torch.equal(rows.copy, rows.weight.to(rows.copy.dtype))
     norms = fused.W_dec.master().double().norm(dim=1)
     assert (norms - 1).abs().max() < UNIT_NORM
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the interpreter")
-@pytest.mark.parametrize("form", ["copy", "split", "split 8-bit"])
+@pytest.mark.parametrize("form", ["split", "split 8-bit"])
 def test_kernels_store_what_torch_stores(form):
     """Splitting, rounding and coding, bit by bit: with a zero step and gradient only they remain."""
     state, x, mask = start(4)
@@ -318,7 +314,7 @@ def test_kernels_store_what_torch_stores(form):
             fused.step(fused.inputs(x, torch.zeros_like(mask)), lr=0.0)
         both.append(fused.W_enc)
     for name, a, b in zip(MatrixState._fields, *both, strict=True):
-        if a is not None and name in ("weight", "remainder", "copy"):
+        if a is not None and name in ("weight", "remainder"):
             assert torch.equal(a, b), name
         elif a is not None and name in ("m", "v") and "8-bit" in form:
             # The same random bits: only a ratio within rounding of its threshold may differ.

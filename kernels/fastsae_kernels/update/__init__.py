@@ -30,8 +30,7 @@ chunks first (:mod:`..segments`), and ``db_dec`` over blocks of 8 latents, then 
 tokens, then over those. No atomics, nothing autotuned, no synchronisation, ``lr``, step and clip factor read on the device: a CUDA
 graph of it can be replayed for every step.
 
-Bytes moved, for the 2·F·D parameters: 24 each with float32 masters and moments (26 with a 16-bit copy,
-24 split, 12 split with 8-bit moments), plus ``2·nnz·D·e`` gathered through L2.
+Bytes moved, for the 2·F·D parameters: 24 each with float32 moments, 12 with 8-bit ones, plus ``2·nnz·D·e`` gathered through L2.
 """
 
 import torch

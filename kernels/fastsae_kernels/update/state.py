@@ -1,14 +1,14 @@
 """What the update reads and writes: a parameter's state, in the forms it can be stored in.
 
 **Split masters.** A float32 weight is a bfloat16 and a 16-bit remainder, 4 bytes together, and the
-bfloat16 half *is* the compute copy:
+bfloat16 half is what products take:
 
     hi = (bits + 0x8000) >> 16      the nearest bfloat16, ties away from zero
     lo = bits - (hi << 16)          in [-0x8000, 0x7fff]
     bits = (hi << 16) + lo          exact, for every finite or infinite float32
 
 Rounding to nearest *even* would need lo = 0x8000 at half of the ties, one more than 16 bits hold, and
-truncation would bias every copy towards zero. NaN keeps being NaN but loses its payload.
+truncation would bias every operand towards zero. NaN keeps being NaN but loses its payload.
 
 **8-bit moments.** Both are logarithmic: code 0 is zero, code c is ``scale · 2^((c - top) / 8)``, 9 % a
 step, with the row's largest element as its scale. ``m`` is int8 with its sign, top = 127, a range of
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import jit, tl
-from ..dtypes import TINY, rounded
+from ..dtypes import TINY
 from ..sparse import CSC
 
 CODES_PER_BINADE = 8
@@ -43,59 +43,43 @@ LOWEST = tl.constexpr(2 ** (-126 / 8))
 
 
 class MatrixState(NamedTuple):
-    """A ``[F, D]`` parameter, its copies and its Adam moments: what :func:`fused_update_` updates."""
+    """A ``[F, D]`` parameter and its Adam moments: what :func:`fused_update_` updates."""
 
-    weight: Tensor  # [F, D] float32 (float64 on torch); bfloat16 if split
+    weight: Tensor  # [F, D] float32 (float64 on torch), bfloat16 if split: what products take
     m: Tensor  # [F, D] as the master, or int8
     v: Tensor  # [F, D] as the master, or uint8
     remainder: Tensor | None = None  # [F, D] int16, the lower half of a split master
-    copy: Tensor | None = None  # [F, D] bfloat16 or float16, the compute copy of a whole master
     m_scale: Tensor | None = None  # [F] float32, of 8-bit moments
     v_scale: Tensor | None = None  # [F] float32
 
     @classmethod
     def start(
-        cls,
-        master: Tensor,
-        *,
-        split: bool = False,
-        copy_dtype: torch.dtype | None = None,
-        quantized_moments: bool = False,
+        cls, master: Tensor, *, split: bool = False, quantized_moments: bool = False
     ) -> "MatrixState":
         """Zero moments for ``master [F, D]``, which is used in place unless it is split.
 
-        Raises ValueError for a split or 8-bit state of anything but float32, and for a copy beside a
-        split master, whose upper half is the copy.
+        Raises ValueError for a split or 8-bit state of anything but float32.
         """
         if (split or quantized_moments) and master.dtype != torch.float32:
             raise ValueError(f"split masters, 8-bit moments: expected float32, got {master.dtype}")
-        if split and copy_dtype is not None:
-            raise ValueError("a split master is its own bfloat16 copy: expected copy_dtype=None")
         weight, remainder = split_master(master) if split else (master, None)
-        copy = None if copy_dtype is None else master.to(copy_dtype)
         if not quantized_moments:
-            return cls(weight, torch.zeros_like(master), torch.zeros_like(master), remainder, copy)
+            return cls(weight, torch.zeros_like(master), torch.zeros_like(master), remainder)
         m, v = (torch.zeros_like(master, dtype=d) for d in (torch.int8, torch.uint8))
         scales = (master.new_zeros(len(master)) for _ in range(2))
-        return cls(weight, m, v, remainder, copy, *scales)
+        return cls(weight, m, v, remainder, *scales)
 
     def master(self) -> Tensor:
         """The master weight ``[F, D]``; of a split one, a joined copy."""
         return self.weight if self.remainder is None else join_master(self.weight, self.remainder)
 
-    def compute(self) -> Tensor:
-        """What the forward pass multiplies by: the low-precision copy where there is one."""
-        return self.weight if self.copy is None else self.copy
-
     def set_master_(self, master: Tensor) -> None:
-        """Write ``master [F, D]`` float32, in the form it is stored in, and the copy."""
+        """Write ``master [F, D]`` float32, in the form it is stored in."""
         weight = master
         if self.remainder is not None:
             weight, remainder = split_master(master)
             self.remainder.copy_(remainder)
         self.weight.copy_(weight)
-        if self.copy is not None:
-            self.copy.copy_(master)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """``m`` and ``v`` ``[F, D]``, decoded if they are 8-bit."""
@@ -227,7 +211,7 @@ def load_master(weight_ptr, remainder_ptr, at, mask):
 
 
 @jit
-def store_master(weight_ptr, remainder_ptr, copy_ptr, at, mask, master):
+def store_master(weight_ptr, remainder_ptr, at, mask, master):
     if remainder_ptr is None:
         tl.store(weight_ptr + at, master, mask=mask)
     else:
@@ -235,8 +219,6 @@ def store_master(weight_ptr, remainder_ptr, copy_ptr, at, mask, master):
         high = (bits + 0x8000) >> 16
         tl.store(weight_ptr + at, high.to(tl.int16), mask=mask)
         tl.store(remainder_ptr + at, (bits - (high << 16)).to(tl.int16), mask=mask)
-    if copy_ptr is not None:
-        tl.store(copy_ptr + at, rounded(master, copy_ptr.dtype.element_ty), mask=mask)
 
 
 @jit

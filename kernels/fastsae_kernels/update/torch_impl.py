@@ -120,13 +120,11 @@ def _rows(state: MatrixState, at: slice) -> MatrixState:
 def _store_(
     state: MatrixState, master: Tensor, m: Tensor, v: Tensor, first_row: int, step: Tensor
 ) -> None:
-    """Write back what is not a view of the state, and the copy."""
+    """Write back what is not a view of the state."""
     if state.remainder is not None:
         high, low = split_master(master)
         state.weight.copy_(high)
         state.remainder.copy_(low)
-    if state.copy is not None:
-        state.copy.copy_(master)
     if state.m_scale is not None and state.v_scale is not None:
         encode_moment_(state.m, state.m_scale, m, first_row, step)
         encode_moment_(state.v, state.v_scale, v, first_row, step)

@@ -151,7 +151,7 @@ def _adam(
 @jit
 def decoder_kernel(
     W_dec_ptr, W_dec_m_ptr, W_dec_v_ptr,
-    W_dec_remainder_ptr, W_dec_copy_ptr, W_dec_m_scale_ptr, W_dec_v_scale_ptr,
+    W_dec_remainder_ptr, W_dec_m_scale_ptr, W_dec_v_scale_ptr,
     values_ptr, rows_ptr, positions_ptr, offsets_ptr, dY_ptr,
     starts_ptr, chunk_dW_dec_ptr, aux_slots_ptr, aux_dW_dec_ptr,
     dz_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr, levels_ptr,
@@ -200,7 +200,7 @@ def decoder_kernel(
         m = decoded_moment(m, m_scale, 127)
         v = decoded_moment(v, v_scale, 255)
         w, m, v = _adam(w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
-        store_master(W_dec_ptr, W_dec_remainder_ptr, W_dec_copy_ptr, at, inside, unit(w))
+        store_master(W_dec_ptr, W_dec_remainder_ptr, at, inside, unit(w))
         store_moment(
             W_dec_m_ptr, W_dec_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
         )
@@ -212,7 +212,7 @@ def decoder_kernel(
 @jit
 def encoder_kernel(
     W_enc_ptr, W_enc_m_ptr, W_enc_v_ptr,
-    W_enc_remainder_ptr, W_enc_copy_ptr, W_enc_m_scale_ptr, W_enc_v_scale_ptr,
+    W_enc_remainder_ptr, W_enc_m_scale_ptr, W_enc_v_scale_ptr,
     b_dec_ptr, rows_ptr, offsets_ptr, x_ptr,
     starts_ptr, chunk_dW_enc_ptr, aux_slots_ptr, aux_dW_enc_ptr, aux_db_enc_ptr,
     dz_ptr, db_enc_ptr, block_db_dec_ptr, squares_ptr, scalars_ptr, step_ptr, clip_ptr,
@@ -273,7 +273,7 @@ def encoder_kernel(
             m = decoded_moment(m, m_scale, 127)
             v = decoded_moment(v, v_scale, 255)
             w, m, v = _adam(w, gradient, m, v, lr, correction, clip, clip_ptr, eps, BETA1, BETA2)
-            store_master(W_enc_ptr, W_enc_remainder_ptr, W_enc_copy_ptr, at, inside, w)
+            store_master(W_enc_ptr, W_enc_remainder_ptr, at, inside, w)
             store_moment(
                 W_enc_m_ptr, W_enc_m_scale_ptr, f, first_row, at, columns, inside, m, step, 127
             )
