@@ -545,11 +545,13 @@ class LaggedCounts:
     For one number ``[]``, or one for each shard ``[S]``. With ``lag = 0`` there is room for just today's: on a
     CPU there is nothing to wait for.
 
-    Room is a multiple of ``TILE``, which a matrix product takes at a time anyway, and of an eighth of an octave:
-    at most an eighth too large, and few sizes ever occur. It stays until it is too small, or 15 % too large.
+    Room is ``LEAST``, or at most ``SPARE`` times as much as is needed, so that few sizes ever occur (24 up to 24,576
+    latents) and each is a multiple of ``TILE``, as products like it. It stays until it is too small or too large.
     """
 
-    TILE: ClassVar = 128
+    LEAST: ClassVar = 1280
+    SPARE: ClassVar = 1.15
+    TILE: ClassVar = 64
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
@@ -577,10 +579,12 @@ class LaggedCounts:
         return self._room
 
     def _roomy(self, n: int, before: int) -> int:
-        if n <= before <= 1.15 * n:
+        if n <= before <= self.SPARE * n:
             return before
-        step = max(self.TILE, 1 << max(n.bit_length() - 4, 0))
-        return -(-n // step) * step
+        room = self.LEAST if n else 0
+        while room < n:
+            room = max(room + self.TILE, int(self.SPARE * room) // self.TILE * self.TILE)
+        return room
 
     def state(self) -> Tensor:
         """The last capacities and the counts on their way, oldest first ``[1 + n]`` or ``[1 + n, S]`` int64."""
