@@ -14,7 +14,7 @@ moves none of them: :mod:`.update` does both while it holds the row.
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, register, save_inputs, tl, triton
+from .dispatch import implementation, jit, power_of_2, register, save_inputs, tl
 from .dtypes import TINY, rounded, upcast
 
 
@@ -51,7 +51,7 @@ def normalize_rows_kernel(W_dec_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
 
 def row_blocks(width: int) -> dict[str, int]:
     """A whole row a program: the power of two above it, eight elements a thread."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_2(width))
     return {"BLOCK_D": block, "num_warps": min(16, max(4, block // 256))}
 
 

@@ -51,6 +51,16 @@ else:
             return function
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many of ``size`` hold ``n``. Triton's own takes the host as long as a launch."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 HAS_TRITON = triton is not None
 INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 

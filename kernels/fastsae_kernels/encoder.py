@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import INTERPRETED, implementation, jit, register, tl, triton
+from .dispatch import INTERPRETED, cdiv, implementation, jit, register, tl
 from .dtypes import accumulator, float_bits, upcast
 from .products import linear
 from .selection import GroupMax, group_max
@@ -182,7 +182,7 @@ def _encode_triton(
     packed = packed_peaks(pre, with_peaks)
     by_descriptors = _descriptors_serve(centred, weight)
     tile = (DESCRIPTORS if by_descriptors else POINTERS)[centred.element_size()]
-    grid = (triton.cdiv(B, tile.BLOCK_B) * triton.cdiv(F, tile.BLOCK_F),)
+    grid = (cdiv(B, tile.BLOCK_B) * cdiv(F, tile.BLOCK_F),)
     shared = {"bias_ptr": bias, "pre_ptr": pre, "max_ptr": maxima, "nonfinite_ptr": nonfinite}
     shared |= {"peaks_ptr": packed}
     shared |= {"B": B, "F": F, "D": D, "G": maxima.shape[1]} | CONSTANTS | tile._asdict()

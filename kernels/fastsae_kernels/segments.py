@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl, triton
+from .dispatch import cdiv, jit, tl
 
 CHUNK = 128
 BLOCK = 1024  # segments of a program
@@ -68,7 +68,7 @@ def long_segments(offsets: Tensor, entries: int) -> LongSegments:
     """
     starts, owners = torch.empty_like(offsets), offsets.new_empty(max(chunk_capacity(entries), 1))
     # The end of the last segment stands where another one would start.
-    long_segments_kernel[(triton.cdiv(len(offsets), BLOCK),)](
+    long_segments_kernel[(cdiv(len(offsets), BLOCK),)](
         offsets_ptr=offsets, starts_ptr=starts, owners_ptr=owners,
         segments=len(offsets) - 1,
         CHUNK=CHUNK, BLOCK=BLOCK, BLOCK_BEFORE=BLOCK_BEFORE, num_warps=8,

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, register, save_inputs, tl, triton
+from .dispatch import cdiv, implementation, jit, power_of_2, register, save_inputs, tl
 from .dtypes import accumulator, rounded, upcast
 from .products import row_sums, sampled_products
 from .segments import CHUNK, LongSegments, chunk_capacity, long_segments
@@ -40,7 +40,7 @@ ONE_STAGE = tl.constexpr(1)
 
 def column_block(width: int) -> int:
     """Columns of a tile: 512 where it divides D, else 256 (768 and 2304 are multiples of it)."""
-    return 512 if width % 512 == 0 else min(256, max(16, triton.next_power_of_2(width)))
+    return 512 if width % 512 == 0 else min(256, max(16, power_of_2(width)))
 
 
 @jit
@@ -189,7 +189,7 @@ def launch_chunk_sums(
     """Write each chunk's weighted sum of ``table``'s rows to ``out [chunk_capacity(K), D]`` float32."""
     width = table.shape[1]
     if len(out):
-        chunk_sums_kernel[(len(out), triton.cdiv(width, column_block(width)))](
+        chunk_sums_kernel[(len(out), cdiv(width, column_block(width)))](
             values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, table_ptr=table,
             starts_ptr=long.starts, owners_ptr=long.owners, sums_ptr=out,
             segments=len(offsets) - 1, D=width,
@@ -205,7 +205,7 @@ def _launch_segment_sums(kernel, programs, values, indices, offsets, table, **ot
     long, chunks = long_segments(offsets, len(indices)), chunk_capacity(len(indices))
     sums = torch.empty(chunks, width, dtype=torch.float32, device=table.device)
     launch_chunk_sums(values, indices, offsets, table, long, sums)
-    kernel[(programs, triton.cdiv(width, column_block(width)))](
+    kernel[(programs, cdiv(width, column_block(width)))](
         values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, table_ptr=table,
         starts_ptr=long.starts, sums_ptr=sums,
         D=width,
@@ -241,7 +241,7 @@ def _value_gradients(
         out.zero_()[:nnz] = dz
     elif len(values):
         tokens = CSR(values, indices, offsets).tokens()
-        value_gradients_kernel[(triton.cdiv(len(values), BLOCK_N),)](
+        value_gradients_kernel[(cdiv(len(values), BLOCK_N),)](
             dx_hat_ptr=dx_hat, indices_ptr=indices, tokens_ptr=tokens, offsets_ptr=offsets,
             W_dec_ptr=W_dec, out_ptr=out,
             B=len(offsets) - 1, K=len(values), D=W_dec.shape[1],
@@ -323,7 +323,7 @@ def _nested_decode_loss(
             exact = x - x_hat
             residual[level], squared_error[level] = exact, exact.square().sum(1)
         return residual, squared_error
-    tiles = triton.cdiv(x.shape[1], column_block(x.shape[1]))
+    tiles = cdiv(x.shape[1], column_block(x.shape[1]))
     # The sum of one tile needs no other.
     squares = squared_error if tiles == 1 else squared_error.new_empty(levels, len(x), tiles)
     _launch_segment_sums(

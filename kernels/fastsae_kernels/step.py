@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import implementation, jit, register, tl, triton
+from .dispatch import cdiv, implementation, jit, register, tl
 from .dtypes import rounded
 from .reference import Objective
 from .sparse_decoder import column_block, nested_gradient
@@ -139,7 +139,7 @@ def _centred_input(
         return scaled, (whole - b_dec).to(dtype), operand
     if x.numel():
         block = column_block(x.shape[1])
-        centre_kernel[(len(x), triton.cdiv(x.shape[1], block))](
+        centre_kernel[(len(x), cdiv(x.shape[1], block))](
             x_ptr=x, scale_ptr=scale, b_dec_ptr=b_dec,
             scaled_ptr=scaled if scaled.ndim == 2 else None, centred_ptr=centred,
             operand_ptr=operand if operand.ndim == 2 else None,
@@ -214,7 +214,7 @@ def _output_gradient(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Te
     levels, tokens, width = residual.shape
     if residual.numel():
         block = column_block(width)
-        output_gradient_kernel[(tokens, triton.cdiv(width, block))](
+        output_gradient_kernel[(tokens, cdiv(width, block))](
             residual_ptr=residual, weight_ptr=weight, out_ptr=out,
             B=tokens, D=width,
             LEVELS=levels, BLOCK_D=block,
@@ -257,7 +257,7 @@ def _track_selection_(
         since.masked_fill_(counts > 0, 0)
         return counts
     counts = offsets.new_empty(len(since))
-    track_selection_kernel[(max(1, triton.cdiv(len(since), BLOCK_LATENTS)),)](
+    track_selection_kernel[(max(1, cdiv(len(since), BLOCK_LATENTS)),)](
         threshold_ptr=threshold, updates_ptr=updates, since_ptr=since, smallest_ptr=smallest,
         offsets_ptr=offsets, counts_ptr=counts,
         F=len(since), tokens=tokens,

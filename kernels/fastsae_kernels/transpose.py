@@ -12,7 +12,7 @@ Bytes moved: ``B·F/8`` of bits, a sixteenth of 16-bit pre-activations, ``3·B·
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, register, tl, triton
+from .dispatch import cdiv, implementation, jit, register, tl
 from .sparse import CSC, CSR
 
 # A cell's bits are 32 bytes, what a GPU reads at once.
@@ -109,10 +109,10 @@ def place_entries_kernel(
 
 def _csr_to_csc_triton(indices: Tensor, row_offsets: Tensor, latents: int) -> _Parts:
     B, (tokens, rows, positions) = len(row_offsets) - 1, (torch.empty_like(indices) for _ in "trp")
-    cells_per_latent = triton.cdiv(B, TOKENS.value)
+    cells_per_latent = cdiv(B, TOKENS.value)
     cells = latents * cells_per_latent
     # The end of the last latent stands where another cell would start.
-    blocks = triton.cdiv(cells + 1, BLOCK_CELLS)
+    blocks = cdiv(cells + 1, BLOCK_CELLS)
     sizes = cells * WORDS.value, cells, blocks
     zeros = torch.zeros(sum(sizes), dtype=torch.int32, device=indices.device)
     bits, counts, block_counts = zeros.split(sizes)
@@ -121,7 +121,7 @@ def _csr_to_csc_triton(indices: Tensor, row_offsets: Tensor, latents: int) -> _P
         "indices_ptr": indices, "row_offsets_ptr": row_offsets, "bits_ptr": bits, "tokens_ptr": tokens,
         "B": B, "cells_per_latent": cells_per_latent, "BLOCK": BLOCK_ENTRIES,
     }  # fmt: skip
-    grid = (triton.cdiv(len(indices), BLOCK_ENTRIES),)
+    grid = (cdiv(len(indices), BLOCK_ENTRIES),)
     mark_entries_kernel[grid](
         counts_ptr=counts, block_counts_ptr=block_counts,
         search_steps=(B - 1).bit_length(),

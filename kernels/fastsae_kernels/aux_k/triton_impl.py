@@ -4,7 +4,7 @@ function returns."""
 import torch
 from torch import Tensor
 
-from ..dispatch import jit, tl, triton
+from ..dispatch import cdiv, jit, power_of_2, tl
 from ..dtypes import float_bits, rounded
 from ..selection.triton_impl import positive_keys
 
@@ -234,8 +234,8 @@ def compact(
 
 def keep_largest(Z: Tensor, k: int, bias: Tensor, n_dead: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = Z.shape
-    block = min(max(BLOCK_COLUMNS, triton.next_power_of_2(4 * k)), MOST_COLUMNS)
-    capacity = max(1, min(columns, k * triton.cdiv(columns, block)))
+    block = min(max(BLOCK_COLUMNS, power_of_2(4 * k)), MOST_COLUMNS)
+    capacity = max(1, min(columns, k * cdiv(columns, block)))
     out = Z if dtype == Z.dtype else torch.empty_like(Z, dtype=dtype)
     keep_largest_kernel[(rows,)](
         z_ptr=Z, bias_ptr=bias, n_dead_ptr=n_dead, out_ptr=out,
@@ -278,7 +278,7 @@ def where_active(dA: Tensor, A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     (B, columns), (rows, block) = dA.shape, TILE
     out = dA if dtype == dA.dtype else torch.empty_like(dA, dtype=dtype)
     sums = dA.new_empty(columns)
-    where_active_kernel[(triton.cdiv(columns, block),)](
+    where_active_kernel[(cdiv(columns, block),)](
         dA_ptr=dA, A_ptr=A, out_ptr=out, sums_ptr=sums,
         B=B, columns=columns,
         ROWS=rows, BLOCK=block,

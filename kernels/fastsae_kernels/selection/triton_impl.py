@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import jit, tl, triton
+from ..dispatch import cdiv, jit, tl
 from ..dtypes import accumulator, float_bits
 
 GROUP = 32
@@ -204,7 +204,7 @@ def group_max(pre: Tensor, with_peaks: bool) -> tuple[Tensor, Tensor, Tensor]:
     packed = packed_peaks(pre, with_peaks)
     G = values.shape[1]
     rows = ROWS_TOGETHER if with_peaks else 1
-    group_max_kernel[(triton.cdiv(B, rows), triton.cdiv(G, BLOCK_GROUPS))](
+    group_max_kernel[(cdiv(B, rows), cdiv(G, BLOCK_GROUPS))](
         pre_ptr=pre, max_ptr=values, nonfinite_ptr=nonfinite, peaks_ptr=packed,
         B=B, F=F, G=G,
         GROUP=GROUP, BLOCK=BLOCK_GROUPS, ROWS=rows,
@@ -466,10 +466,10 @@ def _count_keys(keys: Tensor, counters: Tensor, rank: int, gathered: bool = Fals
     """Count the digits of ``keys``, or of those alone that were ``gathered``, for :func:`_find_key`."""
     # Of few keys the first two digits are counted at once.
     passes = [(True, False), (False, True), (False, False)]
-    programs = triton.cdiv(len(keys), BLOCK_KEYS)
+    programs = cdiv(len(keys), BLOCK_KEYS)
     if gathered:
         # As a rule little more than are asked for; if not, a program reads more of them.
-        passes, programs = [(True, True), (False, False)], triton.cdiv(2 * rank, BLOCK_KEYS)
+        passes, programs = [(True, True), (False, False)], cdiv(2 * rank, BLOCK_KEYS)
     for top, middle in passes:
         count_keys_kernel[(min(programs, MAX_COUNTING_PROGRAMS),)](
             key_ptr=keys, counters_ptr=counters,
@@ -499,7 +499,7 @@ def batch_topk(
 
     if len(peaks):
         keys, peak_keys, kept = keys.clone(), None, None
-        grid = (triton.cdiv(F, BLOCK_KEYS),)
+        grid = (cdiv(F, BLOCK_KEYS),)
         if most_peaks < F:
             peak_keys, kept = torch.empty_like(peaks), torch.empty_like(peaks)
             peak_keys_kernel[grid](

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..decoder_norm import tangent, unit
-from ..dispatch import jit, tl, triton
+from ..dispatch import cdiv, jit, power_of_2, tl
 from ..segments import CHUNK, chunk_capacity, long_segments
 from ..sparse_decoder import column_block, launch_chunk_sums, weighted_sum
 from .state import (
@@ -376,7 +376,7 @@ def _warps(block: int, elements: int) -> int:
 
 def decoder_blocks(width: int) -> dict[str, int]:
     """A whole row a program: the power of two above it."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_2(width))
     return {"BLOCK_D": block, "num_warps": _warps(block, TUNING.decoder_elements)}
 
 
@@ -420,14 +420,14 @@ def _launch(
     latents, width = W_dec.weight.shape
     read, tokens = x.shape[1], 0 if own_part else len(x)
     chunks = chunk_capacity(len(csc.rows))
-    blocks = triton.cdiv(latents, TUNING.encoder_latents) if tied else 0
+    blocks = cdiv(latents, TUNING.encoder_latents) if tied else 0
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     dz, chunk_sums = new(len(csc.rows)), new(chunks, width)
     db_enc, block_db_dec = new(latents), new(blocks, width)
     long = long_segments(csc.offsets, len(csc.rows))
     tiles = encoder_blocks(read, W_enc.m_scale is not None)
-    bias_tiles = triton.cdiv(latents, BIAS_COLUMNS), triton.cdiv(width, BIAS_COLUMNS)
-    encoder_tiles = triton.cdiv(read, tiles["BLOCK_D"])
+    bias_tiles = cdiv(latents, BIAS_COLUMNS), cdiv(width, BIAS_COLUMNS)
+    encoder_tiles = cdiv(read, tiles["BLOCK_D"])
     sizes = [latents, encoder_tiles * latents, sum(bias_tiles)] if norm else [0, 0, 0]
     squares = new(sum(sizes))
     of_W_dec, of_W_enc, of_biases = squares.split(sizes) if norm else (None, None, None)
@@ -459,7 +459,7 @@ def _launch(
     # The decoder's chunk sums have been read: the encoder's take their place, if they fit.
     chunk_sums = chunk_sums if read == width else new(chunks, read)
     launch_chunk_sums(dz, csc.rows, csc.offsets, x, long, chunk_sums)
-    encoder_kernel[(triton.cdiv(latents, TUNING.encoder_latents), encoder_tiles)](
+    encoder_kernel[(cdiv(latents, TUNING.encoder_latents), encoder_tiles)](
         **_row_pointers("W_enc", W_enc),
         b_dec_ptr=b_dec if tied else None, x_ptr=x, chunk_dW_enc_ptr=chunk_sums,
         aux_slots_ptr=aux and aux.slots,
@@ -469,7 +469,7 @@ def _launch(
         LATENTS=TUNING.encoder_latents,
         **common, **tiles, **step, **adam,
     )  # fmt: skip
-    parts = new(triton.cdiv(tokens, BIAS_ROWS) + triton.cdiv(blocks, BIAS_ROWS), width)
+    parts = new(cdiv(tokens, BIAS_ROWS) + cdiv(blocks, BIAS_ROWS), width)
     tile = {"D": width, "ROWS": BIAS_ROWS, "COLUMNS": BIAS_COLUMNS, "num_warps": BIAS_COLUMNS // 32}
     db_dec_parts_kernel[(len(parts), bias_tiles[1])](
         dY_ptr=dY, block_db_dec_ptr=block_db_dec, parts_ptr=parts,
