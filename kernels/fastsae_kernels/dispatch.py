@@ -169,7 +169,8 @@ class _Operation(CustomOpDef):
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether anything traces or differentiates what is done to ``args``, and so must see the operation."""
+    """Whether anything traces or differentiates what is done to ``args``, or asks for shapes alone, and so must
+    see the operation."""
     if (
         torch._C._len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
@@ -180,7 +181,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
     differentiates = torch.is_grad_enabled()
     for arg in args:
         for each in arg if isinstance(arg, list) else (arg,):
-            if type(each) in (Tensor, Parameter):
+            if type(each) in (Tensor, Parameter) and not each.is_meta:
                 if differentiates and each.requires_grad:
                     return True
             elif isinstance(each, Tensor):

@@ -42,8 +42,8 @@ def mark_entries_kernel(
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
     latent = tl.load(indices_ptr + slots, mask=filled, other=0)
-    cell = latent * cells_per_latent + low // TOKENS
-    word = cell.to(tl.int64) * WORDS + low % TOKENS // 32
+    cell = latent.to(tl.int64) * cells_per_latent + low // TOKENS
+    word = cell * WORDS + low % TOKENS // 32
     tl.atomic_or(bits_ptr + word, 1 << (low & 31), mask=filled, sem="relaxed")
     tl.atomic_add(counts_ptr + cell, 1, mask=filled, sem="relaxed")
     tl.atomic_add(block_counts_ptr + cell // BLOCK_CELLS, 1, mask=filled, sem="relaxed")
@@ -67,7 +67,7 @@ def start_cells_kernel(
     start = tl.sum(before, 0) + tl.cumsum(count, 0) - count
     tl.store(counts_ptr + cell, start, mask=cell < cells)
     latent = cell // cells_per_latent
-    first_of_latent = (cell <= cells) & (latent * cells_per_latent == cell)
+    first_of_latent = (cell <= cells) & (cell % cells_per_latent == 0)
     tl.store(offsets_ptr + latent, start, mask=first_of_latent)
 
 
@@ -92,10 +92,10 @@ def place_entries_kernel(
     filled = slots < tl.load(row_offsets_ptr + B)
     token = tl.load(tokens_ptr + slots, mask=filled, other=0)
     latent = tl.load(indices_ptr + slots, mask=filled, other=0)
-    cell = latent * cells_per_latent + token // TOKENS
+    cell = latent.to(tl.int64) * cells_per_latent + token // TOKENS
     word = tl.arange(0, WORDS)[None, :]
     bits = tl.load(  # [BLOCK, WORDS]
-        bits_ptr + cell.to(tl.int64)[:, None] * WORDS + word, mask=filled[:, None], other=0
+        bits_ptr + cell[:, None] * WORDS + word, mask=filled[:, None], other=0
     )
     # How many of a word's tokens stand before the entry's own, and their bits.
     before = tl.minimum(tl.maximum((token % TOKENS)[:, None] - 32 * word, 0), 32)

@@ -124,11 +124,9 @@ def test_the_run_is_one_worth_comparing(alone: Path) -> None:
     assert (sae.d_in, sae.d_sae) == (128, 301)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes_gives_the_same_bits(
-    alone: Path, tmp_path: Path, processes: int
-) -> None:
-    output = finish(start(processes, tmp_path))
+def test_four_processes_give_the_same_bits(alone: Path, tmp_path: Path) -> None:
+    """Two and three: with what happens to them on the way, below."""
+    output = finish(start(4, tmp_path))
     assert digest(tmp_path) == digest(alone)
     assert output.count("finished run:") == 1, "only the first process speaks"
 

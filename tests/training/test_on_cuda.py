@@ -222,8 +222,8 @@ def test_where_a_capture_fails_steps_stay_eager(where, monkeypatch, caplog):
     monkeypatch.setattr(FusedUpdate, "_on_device", on_device)
     found, log = trained(device, cuda_graph=True)
     assert found[0].equal(expected[0]) and "graph" not in log.launches
-    (told,) = (r.getMessage() for r in caplog.records if "could not be captured" in r.getMessage())
-    assert told.endswith("RuntimeError: operation not permitted")
+    (told,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "could not be captured" in told and told.endswith("operation not permitted")
     assert sum(wait.what == "capture" for wait in log.waits) == 1
 
 

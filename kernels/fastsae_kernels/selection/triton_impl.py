@@ -290,12 +290,12 @@ def count_keys_kernel(
 def gather_entries_kernel(
     pre_ptr, key_ptr, peaks_ptr, counters_ptr, list_ptr,
     entry_key_ptr, entry_column_ptr, state_ptr, rows_ptr,
-    B, F, G,
+    F, G,
     GROUP: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gather a token's entries above the bound, from the groups that reach it, in order and in one piece.
 
-    Where among the other tokens' depends on who comes first. ``rows [4, B]``: where, how many, how many
+    Where among the other tokens' depends on who comes first. ``rows [B, 4]``: where, how many, how many
     are level with the bound, how many groups are listed.
     """
     row = tl.program_id(0)
@@ -325,10 +325,10 @@ def gather_entries_kernel(
         level += tl.sum((keys == bound).to(tl.int32), 1)
     number = tl.sum(above, 0)
     first = tl.atomic_add(state_ptr + NUMBER, number, sem="relaxed")
-    tl.store(rows_ptr + row, first)
-    tl.store(rows_ptr + B + row, number)
-    tl.store(rows_ptr + 2 * B + row, tl.sum(level, 0))
-    tl.store(rows_ptr + 3 * B + row, listed)
+    tl.store(rows_ptr + 4 * row, first)
+    tl.store(rows_ptr + 4 * row + 1, number)
+    tl.store(rows_ptr + 4 * row + 2, tl.sum(level, 0))
+    tl.store(rows_ptr + 4 * row + 3, listed)
     for start in range(0, listed, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         _, keys, column = load_groups(pre_ptr, list_ptr, peaks_ptr, row, slots, listed, F, GROUP)
@@ -356,8 +356,8 @@ def count_entries_kernel(
     if row == 0:
         tl.store(counters_ptr + STATE + THRESHOLD, threshold)
         tl.store(counters_ptr + STATE + QUOTA, tl.where(at_bound, num_selected - gathered, quota))
-    first = tl.load(rows_ptr + row)
-    number = tl.load(rows_ptr + B + row)
+    first = tl.load(rows_ptr + 4 * row)
+    number = tl.load(rows_ptr + 4 * row + 1)
     greater = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
     for start in range(0, number, BLOCK):
@@ -365,7 +365,7 @@ def count_entries_kernel(
         key = tl.load(entry_key_ptr + first + slot, mask=slot < number, other=0)
         greater += (key > threshold).to(tl.int32)
         equal += (key == threshold).to(tl.int32)
-    level = tl.where(at_bound, tl.load(rows_ptr + 2 * B + row), tl.sum(equal, 0))
+    level = tl.where(at_bound, tl.load(rows_ptr + 4 * row + 2), tl.sum(equal, 0))
     tl.store(counts_ptr + row, tl.sum(greater, 0))
     tl.store(counts_ptr + B + row, level)
 
@@ -394,15 +394,15 @@ def batch_emit_kernel(
     if at_bound:
         # Entries level with the threshold were not gathered.
         emit_row(
-            pre_ptr, list_ptr + row.to(tl.int64) * G, peaks_ptr, row, tl.load(rows_ptr + 3 * B + row),
+            pre_ptr, list_ptr + row.to(tl.int64) * G, peaks_ptr, row, tl.load(rows_ptr + 4 * row + 3),
             threshold, quota, greater, equal,
             values_ptr, indices_ptr,
             F,
             GROUP, BLOCK,
         )  # fmt: skip
     else:
-        first = tl.load(rows_ptr + row)
-        number = tl.load(rows_ptr + B + row)
+        first = tl.load(rows_ptr + 4 * row)
+        number = tl.load(rows_ptr + 4 * row + 1)
         place = tl.arange(0, BLOCK_ROW // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         for start in range(0, number, BLOCK_ROW):
             there = start + place < number
@@ -494,7 +494,7 @@ def batch_topk(
     entry_keys = torch.empty(min(GROUP * num_selected, B * F), **integers)
     entry_columns = torch.empty_like(entry_keys)
     group_list = torch.empty(B, G, **integers)
-    rows, counts = torch.empty(4, B, **integers), torch.empty(2, B, **integers)
+    rows, counts = torch.empty(B, 4, **integers), torch.empty(2, B, **integers)
     values, indices, offsets, threshold = empty_selection(pre, maxima, num_selected)
 
     if len(peaks):
@@ -517,7 +517,7 @@ def batch_topk(
     _count_keys(keys.view(-1), counters[0], num_selected)
     shared = {"pre_ptr": pre, "peaks_ptr": peaks if len(peaks) else None, "list_ptr": group_list}
     shared |= {"entry_key_ptr": entry_keys, "entry_column_ptr": entry_columns, "rows_ptr": rows}
-    shared |= {"B": B, "F": F, "G": G, "GROUP": GROUP}
+    shared |= {"F": F, "G": G, "GROUP": GROUP}
     gather_entries_kernel[(B,)](
         **shared, key_ptr=keys, counters_ptr=counters[0], state_ptr=counters[1, STATE:],
         BLOCK_KEYS=BLOCK_KEYS, BLOCK=BLOCK_EMIT,
@@ -531,7 +531,7 @@ def batch_topk(
     batch_emit_kernel[(B,)](
         **shared, counts_ptr=counts, counters_ptr=counters[1],
         values_ptr=values, indices_ptr=indices, offsets_ptr=offsets, threshold_ptr=threshold,
-        capacity=num_selected,
+        B=B, capacity=num_selected,
         BLOCK=BLOCK_EMIT // 2, BLOCK_ROW=BLOCK_ROW, BLOCK_ROWS=BLOCK_KEYS, num_warps=EMIT_WARPS,
     )  # fmt: skip
     return values, indices, offsets, threshold
