@@ -18,13 +18,13 @@ TILE = (64, 32)  # rows and columns of dA at a time
 
 
 @jit
-def _count_since(since_ptr, least, F, BLOCK: tl.constexpr):
-    """How many latents were last active ``least`` tokens ago or before."""
+def _count_reaching(ptr, number, least, BLOCK: tl.constexpr):
+    """How many of ``number`` integers, none of them negative, are ``least`` or more."""
     reached = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, F, BLOCK):
-        latent = start + tl.arange(0, BLOCK)
-        since = tl.load(since_ptr + latent, mask=latent < F, other=-1)
-        reached += (since >= least).to(tl.int32)
+    for start in range(0, number, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(ptr + place, mask=place < number, other=-1)
+        reached += (value >= least).to(tl.int32)
     return tl.sum(reached, 0)
 
 
@@ -37,14 +37,14 @@ def compact_dead_kernel(
     """Number the dead latents, of more than ``rows`` those that have been dead longest; one program."""
     least = tl.full([], dead_after, tl.int64)
     ties = tl.full([], F, tl.int32)
-    if _count_since(since_ptr, least, F, BLOCK) > rows:
+    if _count_reaching(since_ptr, F, least, BLOCK) > rows:
         # Bit by bit, the count of the last of those that have been dead longest.
         least = tl.full([], 0, tl.int64)
         for i in range(0, 63):
             candidate = least + (tl.full([], 1, tl.int64) << (62 - i))
-            reached = _count_since(since_ptr, candidate, F, BLOCK)
+            reached = _count_reaching(since_ptr, F, candidate, BLOCK)
             least = tl.where(reached >= rows, candidate, least)
-        ties = rows - _count_since(since_ptr, least + 1, F, BLOCK)
+        ties = rows - _count_reaching(since_ptr, F, least + 1, BLOCK)
     taken = 0
     tied = 0
     for start in range(0, F, BLOCK):
@@ -70,16 +70,6 @@ def _row_keys(z_ptr, bias_ptr, start, used, columns, BLOCK: tl.constexpr):
     z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     keys = positive_keys(z.to(tl.int32, bitcast=True))
     return z, tl.where(column < used, keys, 0)
-
-
-@jit
-def _count_reaching(key_ptr, number, least, BLOCK: tl.constexpr):
-    reached = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, number, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        keys = tl.load(key_ptr + slot, mask=slot < number, other=-1)
-        reached += (keys >= least).to(tl.int32)
-    return tl.sum(reached, 0)
 
 
 @jit
