@@ -15,7 +15,7 @@ from measure import Shape, activations
 from torch import Tensor
 from trainers import DEAD_AFTER, OURS, TRAINERS, Graphed, Problem, Trainer, Weights
 
-from fastsae.training.update import Graphs
+from fastsae.training.graphs import Graphs
 from fastsae_kernels import reference
 
 RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}

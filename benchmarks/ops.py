@@ -18,7 +18,7 @@ from torch import Tensor
 from trainers import Problem, Weights, missing
 
 import fastsae_kernels as kernels
-from fastsae.training.update import LaggedCounts
+from fastsae.training.graphs import LaggedCounts
 from fastsae_kernels import CSR, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

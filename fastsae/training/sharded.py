@@ -34,7 +34,8 @@ from ..config import TrainConfig
 from ..metrics import density_histogram
 from ..sae.module import SAE
 from ..team import Node, Team, cover, tree_sum
-from .update import FusedUpdate, LaggedCounts, Update, UpdateResult, adam_, copy_state, empty_
+from .graphs import LaggedCounts
+from .update import FusedUpdate, Update, UpdateResult, adam_, copy_state, empty_
 
 _BY_LATENT = ("W_enc", "W_dec", "b_enc")
 

@@ -23,8 +23,9 @@ from fastsae.data.harvest import Chunk, ChunkSource, Harvest, harvest
 from fastsae.data.stream import Stream
 from fastsae.errors import StreamError
 from fastsae.training import trainer
+from fastsae.training.graphs import Graphs, LaggedCounts
 from fastsae.training.initialize import new_sae
-from fastsae.training.update import FusedUpdate, Graphs, LaggedCounts
+from fastsae.training.update import FusedUpdate
 
 pytest.importorskip("triton")
 

@@ -9,8 +9,9 @@ import torch
 from tolerances import FREE_STEPS
 
 import fastsae
+from fastsae.training.graphs import Graphs
 from fastsae.training.schedule import k_at, lr_at, quota_at
-from fastsae.training.update import PARAMETERS, UPDATES, Graphs, Update
+from fastsae.training.update import PARAMETERS, UPDATES, Update
 from fastsae_kernels import reference as ref
 
 F64 = torch.float64
