@@ -144,7 +144,7 @@ def _centred_input(
             scaled_ptr=scaled if scaled.ndim == 2 else None, centred_ptr=centred,
             operand_ptr=operand if operand.ndim == 2 else None,
             D=x.shape[1],
-            BLOCK_D=block,
+            BLOCK_D=block, num_warps=max(1, block // 128),
             enable_fp_fusion=False,  # the bits of a product, then a difference, as elsewhere
         )  # fmt: skip
     return scaled, centred, operand
@@ -217,7 +217,7 @@ def _output_gradient(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Te
         output_gradient_kernel[(tokens, cdiv(width, block))](
             residual_ptr=residual, weight_ptr=weight, out_ptr=out,
             B=tokens, D=width,
-            LEVELS=levels, BLOCK_D=block,
+            LEVELS=levels, BLOCK_D=block, num_warps=max(1, block // 128),
         )  # fmt: skip
     return out
 
