@@ -13,6 +13,7 @@ from torch import Tensor
 import fastsae
 
 from .base import DEAD_AFTER, Problem, Trainer, Watch, Weights, quiet, watched
+from .sparse_products import SparseProducts
 
 
 class DictionaryLearning(Trainer):
@@ -47,7 +48,7 @@ class DictionaryLearning(Trainer):
         from dictionary_learning.training import trainSAE
 
         trainer = new_trainer(problem)
-        with quiet(), tempfile.TemporaryDirectory() as directory:
+        with quiet(), SparseProducts(), tempfile.TemporaryDirectory() as directory:
             folder = Path(directory) / "trainer_0"
 
             def current() -> fastsae.SAE:

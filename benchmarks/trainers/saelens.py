@@ -13,6 +13,7 @@ from torch import Tensor
 import fastsae
 
 from .base import DEAD_AFTER, LR, Problem, Trained, Trainer, Watch, Weights, quiet, watched
+from .sparse_products import SparseProducts
 
 
 class SAELens(Trainer):
@@ -44,7 +45,7 @@ class SAELens(Trainer):
     ) -> fastsae.SAE:
         """``options``: fields of its SAE's config; with ``matryoshka_widths`` that is the Matryoshka's.
         ``start_at_mean``: begin with ``b_dec`` there, which it does not by itself."""
-        with quiet(), tempfile.TemporaryDirectory() as directory:
+        with quiet(), SparseProducts(), tempfile.TemporaryDirectory() as directory:
             trainer = new_trainer(problem, iter(()), **options)
             if start_at_mean:
                 with torch.no_grad():
