@@ -163,7 +163,8 @@ class TrainConfig:
     batch_size: int = 1024
     """Tokens per step."""
     lr: float | None = None
-    """Adam's learning rate. [3e-4 for 100M tokens, and for fewer as their square root more: 3e-3 at most]"""
+    """Adam's learning rate. [3e-4 for 100M tokens, for fewer as their square root more; at most 3e-3,
+    and of more than 4,608 latents as their square root less]"""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
@@ -403,12 +404,12 @@ class TrainConfig:
         given = 10.0 if self.outlier_norm is None else self.outlier_norm
         return given if math.isfinite(given) else None
 
-    # What follows the length of the run where it is not given: see docs/quality.md.
+    # What follows the length of the run, and once the dictionary's size, where it is not given: see docs/quality.md.
 
-    @property
-    def peak_lr(self) -> float:
-        """``lr``, or that of the run's length."""
-        own = min(3e-3, 3e-4 * max(1.0, (100_000_000 / self.tokens) ** 0.5))
+    def peak_lr(self, d_sae: int) -> float:
+        """``lr``, or that of the run's length, and of the dictionary where runs are short."""
+        most = 3e-3 * min(1.0, (4608 / d_sae) ** 0.5)
+        own = max(3e-4, min(most, 3e-4 * (100_000_000 / self.tokens) ** 0.5))
         return own if self.lr is None else self.lr
 
     @property

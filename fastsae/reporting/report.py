@@ -130,7 +130,7 @@ def report_run(
             log.info("%s", _describe(folder, summary))
             if evaluation is not None:
                 found = evaluation[sae.inference or "topk"].explained_variance
-                warn_of_baseline(config, found, evaluation.pca_explained_variance)
+                warn_of_baseline(config, sae.d_sae, found, evaluation.pca_explained_variance)
         finally:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 run = RunSummary(config.run_name, "finished", read_metrics(path), summary)

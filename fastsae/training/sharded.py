@@ -84,7 +84,7 @@ class ShardedUpdate(Update):
         super().__init__(sae, config)
         assert config.latent_shards and not config.needs_whole_dictionary
         count, device = config.latent_shards, sae.device
-        self._team, self._d_sae, self._number = team, d_sae, count
+        self._team, self._whole, self._number = team, d_sae, count
         self._operand = torch.bfloat16 if sae.precision == "bf16" else sae.dtype
         self._nodes = [cover((0, count), team.hosted(count, rank)) for rank in range(team.size)]
         self._widths = [len(latents_of(range(s, s + 1), count, d_sae)) for s in range(count)]
@@ -115,6 +115,10 @@ class ShardedUpdate(Update):
         return {number: shard.latents for number, shard in self._shards.items()}
 
     # --- what the processes exchange ---
+
+    @property
+    def d_sae(self) -> int:
+        return self._whole
 
     def _stacked(self, parts: list[Tensor], like: Tensor) -> Tensor:
         return torch.stack(parts) if parts else like.new_empty(0, *like.shape)
@@ -270,7 +274,7 @@ class ShardedUpdate(Update):
     # --- of the whole dictionary ---
 
     def alive_fraction(self) -> float:
-        return int(self._total(self.alive.sum())) / self._d_sae
+        return int(self._total(self.alive.sum())) / self.d_sae
 
     def decoder_norm_error(self) -> float:
         errors = [(s.W_dec.master().norm(dim=1) - 1).abs().max() for s in self._shards.values()]

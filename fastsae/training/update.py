@@ -81,7 +81,7 @@ class Update(ABC):
         device = sae.W_dec.device
         self.tokens_since_active = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
-        self.lr = torch.tensor(config.peak_lr, dtype=sae.W_dec.dtype, device=device)
+        self.lr = torch.zeros((), dtype=sae.W_dec.dtype, device=device)
         """The learning rate of the last step, on the device."""
 
     @property
@@ -89,9 +89,14 @@ class Update(ABC):
         """The SAE, with its weights as they are now."""
         return self._sae
 
+    @property
+    def d_sae(self) -> int:
+        """Latents of the whole dictionary."""
+        return self._sae.d_sae
+
     def __call__(self, x: Tensor, target: Tensor | None = None) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units; a transcoder, to give ``target [B, D_out]``."""
-        self.lr.fill_(lr_at(self.config, self.tokens_seen, len(x)))
+        self.lr.fill_(lr_at(self.config, self.d_sae, self.tokens_seen, len(x)))
         quota = self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
         # Events are recorded and graphs captured on the current device, which need not be this one.
         with torch.cuda.device_of(self.lr):

@@ -7,6 +7,7 @@ import pytest
 import fastsae
 from fastsae.training.schedule import k_at, lr_at, quota_at
 
+F = 24_576
 CONFIG = fastsae.TrainConfig(
     d_sae=64,
     k=4,
@@ -20,27 +21,36 @@ CONFIG = fastsae.TrainConfig(
 
 
 def test_without_options_nothing_changes() -> None:
-    assert {lr_at(CONFIG, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
+    assert {lr_at(CONFIG, F, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
     assert {k_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {4}
     assert {quota_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {0}
 
 
 def test_the_schedule_follows_the_length_of_the_run() -> None:
     recipe = fastsae.TrainConfig()
-    assert lr_at(recipe, 0, 1024) == pytest.approx(3e-4 * 1024 / 1_000_000)
-    assert lr_at(recipe, 50_000_000, 1024) == recipe.peak_lr == 3e-4
-    assert lr_at(recipe, 90_000_000, 1024) == pytest.approx(1.5e-4)
+    assert lr_at(recipe, F, 0, 1024) == pytest.approx(3e-4 * 1024 / 1_000_000)
+    assert lr_at(recipe, F, 50_000_000, 1024) == recipe.peak_lr(F) == 3e-4
+    assert lr_at(recipe, F, 90_000_000, 1024) == pytest.approx(1.5e-4)
     short = fastsae.TrainConfig(tokens=4_000_000)
-    assert short.peak_lr == pytest.approx(1.5e-3)
+    assert short.peak_lr(4608) == pytest.approx(1.5e-3)
     assert (short.warmup_tokens, short.decay_tokens) == (80_000, 800_000)
-    assert fastsae.TrainConfig(tokens=999_999).peak_lr == 3e-3
-    assert fastsae.TrainConfig(tokens=10).peak_lr == 3e-3
-    assert fastsae.TrainConfig(tokens=10**9).peak_lr == 3e-4
+    assert fastsae.TrainConfig(tokens=999_999).peak_lr(4608) == 3e-3
+    assert fastsae.TrainConfig(tokens=10).peak_lr(16) == 3e-3
+    assert fastsae.TrainConfig(tokens=10**9).peak_lr(F) == 3e-4
+
+
+def test_large_dictionaries_bound_the_learning_rate_of_short_runs() -> None:
+    short = fastsae.TrainConfig(tokens=500_000)
+    assert short.peak_lr(9216) == pytest.approx(3e-3 / 2**0.5)
+    assert short.peak_lr(4 * 4608) == pytest.approx(1.5e-3)
+    assert short.peak_lr(10**7) == 3e-4  # not below that of long runs
+    assert fastsae.TrainConfig(tokens=50_000_000).peak_lr(9216) == pytest.approx(3e-4 * 2**0.5)
+    assert fastsae.TrainConfig(tokens=500_000, lr=0.5).peak_lr(10**7) == 0.5
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
     config = dataclasses.replace(CONFIG, lr_warmup_tokens=40, lr_decay_tokens=100)
-    rates = [lr_at(config, seen, 10) for seen in range(0, 1000, 10)]
+    rates = [lr_at(config, F, seen, 10) for seen in range(0, 1000, 10)]
     assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
     assert rates[85:91] == pytest.approx([0.5] * 6)
     assert rates[91:] == pytest.approx([0.05 * n for n in range(9, 0, -1)])
@@ -48,12 +58,12 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 def test_a_run_shorter_than_warm_up_and_decay_takes_the_smaller_rate() -> None:
     config = dataclasses.replace(CONFIG, tokens=30, lr_warmup_tokens=100, lr_decay_tokens=100)
-    assert [lr_at(config, seen, 10) for seen in (0, 10, 20)] == pytest.approx([0.05, 0.1, 0.05])
+    assert [lr_at(config, F, seen, 10) for seen in (0, 10, 20)] == pytest.approx([0.05, 0.1, 0.05])
 
 
 def test_tokens_beyond_the_end_have_no_learning_rate_below_zero() -> None:
     config = dataclasses.replace(CONFIG, lr_decay_tokens=100)
-    assert lr_at(config, 1010, 10) == 0
+    assert lr_at(config, F, 1010, 10) == 0
 
 
 def test_k_goes_linearly_from_its_initial_value() -> None:

@@ -281,7 +281,7 @@ def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, 
     for x in batches(200):
         quotas.append(quota_at(config, step.tokens_seen))
         settings = ref.Settings(
-            k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.tokens_seen, 16),
+            k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.d_sae, step.tokens_seen, 16),
             dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
             quota=quotas[-1], levels=levels,
         )  # fmt: skip
