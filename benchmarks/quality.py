@@ -9,7 +9,7 @@ Every trainer gets the same batches in the same order, without outliers, and is 
 on held-out tokens, selected per token (TopK with the same k), so at equal L0. A seed is one order of the
 batches, paired over the trainers, and each trainer's initial weights. Peers are trained at their documented
 learning rate and at the best of a grid, the one with the highest explained variance on a seed that is in
-no table; counts of steps or tokens that they document (warm-up, dead window) are scaled to the run.
+no table, or, where runs take an hour, on the first that is, which favours them; counts of steps or tokens that they document (warm-up, dead window) are scaled to the run.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Case:
     steps: int
     batch_size: int = 1024
     levels: tuple[int, ...] = ()  # of the Matryoshka forms
+    choosing: int = CHOOSING  # the seed that chooses the peers' learning rates
 
     @property
     def tokens(self) -> int:
@@ -88,10 +89,12 @@ class Settings:
 
 
 CASES = {
-    "SmolLM2": Case(Settings.smollm2, 9216, 32, 1960, levels=(576, 2304, 9216)),
+    "SmolLM2": Case(Settings.smollm2, 9216, 32, 1960, levels=(576, 2304, 9216), choosing=0),
     "demo": Case(Settings.demo, 1024, 16, 750, levels=(64, 256, 1024)),
     "features 1024": Case(Settings.features_1024, 1024, 12, 1000, levels=(64, 256, 1024)),
-    "features 4096": Case(Settings.features_4096, 4096, 40, 1000, levels=(256, 1024, 4096)),
+    "features 4096": Case(
+        Settings.features_4096, 4096, 40, 1000, levels=(256, 1024, 4096), choosing=0
+    ),
 }
 
 
@@ -205,11 +208,11 @@ def finals(rows: Iterable[Row]) -> dict[tuple[str, str, str, int], Row]:
 
 
 def best_rate(rows: Iterable[Row], case: str, trainer: str) -> str | None:
-    """The learning rate of the highest explained variance on the choosing seed, if all were tried."""
+    """The learning rate of the highest explained variance on the case's choosing seed, if all were tried."""
     tried = {
         lr: float(row["explained_variance"])
         for (c, t, lr, seed), row in finals(rows).items()
-        if (c, t, seed) == (case, trainer, CHOOSING)
+        if (c, t, seed) == (case, trainer, CASES[case].choosing)
     }
     wanted = {"", *map(str, VARIANTS[trainer].rates)}
     return max(tried, key=tried.__getitem__) if wanted <= set(tried) else None
@@ -221,7 +224,7 @@ def wanted(
     """Learning rates and seeds still to be run: first what chooses, then what is published."""
     done = {key[2:] for key in finals(rows) if key[:2] == (case, trainer)}
     rates = VARIANTS[trainer].rates
-    choosing = [(lr, CHOOSING) for lr in ("", *map(str, rates)) if rates]
+    choosing = [(lr, CASES[case].choosing) for lr in ("", *map(str, rates)) if rates]
     if missing_runs := [run for run in choosing if run not in done]:
         yield missing_runs[0]
         return
@@ -298,11 +301,12 @@ def add(path: Path, rows: list[Row]) -> None:
 
 
 def published(rows: list[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
-    """By case, trainer and learning rate ("own" or "best of the grid: ..."): the ends of its seeds."""
+    """By case, trainer and learning rate ("own", the best of the grid, or all where the best is not known
+    yet): the ends of its seeds."""
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for (case, trainer, lr, seed), row in finals(rows).items():
         best = best_rate(rows, case, trainer) if VARIANTS[trainer].rates else None
-        if seed == CHOOSING or lr not in ("", best):
+        if seed == CHOOSING or (best is not None and lr not in ("", best)):
             continue
         label = lr or "own"
         found.setdefault((case, trainer, label), {})[seed] = row
@@ -401,13 +405,14 @@ def plot(rows: list[Row], path: Path) -> None:
         for c, t, lr in published(rows)
         if not t.startswith("default,")
     }
+    end = lambda points: mean(points[max(points)])
     cases = [case for case in CASES if any(key[0] == case for key in drawn)]
     figure, axes = plt.subplots(1, len(cases), figsize=(5.2 * len(cases), 4.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         for trainer in VARIANTS:
             rates = [lr for c, t, lr in drawn if (c, t) == (case, trainer)]
-            if rates:  # the best of the grid where there is one
-                points = curves[case, trainer, max(rates)]
+            if rates:
+                points = max((curves[case, trainer, lr] for lr in rates), key=end)
                 x = sorted(points)
                 axis.plot(
                     [n / 1e6 for n in x],

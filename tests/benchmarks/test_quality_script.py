@@ -89,6 +89,27 @@ def test_the_rate_is_chosen_on_a_seed_that_is_not_published(tiny, monkeypatch, t
     }  # fmt: skip
 
 
+def test_a_case_may_choose_the_rate_on_a_published_seed(tiny):
+    def row(lr: str, seed: int, explained: float) -> dict[str, str]:
+        numbers = {"seed": seed, "tokens": 640, "explained_variance": explained}
+        return {"case": "tiny", "trainer": "grid", "lr": lr} | {
+            n: str(v) for n, v in numbers.items()
+        }
+
+    tiny.CASES["tiny"] = tiny.replace(tiny.CASES["tiny"], choosing=0)
+    rows = [row("", 0, 0.5), row("0.01", 0, 0.7)]
+    assert list(tiny.wanted(rows, "tiny", "grid", (0, 1))) == [("1e-07", 0)]
+    assert tiny.best_rate(rows, "tiny", "grid") is None
+    assert {lr for _, _, lr in tiny.published(rows)} == {"own", "0.01"}, (
+        "all, until one is the best"
+    )
+    rows.append(row("1e-07", 0, 0.6))
+    assert list(tiny.wanted(rows, "tiny", "grid", (0, 1))) == [("", 1), ("0.01", 1)]
+    assert {lr: set(seeds) for (_, _, lr), seeds in tiny.published(rows).items()} == {
+        "own": {0}, "0.01": {0},
+    }  # fmt: skip
+
+
 def test_differences_are_paired_by_seed(quality):
     rows = lambda values: {s: {"explained_variance": str(v)} for s, v in values.items()}
     ours, theirs = rows({0: 0.80, 1: 0.60, 2: 0.71}), rows({1: 0.59, 0: 0.78, 3: 0.10})
