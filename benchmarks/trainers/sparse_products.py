@@ -55,7 +55,10 @@ class SparseProducts(TorchDispatchMode):
         _, places = self.decoded.get(key(b, transposed=True), (b, []))
         few = sum(at.shape[1] for at in places) < DENSE * len(a) * b.shape[1]
         if places and few and torch._C._current_graph_task_id() >= 0:  # in a backward pass
-            at = places[0] if len(places) == 1 else torch.cat(places, 1).unique(dim=1)
+            at = places[0]
+            if len(places) > 1:
+                flat = torch.cat([at[0] * b.shape[1] + at[1] for at in places]).unique()
+                at = torch.stack((flat // b.shape[1], flat % b.shape[1]))
             where = csr(at, a.new_ones(at.shape[1]), (len(a), b.shape[1]))
             return torch.sparse.sampled_addmm(where, a, b, beta=0.0).to_dense()
         return torch.mm(a, b)
