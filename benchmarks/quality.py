@@ -409,7 +409,7 @@ def plot(rows: list[Row], path: Path) -> None:
     cases = [case for case in CASES if any(key[0] == case for key in drawn)]
     figure, axes = plt.subplots(1, len(cases), figsize=(5.2 * len(cases), 4.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
-        for trainer in VARIANTS:
+        for i, trainer in enumerate(VARIANTS):
             rates = [lr for c, t, lr in drawn if (c, t) == (case, trainer)]
             if rates:
                 points = max((curves[case, trainer, lr] for lr in rates), key=end)
@@ -421,10 +421,11 @@ def plot(rows: list[Row], path: Path) -> None:
                     ms=3,
                     lw=2 if trainer == OURS else 1.2,
                     label=trainer,
+                    color=f"C{i}",  # the same in every panel
                 )
         axis.set(title=case, xlabel="million tokens", ylabel="explained variance (held out, TopK)")
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7, loc="lower right")
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
