@@ -9,7 +9,8 @@ Every trainer gets the same batches in the same order, without outliers, and is 
 on held-out tokens, selected per token (TopK with the same k), so at equal L0. A seed is one order of the
 batches, paired over the trainers, and each trainer's initial weights. Peers are trained at their documented
 learning rate and at the best of a grid, the one with the highest explained variance on a seed that is in
-no table, or, where runs take an hour, on the first that is, which favours them; counts of steps or tokens that they document (warm-up, dead window) are scaled to the run.
+no table, or, where runs take an hour, on the first that is, which favours them; counts of steps or tokens
+that they document (warm-up, dead window) are scaled to the run.
 """
 
 from __future__ import annotations

@@ -116,10 +116,6 @@ class ShardedUpdate(Update):
 
     # --- what the processes exchange ---
 
-    @property
-    def d_sae(self) -> int:
-        return self._whole
-
     def _stacked(self, parts: list[Tensor], like: Tensor) -> Tensor:
         return torch.stack(parts) if parts else like.new_empty(0, *like.shape)
 
@@ -272,6 +268,10 @@ class ShardedUpdate(Update):
         return kept
 
     # --- of the whole dictionary ---
+
+    @property
+    def d_sae(self) -> int:
+        return self._whole
 
     def alive_fraction(self) -> float:
         return int(self._total(self.alive.sum())) / self.d_sae
