@@ -2,6 +2,7 @@
 
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,15 @@ def run_together(size: int, work: Callable[..., Any], *arguments: Any, folder: P
     if size == 1:
         return [work(team.ALONE, *arguments)]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(
-        _one, (size, free_port(), work, arguments, folder), nprocs=size, join=True
-    )
+    try:
+        torch.multiprocessing.spawn(
+            _one, (size, free_port(), work, arguments, folder), nprocs=size, join=True
+        )
+    except torch.multiprocessing.ProcessRaisedException as error:
+        # It is of whichever ended first; the others say that this one is gone, or why it went.
+        for path in sorted(folder.glob("*.error")):
+            error.add_note(f"process {path.stem}: {path.read_text()}")
+        raise
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
@@ -43,5 +50,8 @@ def _one(
     }  # fmt: skip
     try:
         torch.save(work(team.join(), *arguments), folder / f"{rank}.pt")
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise
     finally:
         team.leave()

@@ -91,7 +91,6 @@ class Run:
         self.update = None
         if sae is None:
             return
-        self._d_sae = d_sae or sae.d_sae
         if self._shards > 1:
             assert d_sae is not None
             self.update = ShardedUpdate(sae, self.config, self._team, d_sae)
@@ -249,7 +248,7 @@ class Run:
         raise StreamError(
             f"{self.name} diverged between step {self._finite_step:,} and step {self.step_count:,}: its loss or its "
             f"weights are no longer finite. Try again under another --name with a lower --lr (it is "
-            f"{self.config.peak_lr(self._d_sae):g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
+            f"{self.config.peak_lr(self.update.d_sae):g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
         )
 
     @torch.no_grad()
@@ -323,9 +322,11 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         saved = {"tokens_seen": self.tokens_seen, "step": self.step_count, "time": now}
         self.folder.history.append(saved)
-        sae = None if self.update is None else self.update.sae
-        shape = {} if sae is None else {"d_in": sae.d_in, "d_sae": self._d_sae}
-        own = self._from_host({"metadata": {} if sae is None else sae.metadata, **shape})
+        sae, own = None, {}
+        if self.update is not None:
+            sae = self.update.sae
+            own = {"metadata": sae.metadata, "d_in": sae.d_in, "d_sae": self.update.d_sae}
+        own = self._from_host(own)
         meta = {
             "tokens_seen": self.tokens_seen,
             "steps": self.step_count,
@@ -397,7 +398,7 @@ class Run:
                 "d_out": sae.d_out,
                 "d_sae": sae.d_sae,
                 "k": self.config.k,
-                "lr": self.config.peak_lr(self._d_sae),
+                "lr": self.config.peak_lr(sae.d_sae),
                 **self._progress(totals),
                 "peak_memory_bytes": peak_memory_bytes(sae.W_dec.device),
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),
