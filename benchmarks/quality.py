@@ -9,7 +9,8 @@ Every trainer gets the same batches in the same order, without outliers, and is 
 on held-out tokens, selected per token (TopK with the same k), so at equal L0. A seed is one order of the
 batches, paired over the trainers, and each trainer's initial weights. Peers are trained at their documented
 learning rate and at the best of a grid, the one with the highest explained variance on a seed that is in
-no table, or, where runs take an hour, on the first that is, which favours them; counts of steps or tokens
+no table, or, where runs take an hour, on the first that is, which favours them (rates beyond a worse one are
+not tried); counts of steps or tokens
 that they document (warm-up, dead window) are scaled to the run.
 """
 
@@ -208,32 +209,52 @@ def finals(rows: Iterable[Row]) -> dict[tuple[str, str, str, int], Row]:
     return ends
 
 
-def best_rate(rows: Iterable[Row], case: str, trainer: str) -> str | None:
-    """The learning rate of the highest explained variance on the case's choosing seed, if all were tried."""
-    tried = {
+def untried(tried: dict[str, float], rates: Iterable[float]) -> list[str]:
+    """Learning rates to try next, until the best of ``tried``, which has their explained variance, has both
+    neighbours of the grid beside it: beyond a worse one none is better. The trainer's own rate, "", comes first and
+    has no place in the grid: as long as it is the best, all others may be."""
+    grid = [str(rate) for rate in sorted(rates)]
+    if "" not in tried:
+        return [""]
+    best = max(tried, key=tried.__getitem__)
+    if best == "":
+        return [lr for lr in grid if lr not in tried]
+    at = grid.index(best)
+    return [lr for lr in grid[max(at - 1, 0) : at + 2] if lr not in tried]
+
+
+def tried_rates(rows: Iterable[Row], case: str, trainer: str) -> dict[str, float]:
+    """Explained variance by learning rate, on the seed that chooses."""
+    return {
         lr: float(row["explained_variance"])
         for (c, t, lr, seed), row in finals(rows).items()
         if (c, t, seed) == (case, trainer, CASES[case].choosing)
     }
-    wanted = {"", *map(str, VARIANTS[trainer].rates)}
-    return max(tried, key=tried.__getitem__) if wanted <= set(tried) else None
+
+
+def best_rate(rows: Iterable[Row], case: str, trainer: str) -> str | None:
+    """The learning rate of the highest explained variance on the case's choosing seed, once it is known."""
+    tried = tried_rates(rows, case, trainer)
+    known = tried and not untried(tried, VARIANTS[trainer].rates)
+    return max(tried, key=tried.__getitem__) if known else None
 
 
 def wanted(
     rows: list[Row], case: str, trainer: str, seeds: Iterable[int]
 ) -> Iterator[tuple[str, int]]:
-    """Learning rates and seeds still to be run: first what chooses, then what is published."""
+    """Learning rates and seeds still to be run: first what chooses, then what is published. Where a published
+    seed chooses, the trainer's own rate is run on that one alone, unless it is the best."""
     done = {key[2:] for key in finals(rows) if key[:2] == (case, trainer)}
-    rates = VARIANTS[trainer].rates
-    choosing = [(lr, CASES[case].choosing) for lr in ("", *map(str, rates)) if rates]
-    if missing_runs := [run for run in choosing if run not in done]:
-        yield missing_runs[0]
+    choosing, rates = CASES[case].choosing, VARIANTS[trainer].rates
+    if rates and (lrs := untried(tried_rates(rows, case, trainer), rates)):
+        yield lrs[0], choosing
         return
-    best = best_rate(rows, case, trainer) if rates else ""
+    best = best_rate(rows, case, trainer) or "" if rates else ""
+    published = ("", best) if choosing == CHOOSING else (best,)
     for seed in seeds:
-        for lr in dict.fromkeys(("", best)):
+        for lr in dict.fromkeys(published):
             if (lr, seed) not in done:
-                yield lr or "", seed
+                yield lr, seed
 
 
 def main() -> None:
@@ -305,8 +326,13 @@ def published(rows: list[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
     """By case, trainer and learning rate ("own", the best of the grid, or all where the best is not known
     yet): the ends of its seeds."""
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
-    for (case, trainer, lr, seed), row in finals(rows).items():
-        best = best_rate(rows, case, trainer) if VARIANTS[trainer].rates else None
+    ends = finals(rows)
+    bests = {
+        (case, trainer): best_rate(rows, case, trainer) if VARIANTS[trainer].rates else None
+        for case, trainer in {key[:2] for key in ends}
+    }
+    for (case, trainer, lr, seed), row in ends.items():
+        best = bests[case, trainer]
         if seed == CHOOSING or (best is not None and lr not in ("", best)):
             continue
         label = lr or "own"

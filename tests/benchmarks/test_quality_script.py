@@ -69,7 +69,7 @@ def test_the_rate_is_chosen_on_a_seed_that_is_not_published(tiny, monkeypatch, t
     path = tmp_path / "quality_study.csv"
     done = [key[1:] for key in tiny.finals(tiny.read_runs(path))]
     grid = [(lr, seed) for name, lr, seed in done if name == "grid"]
-    assert grid[:3] == [("", 100), ("0.01", 100), ("1e-07", 100)]
+    assert sorted(grid[:3]) == [("", 100), ("0.01", 100), ("1e-07", 100)]
     best = tiny.best_rate(tiny.read_runs(path), "tiny", "grid")
     assert best in ("", "0.01") and set(grid[3:]) == {(lr, s) for lr in ("", best) for s in (0, 1)}
     assert [key for key in done if key[0] == tiny.OURS] == [(tiny.OURS, "", 0), (tiny.OURS, "", 1)]
@@ -104,10 +104,27 @@ def test_a_case_may_choose_the_rate_on_a_published_seed(tiny):
         "all, until one is the best"
     )
     rows.append(row("1e-07", 0, 0.6))
-    assert list(tiny.wanted(rows, "tiny", "grid", (0, 1))) == [("", 1), ("0.01", 1)]
+    assert list(tiny.wanted(rows, "tiny", "grid", (0, 1))) == [("0.01", 1)], "its own on one seed"
     assert {lr: set(seeds) for (_, _, lr), seeds in tiny.published(rows).items()} == {
         "own": {0}, "0.01": {0},
     }  # fmt: skip
+
+
+def test_rates_beyond_a_worse_one_are_not_tried(quality):
+    """Trying what is untried, one after the other, ends with the best of a hill, and does not climb down it."""
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
+
+    def climb(own: float, *values: float) -> list[str]:
+        hill, tried = {"": own} | dict(zip(map(str, rates), values, strict=True)), {}
+        while lrs := quality.untried(tried, rates):
+            tried[lrs[0]] = hill[lrs[0]]
+        assert max(tried, key=tried.__getitem__) == max(hill, key=hill.__getitem__)
+        return list(tried)
+
+    assert climb(0.5, 0.7, 0.6, 0.5, 0.4) == ["", "0.001", "0.003"]
+    assert climb(0.5, 0.7, 0.8, 0.6, 0.4) == ["", "0.001", "0.003", "0.01"]
+    assert climb(0.9, 0.7, 0.6, 0.5, 0.4) == ["", "0.001", "0.003", "0.01", "0.03"]
+    assert quality.untried({"": 0.5, "0.003": 0.7}, rates) == ["0.001", "0.01"]
 
 
 def test_differences_are_paired_by_seed(quality):
