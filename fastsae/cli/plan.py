@@ -43,6 +43,8 @@ class PlanOptions:
     """Tokens of the run."""
     pool_tokens: int = _RECIPE.pool_tokens
     """Activations mixed with each other before they are trained on."""
+    reuse: int = _RECIPE.reuse
+    """Times that each activation is trained on; --tokens counts all of them."""
     matryoshka: tuple[int, ...] = ()
     """Levels of a Matryoshka SAE."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -346,7 +348,7 @@ def describe(o: PlanOptions) -> list[str]:
     ]
     what = "run, the SAE alone"
     if o.harvest_tokens_per_second is not None:
-        seconds += split.tokens_here(o.batch_size) / o.harvest_tokens_per_second
+        seconds += split.tokens_here(o.batch_size) / o.reuse / o.harvest_tokens_per_second
         what = "run, with the language model"
     hours = -(-o.tokens // o.batch_size) * seconds / 3600
     lines.append(f"  {what:28}{hours:9.2f} h    {o.tokens:,} tokens")

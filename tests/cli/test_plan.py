@@ -189,6 +189,8 @@ def test_times_follow_from_the_rates_given(capsys):
     hours = 97_657 * (step + 1024 / 5e4) / 3600  # steps of 1,024 tokens for 100M
     assert f"{hours:.2f} h" in both and f"{2 * hours:.2f} USD" in both
     assert "the SAE alone" not in both
+    again = printed(capsys, *rates, "--harvest-tokens-per-second", "5e4", "--reuse", "4")
+    assert f"{97_657 * (step + 1024 / 4 / 5e4) / 3600:.2f} h" in again, "a quarter is harvested"
 
 
 def test_bytes_received_are_those_that_training_counts(capsys):
