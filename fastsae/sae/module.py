@@ -41,7 +41,7 @@ class SAE(nn.Module):
 
     Parameters: ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``, ``b_dec [D]``. Both matrices lie
     feature-major in memory, so that one latent is one contiguous row of each. A new SAE has random unit
-    decoder rows, ``W_enc = W_decᵀ`` and zero biases.
+    decoder rows, ``W_enc = W_decᵀ / 2`` and zero biases.
 
     Args:
         d_in: width D of the activations.
@@ -105,7 +105,7 @@ class SAE(nn.Module):
             d_sae = len(part)
             self.levels = (d_sae,)
         self.d_sae = d_sae
-        self.W_enc = nn.Parameter(rows.clone().T)
+        self.W_enc = nn.Parameter((reference.ENCODER_START * rows).T)
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))

@@ -397,12 +397,17 @@ class StepResult:
     state: State = field(repr=False)
 
 
+ENCODER_START = 0.5
+"""The new encoder's share of ``W_decᵀ``. Rows that are selected together overlap: with all of it, they reconstruct about
+twice what there is (docs/quality.md)."""
+
+
 def initial_state(
     W_dec: Tensor, b_dec: Tensor, W_enc: Tensor | None = None, W_skip: Tensor | None = None
 ) -> State:
-    """``W_enc = W_decᵀ`` unless it is given, ``b_enc = 0``, moments and counters zero."""
+    """``W_enc = W_decᵀ / 2`` unless it is given, ``b_enc = 0``, moments and counters zero."""
     W_dec = normalize_rows(W_dec)
-    W_enc = W_dec.T.clone() if W_enc is None else W_enc
+    W_enc = ENCODER_START * W_dec.T if W_enc is None else W_enc
     params = Gradients(W_enc, W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
     params = params if W_skip is None else SkipGradients(*params, W_skip)
     moments = tuple(AdamMoments(torch.zeros_like(p), torch.zeros_like(p)) for p in params)

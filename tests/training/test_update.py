@@ -272,7 +272,7 @@ def test_state_of_another_size_is_refused(way: str) -> None:
 def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         CONFIG, tokens=200 * 16, lr_warmup_tokens=30 * 16, lr_decay_tokens=50 * 16,
-        k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=0.8, latent_quota=0.3,
+        k_initial=9.5, k_anneal_tokens=100 * 16, clip_norm=2.4, latent_quota=0.3,
         latent_quota_until=0.75, matryoshka=levels,
     )  # fmt: skip
     step = new_step(way, config)
@@ -282,7 +282,7 @@ def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, 
         quotas.append(quota_at(config, step.tokens_seen))
         settings = ref.Settings(
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.d_sae, step.tokens_seen, 16),
-            dead_after_tokens=50, max_gradient_norm=0.8, aux_coefficient=config.aux_weight,
+            dead_after_tokens=50, max_gradient_norm=config.clip_norm, aux_coefficient=config.aux_weight,
             quota=quotas[-1], levels=levels,
         )  # fmt: skip
         selected = step(x).counts.sum()
