@@ -123,7 +123,7 @@ class Variant:
 CONSTANT_LR: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0}
 FORMER: dict[str, Any] = {
     **CONSTANT_LR, "scale_by_norm": True, "lr": 3e-4, "latent_quota": 0.0,
-    "dead_after_tokens": 10_000_000,
+    "dead_after_tokens": 10_000_000, "encoder_start": 1.0,
 }  # fmt: skip
 """The defaults of the first version. It also kept outliers, which nobody gets here."""
 levels = lambda case: list(case.levels)
@@ -138,13 +138,15 @@ VARIANTS = {
     "dictionary_learning": Variant("dictionary_learning", rates=(3e-4, *RATES)),
     "sparsify": Variant("sparsify", rates=RATES),
     "default, scaled by the mean norm": Variant(options={"scale_by_norm": True}),
+    "default, whole encoder": Variant(options={"encoder_start": 1.0}),
     "default, lr 3e-4": Variant(options={"lr": 3e-4}),
     "default, constant lr": Variant(options=CONSTANT_LR),
     "default, no quota": Variant(options={"latent_quota": 0.0}),
     "default, dead after 10M": Variant(options={"dead_after_tokens": 10_000_000}),
     "default, plain objective": Variant(options={"objective": "plain"}),
 }
-"""Ours, the peers, and the defaults with one of them as the published recipe has it."""
+"""Ours, the peers, and the defaults with one of them as the published recipe has it (or, of the encoder's start, as
+the first version had it)."""
 
 
 # --- one run ---

@@ -164,7 +164,7 @@ class TrainConfig:
     """Tokens per step."""
     lr: float | None = None
     """Adam's learning rate. [3e-4 for 100M tokens, for fewer as their square root more; at most 3e-3,
-    and of more than 4,608 latents as their square root less]"""
+    and of more than 4,608 latents as much less as they are more]"""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
@@ -408,7 +408,7 @@ class TrainConfig:
 
     def peak_lr(self, d_sae: int) -> float:
         """``lr``, or that of the run's length, and of the dictionary where runs are short."""
-        most = 3e-3 * min(1.0, (4608 / d_sae) ** 0.5)
+        most = 3e-3 * min(1.0, 4608 / d_sae)
         own = max(3e-4, min(most, 3e-4 * (100_000_000 / self.tokens) ** 0.5))
         return own if self.lr is None else self.lr
 

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fastsae
 from fastsae.training.update import UPDATES
+from fastsae_kernels import reference
 from fastsae_kernels.update.state import decode_moment
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights
@@ -67,11 +69,17 @@ class Fastsae(Trainer):
 
     @classmethod
     def train_sae(
-        cls, problem: Problem, watch: Watch, scale_by_norm: bool = False, **options: Any
+        cls,
+        problem: Problem,
+        watch: Watch,
+        scale_by_norm: bool = False,
+        encoder_start: float = reference.ENCODER_START,
+        **options: Any,
     ) -> fastsae.SAE:
         """``options``: fields of ``TrainConfig``; all else is as by default, and what is saved on the way
         comes from the run's checkpoints. ``scale_by_norm``: give activations a mean norm of 1, as
-        earlier versions did, where the default gives one to their distances from their mean."""
+        earlier versions did, where the default gives one to their distances from their mean.
+        ``encoder_start``: begin with so many times ``W_decᵀ`` in ``W_enc``, of which the default is a half."""
         p = problem
         batches: Iterable[Tensor] = p.batches
         scale = 1.0
@@ -94,7 +102,8 @@ class Fastsae(Trainer):
                 checkpoint_every_tokens=max(1, p.tokens // 10), keep_checkpoints=10,
                 **{**cls.settings, **options},
             )  # fmt: skip
-            (sae,) = fastsae.Trainer(config, batches).fit()
+            with mock.patch.object(reference, "ENCODER_START", encoder_start):
+                (sae,) = fastsae.Trainer(config, batches).fit()
             saved = {int(p.name[5:]): p for p in Path(directory).glob("run/checkpoints/step_*")}
             for step, path in sorted(saved.items()):
                 watch(step, lambda path=path: in_its_units(fastsae.load(path)))
