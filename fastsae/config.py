@@ -164,7 +164,7 @@ class TrainConfig:
     """Tokens per step."""
     lr: float | None = None
     """Adam's learning rate. [3e-4 for 100M tokens, for fewer as their square root more; at most 3e-3,
-    and of more than 4,608 latents as much less as they are more]"""
+    and as much less as a latent is active less than 7 times a batch: --k times --batch-size / latents]"""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
@@ -407,8 +407,8 @@ class TrainConfig:
     # What follows the length of the run, and once the dictionary's size, where it is not given: see docs/quality.md.
 
     def peak_lr(self, d_sae: int) -> float:
-        """``lr``, or that of the run's length, and of the dictionary where runs are short."""
-        most = 3e-3 * min(1.0, 4608 / d_sae)
+        """``lr``, or that of the run's length, and, where runs are short, of how often a latent is active."""
+        most = 3e-3 * min(1.0, self.k * self.batch_size / d_sae / ACTIVE_ENOUGH)
         own = max(3e-4, min(most, 3e-4 * (100_000_000 / self.tokens) ** 0.5))
         return own if self.lr is None else self.lr
 
@@ -456,6 +456,9 @@ class TrainConfig:
         own = {"aux_coefficient": self.aux_weight, "outlier_norm": outlier_norm}
         return dataclasses.asdict(self) | own
 
+
+ACTIVE_ENOUGH = 32 * 1024 / 4608
+"""So often a batch a latent must be active, on average, to be trained at 3e-3: the fewest that were."""
 
 AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
 """What aux-k weighs in each objective where no ``aux_coefficient`` is given.

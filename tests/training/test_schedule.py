@@ -39,10 +39,13 @@ def test_the_schedule_follows_the_length_of_the_run() -> None:
     assert fastsae.TrainConfig(tokens=10**9).peak_lr(F) == 3e-4
 
 
-def test_large_dictionaries_bound_the_learning_rate_of_short_runs() -> None:
-    short = fastsae.TrainConfig(tokens=500_000)
+def test_seldom_active_latents_bound_the_learning_rate_of_short_runs() -> None:
+    short = fastsae.TrainConfig(tokens=500_000, k=32)
+    assert short.peak_lr(4608) == pytest.approx(3e-3)
     assert short.peak_lr(9216) == pytest.approx(1.5e-3)
     assert short.peak_lr(4 * 4608) == pytest.approx(7.5e-4)
+    for more in ({"k": 64}, {"batch_size": 2048}):
+        assert dataclasses.replace(short, **more).peak_lr(4 * 4608) == pytest.approx(1.5e-3)
     assert short.peak_lr(10**7) == 3e-4  # not below that of long runs
     assert fastsae.TrainConfig(tokens=50_000_000).peak_lr(9216) == pytest.approx(3e-4 * 2**0.5)
     assert fastsae.TrainConfig(tokens=500_000, lr=0.5).peak_lr(10**7) == 0.5
