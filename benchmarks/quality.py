@@ -10,8 +10,7 @@ on held-out tokens, selected per token (TopK with the same k), so at equal L0. A
 batches, paired over the trainers, and each trainer's initial weights. Peers are trained at their documented
 learning rate and at the best of a grid, the one with the highest explained variance on a seed that is in
 no table, or, where runs take an hour, on the first that is, which favours them (rates beyond a worse one are
-not tried); counts of steps or tokens
-that they document (warm-up, dead window) are scaled to the run.
+not tried); counts of steps or tokens that they document (warm-up, dead window) are scaled to the run.
 """
 
 from __future__ import annotations
@@ -251,7 +250,7 @@ def wanted(
     if rates and (lrs := untried(tried_rates(rows, case, trainer), rates)):
         yield lrs[0], choosing
         return
-    best = best_rate(rows, case, trainer) or "" if rates else ""
+    best = best_rate(rows, case, trainer) or ""
     published = ("", best) if choosing == CHOOSING else (best,)
     for seed in seeds:
         for lr in dict.fromkeys(published):
@@ -329,10 +328,7 @@ def published(rows: list[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
     yet): the ends of its seeds."""
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
     ends = finals(rows)
-    bests = {
-        (case, trainer): best_rate(rows, case, trainer) if VARIANTS[trainer].rates else None
-        for case, trainer in {key[:2] for key in ends}
-    }
+    bests = {key: best_rate(rows, *key) for key in {key[:2] for key in ends}}
     for (case, trainer, lr, seed), row in ends.items():
         best = bests[case, trainer]
         if seed == CHOOSING or (best is not None and lr not in ("", best)):

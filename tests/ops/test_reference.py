@@ -412,7 +412,7 @@ class TestUpdate:
             state = ref.initial_state(
                 torch.randn(24, 12, dtype=F64, generator=g), torch.zeros(12, dtype=F64)
             )
-            # Pre-activations begin at about 1, so that these are seldom selected.
+            # The second half is seldom selected to begin with.
             b_enc = torch.where(torch.arange(24) < 12, 0.0, -1.0).to(F64)
             state = replace(state, params=state.params._replace(b_enc=b_enc))
             s = ref.Settings(
