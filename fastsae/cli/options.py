@@ -179,9 +179,12 @@ def _in_a_line(box: str) -> str:
     """What tyro shows in a box of several parts: the first part, and the flags that were perhaps meant."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # colours
     lines = [line.strip("│ ") for line in plain.splitlines() if line[:1] not in "╭╰"]
-    is_rule = lambda line: set(line) == {"─"}
+    is_rule = lambda line: set(line) in ({"─"}, {"-"})
     parts = [list(part) for rule, part in groupby(lines, is_rule) if not rule]
-    said = " ".join(parts[0]).removeprefix("Error parsing ")
+    if "╭" not in plain:  # in ASCII, the box has no frame, and its title is a part of its own
+        parts = parts[1:]
+    # Of a flag the name is kept; that of the class which checks all of them says nothing.
+    said = re.sub(r"^Error parsing (\w+: )?", "", " ".join(parts[0])).strip()
     if len(parts) > 1 and parts[1][0].startswith("Perhaps"):
         flags = [line.split()[0].rstrip(",") for line in parts[1] if line.startswith("--")]
         said += f"; perhaps {' or '.join(flags)}"
