@@ -35,7 +35,8 @@ from fastsae import SAE, BatchTopK, evaluate
 from fastsae.cli.presets import demo_config
 
 RUNS = "quality_study.csv"
-SEEDS, CHOOSING = (0, 1, 2), 100
+CHOOSING = 100
+"""The seed that is in no table."""
 POINTS = (0.1, 0.2, 0.5, 1.0)
 """Shares of the run at which learning curves are measured."""
 RATES = (1e-3, 3e-3, 1e-2)
@@ -56,6 +57,7 @@ class Case:
     steps: int
     batch_size: int = 1024
     levels: tuple[int, ...] = ()  # of the Matryoshka forms
+    seeds: tuple[int, ...] = (0, 1, 2)
     choosing: int = CHOOSING  # the seed that chooses the peers' learning rates
 
     @property
@@ -92,9 +94,17 @@ class Settings:
 CASES = {
     "SmolLM2": Case(Settings.smollm2, 9216, 32, 1960, levels=(576, 2304, 9216), choosing=0),
     "demo": Case(Settings.demo, 1024, 16, 750, levels=(64, 256, 1024)),
-    "features 1024": Case(Settings.features_1024, 1024, 12, 1000, levels=(64, 256, 1024)),
+    "features 1024": Case(
+        Settings.features_1024, 1024, 12, 1000, levels=(64, 256, 1024), seeds=(1, 2, 3)
+    ),
     "features 4096": Case(
-        Settings.features_4096, 4096, 40, 1000, levels=(256, 1024, 4096), choosing=0
+        Settings.features_4096,
+        4096,
+        40,
+        1000,
+        levels=(256, 1024, 4096),
+        seeds=(1, 2, 3),
+        choosing=1,
     ),
 }
 
@@ -122,7 +132,8 @@ class Variant:
 CONSTANT_LR: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0}
 FORMER: dict[str, Any] = {
     **CONSTANT_LR, "scale_by_norm": True, "lr": 3e-4, "latent_quota": 0.0,
-    "dead_after_tokens": 10_000_000, "encoder_start": 1.0,
+    "dead_after_tokens": 10_000_000, "encoder_start": 1.0, "decoder_lr_ratio": 1.0,
+    "adam_betas": (0.9, 0.999),
 }  # fmt: skip
 """The defaults of the first version. It also kept outliers, which nobody gets here."""
 levels = lambda case: list(case.levels)
@@ -138,6 +149,8 @@ VARIANTS = {
     "sparsify": Variant("sparsify", rates=RATES),
     "default, scaled by the mean norm": Variant(options={"scale_by_norm": True}),
     "default, whole encoder": Variant(options={"encoder_start": 1.0}),
+    "default, decoder at the same lr": Variant(options={"decoder_lr_ratio": 1.0}),
+    "default, Adam's betas .9 .999": Variant(options={"adam_betas": (0.9, 0.999)}),
     "default, lr 3e-4": Variant(options={"lr": 3e-4}),
     "default, constant lr": Variant(options=CONSTANT_LR),
     "default, no quota": Variant(options={"latent_quota": 0.0}),
@@ -168,6 +181,10 @@ def selecting(sae: SAE, k: float) -> SAE:
 
 def run(variant: Variant, case: Case, data: Data, seed: int, lr: float | None) -> Iterator[Row]:
     """Train and measure: a row for each point of the learning curve, the last with every score."""
+    if seed == data.drawn_with:
+        raise SystemExit(
+            f"an SAE of seed {seed} would begin with the true features, which were drawn with it; choose another"
+        )
     problem = variant.problem(case, data.train, seed, lr)
     options = {k: v(case) if callable(v) else v for k, v in variant.options.items()}
     if "lr" in options:
@@ -267,7 +284,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the learning curves there, train nothing")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--trainers", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="those of the tables if not given")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -280,11 +297,12 @@ def main() -> None:
         return
     settings, before = Settings(args.model, args.cache), read_runs(path)
     for name in args.cases:
+        seeds = args.seeds or CASES[name].seeds
         for trainer in args.trainers:
             if package := missing(VARIANTS[trainer].trainer):
                 print(f"{name} | {trainer}: left out, {package} is not installed")
                 continue
-            while todo := next(wanted(read_runs(path), name, trainer, args.seeds), None):
+            while todo := next(wanted(read_runs(path), name, trainer, seeds), None):
                 lr, seed = todo
                 data = data_of(name, settings)
                 rate = float(lr) if lr else None

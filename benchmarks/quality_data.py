@@ -27,6 +27,8 @@ HELD_OUT = 65_536
 SPLICED_TOKENS = 8_192
 LABELS, DOCUMENTS, LEAST, PROBED = ("numpy", "torch", "transformers", "pandas"), 60, 300, 5
 """Probing tells apart so many documents of each package, of so many characters, by so many latents."""
+TRUTH_SEED = 0
+"""Of the true features."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Data:
     train: Tensor
     held_out: Tensor
     scores: Callable[[SAE], Row]
+    drawn_with: int | None = None
+    """The seed of what a dictionary is to find. Whoever draws a decoder alike with the same seed has found it."""
 
 
 class Batches(Sequence[Tensor]):
@@ -149,10 +153,10 @@ def synthetic(features: int, width: int, tokens: int, cache: Path | None = None)
         mean_correlation_coefficient,
     )
 
-    torch.manual_seed(0)
+    torch.manual_seed(TRUTH_SEED)
     model = SyntheticModel(
         SyntheticModelConfig(
-            features, width, seed=0, std_firing_magnitudes=0.3, bias=1.0,
+            features, width, seed=TRUTH_SEED, std_firing_magnitudes=0.3, bias=1.0,
             hierarchy=HierarchyConfig(features // 32, 4, 2, compensate_probabilities=True),
             correlation=LowRankCorrelationConfig(rank=16),
         )
@@ -187,7 +191,7 @@ def synthetic(features: int, width: int, tokens: int, cache: Path | None = None)
             "true_l0": float(fires.sum(1).double().mean()),
         }
 
-    return Data(train, held_out, scores)
+    return Data(train, held_out, scores, TRUTH_SEED)
 
 
 def smollm2(folder: Path, cache: Path | None, tokens: int) -> TrainConfig:

@@ -64,6 +64,18 @@ def test_a_run_is_measured_on_its_way(tiny):
     assert [row["tokens"] // 64 for row in halves] == [2, 4, 10, 20]
 
 
+def test_no_run_begins_with_what_it_is_to_find(quality, tiny):
+    """A decoder drawn as the true features were, with the same seed, is the true features."""
+    case, drawn = tiny.CASES["tiny"], tiny.replace(tiny.CASES["tiny"].data(), drawn_with=2)
+    with pytest.raises(SystemExit, match="seed 2 would begin with the true features"):
+        list(tiny.run(tiny.VARIANTS[tiny.OURS], case, drawn, seed=2, lr=None))
+    importlib.reload(quality)
+    known = [case for name, case in quality.CASES.items() if name.startswith("features")]
+    assert known
+    for case in known:
+        assert quality.quality_data.TRUTH_SEED not in (*case.seeds, case.choosing)
+
+
 def test_the_rate_is_chosen_on_a_seed_that_is_not_published(tiny, monkeypatch, tmp_path, capsys):
     run(tiny, monkeypatch, "--out", str(tmp_path), "--seeds", "0", "1")
     path = tmp_path / "quality_study.csv"
