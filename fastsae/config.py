@@ -165,6 +165,10 @@ class TrainConfig:
     lr: float | None = None
     """Adam's learning rate. [3e-4 for 100M tokens, for fewer as their square root more; at most 3e-3,
     and as much less as a latent is active less than 7 times a batch: --k times --batch-size / latents]"""
+    decoder_lr_ratio: float = 2.0
+    """The learning rate of the decoder's rows, as a multiple of --lr."""
+    adam_betas: tuple[float, float] = (0.7, 0.99)
+    """How much of Adam's mean gradient, and of its mean square, a step keeps."""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
@@ -264,6 +268,7 @@ class TrainConfig:
             valid = lambda value, least=least: isinstance(value, int) and value >= least
             self._require(name, valid, f"a whole number of at least {least}")
         object.__setattr__(self, "matryoshka", checked_levels(self.matryoshka, self.d_sae))
+        object.__setattr__(self, "adam_betas", _checked_betas(self.adam_betas))
         site = Site.parse(self.hook, self.layer)
         for name in site._fields:
             object.__setattr__(self, name, getattr(site, name))
@@ -475,7 +480,7 @@ _WHOLE_NUMBERS = {
     "keep_checkpoints": 1, "log_every_tokens": 1, "context_length": 2, "lanes": 1, "latent_shards": 1,
 }  # fmt: skip
 """The smallest value of each."""
-_ABOVE = {"k": 0, "lr": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0}
+_ABOVE = {"k": 0, "lr": 0, "decoder_lr_ratio": 0, "expansion": 0, "k_initial": 0, "clip_norm": 0}
 _CHOICES = {
     name: get_args(hint)
     for name, hint in get_type_hints(TrainConfig).items()
@@ -500,6 +505,16 @@ def checked_levels(levels: Iterable[Any], d_sae: int | None) -> tuple[int, ...]:
             f"the whole dictionary; add {d_sae}, or give --d-sae {values[-1]}"
         )
     return tuple(map(int, values))
+
+
+def _checked_betas(betas: Iterable[Any]) -> tuple[float, float]:
+    """Adam's; raises ConfigError if they are not two numbers above 0 and below 1."""
+    values = tuple(map(_plain, betas if isinstance(betas, Iterable) else (betas,)))
+    if len(values) != 2 or not all(_is_finite(value) and 0 < value < 1 for value in values):
+        raise ConfigError(
+            f"adam_betas must be two numbers above 0 and below 1, as 0.9 0.999, got {values!r}"
+        )
+    return values
 
 
 def _plain(value: Any) -> Any:

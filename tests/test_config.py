@@ -42,14 +42,15 @@ def test_the_weight_of_aux_k_is_the_flags_or_the_objectives() -> None:
 
 
 def test_not_too_many_flags() -> None:
-    assert len(dataclasses.fields(TrainConfig)) <= 68
+    assert len(dataclasses.fields(TrainConfig)) <= 70
     assert {field.name for field in dataclasses.fields(TrainConfig)} > MAY_CHANGE_ON_RESUME
 
 
 def test_settings_survive_a_way_through_json() -> None:
     for outlier_norm in (None, 10, float("inf")):
         c = TrainConfig(
-            layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=outlier_norm, matryoshka=(9, 99)
+            layer=3, k=8.5, text_files=("a.txt", "b.txt"), outlier_norm=outlier_norm, matryoshka=(9, 99),
+            adam_betas=(0.9, 0.999),
         )  # fmt: skip
         found = TrainConfig(**json.loads(json.dumps(c.to_dict(), allow_nan=False)))
         assert found == dataclasses.replace(c, aux_coefficient=18.75)
@@ -150,6 +151,16 @@ def test_the_stream_has_its_own_seed_if_wanted() -> None:
         ("k", -3.0, "got -3.0"),
         ("k", float("nan"), "got nan"),
         ("lr", 0.0, "lr must be a finite number above 0"),
+        ("decoder_lr_ratio", 0.0, "decoder_lr_ratio must be a finite number above 0"),
+        (
+            "adam_betas",
+            (0.9, 1.0),
+            "adam_betas must be two numbers above 0 and below 1, as 0.9 0.999, got",
+        ),
+        ("adam_betas", (0.0, 0.9), "got (0.0, 0.9)"),
+        ("adam_betas", 0.9, "got (0.9,)"),
+        ("adam_betas", (0.9, 0.99, 0.999), "two numbers"),
+        ("adam_betas", ("a", 0.9), "two numbers"),
         ("lr", float("inf"), "got inf"),
         ("aux_coefficient", -1.0, "aux_coefficient must be a finite number of at least 0"),
         ("expansion", 0.0, "expansion must be"),

@@ -19,8 +19,10 @@ from fastsae_kernels.update.state import decode_moment
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights
 
-CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0}
-"""The learning rate of a problem is that of every step, and selection is that of the other trainers."""
+CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0} | {
+    "decoder_lr_ratio": 1.0, "adam_betas": (0.9, 0.999)
+}  # fmt: skip
+"""The learning rate of a problem is that of every step, and selection and Adam are those of the other trainers."""
 
 
 class Fastsae(Trainer):
@@ -79,7 +81,7 @@ class Fastsae(Trainer):
         """``options``: fields of ``TrainConfig``; all else is as by default, and what is saved on the way
         comes from the run's checkpoints. ``scale_by_norm``: give activations a mean norm of 1, as
         earlier versions did, where the default gives one to their distances from their mean.
-        ``encoder_start``: begin with so many times ``W_decᵀ`` in ``W_enc``, of which the default is a half."""
+        ``encoder_start``: begin with so many times ``W_decᵀ`` in ``W_enc``, of which the default is a third."""
         p = problem
         batches: Iterable[Tensor] = p.batches
         scale = 1.0

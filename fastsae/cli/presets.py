@@ -31,6 +31,8 @@ _CARD: dict[str, Any] = {
     "aux_coefficient": 0.0625,
     "latent_quota": 0.0,
     "lr": 3e-4,
+    "decoder_lr_ratio": 1.0,
+    "adam_betas": (0.9, 0.999),
     "lr_warmup_tokens": 0,
     "lr_decay_tokens": 0,
     "dead_after_tokens": 10_000_000,

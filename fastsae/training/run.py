@@ -203,8 +203,10 @@ class Run:
     def refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise CheckpointError if the settings ``saved`` in ``path`` would compute something else."""
         # Of runs from before there were these.
-        before = {"hook": TrainConfig.hook, "target": None, "skip": False}
-        saved = before | {"lanes": 1, "latent_shards": 1} | saved
+        before: dict[str, Any] = {"hook": TrainConfig.hook, "target": None, "skip": False}
+        before |= {"lanes": 1, "latent_shards": 1}
+        before |= {"adam_betas": [0.9, 0.999], "decoder_lr_ratio": 1.0}
+        saved = before | saved
         changed = [
             f"{name}: {saved.get(name)!r} in the run, {value!r} now"
             for name, value in plain(self.config.to_dict()).items()

@@ -175,6 +175,7 @@ class ShardedUpdate(Update):
         parts = [
             fused_update_latents_(
                 s.W_enc, s.b_enc, s.W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
+                betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio,
                 dY_scale=dY_scale, aux_gradients=extra, first_row=s.latents.start,
             )
             for s, csr, csc, extra in zip(shards, csrs, cscs, aux_gradients, strict=True)
@@ -182,7 +183,7 @@ class ShardedUpdate(Update):
         parts = self._from_all(parts, b_dec, "scalars")
         leaf = lambda node: parts[node[0]] if node[1] - node[0] == 1 else None
         db_dec = dY.sum(0, dtype=b_dec.dtype) * dY_scale + tree_sum((0, self._number), leaf)
-        adam_(self._b_dec, db_dec, self.lr, self.updates)
+        adam_(self._b_dec, db_dec, self.lr, self.updates, config.adam_betas)
         self.activation.track(threshold)
         counts = torch.cat([self.updates.new_empty(0), *(csc.counts() for csc in cscs)])
         self._count(len(x), counts)

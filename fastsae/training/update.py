@@ -241,7 +241,10 @@ class AutogradUpdate(Update):
         self._parameters = {name: getattr(sae, name) for name in PARAMETERS}
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             self._parameters["W_skip"] = sae.W_skip
-        self._optimizer = torch.optim.Adam(self._parameters.values(), lr=self.lr, fused=True)
+        self._decoder_lr = torch.zeros_like(self.lr)
+        others = [p for name, p in self._parameters.items() if name != "W_dec"]
+        groups = [{"params": others}, {"params": [sae.W_dec], "lr": self._decoder_lr}]
+        self._optimizer = torch.optim.Adam(groups, lr=self.lr, betas=config.adam_betas, fused=True)
         for p in self._parameters.values():
             self._optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -273,6 +276,7 @@ class AutogradUpdate(Update):
                 clip = clip_factor(norm, config.clip_norm)
                 for gradient in gradients:
                     gradient *= clip
+            torch.mul(self.lr, config.decoder_lr_ratio, out=self._decoder_lr)
             for state in self._optimizer.state.values():
                 state["step"].copy_(self.updates)
             self._optimizer.step()
@@ -426,10 +430,11 @@ class FusedUpdate(Update):
             clip = clip_factor(norm, config.clip_norm)
         fused_update_(
             W_enc, b_enc, W_dec, b_dec, csr, csc, inputs, dY, self.lr, self.updates,
-            clip=clip, **options,
+            betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio, clip=clip, **options,
         )  # fmt: skip
         if skip is not None and dW_skip is not None:
-            adam_(skip, dW_skip if clip is None else clip * dW_skip, self.lr, self.updates)
+            gradient = dW_skip if clip is None else clip * dW_skip
+            adam_(skip, gradient, self.lr, self.updates, config.adam_betas)
         self._join()
         return UpdateResult(objective, error, aux, decoded.residual, counts)
 
@@ -474,11 +479,19 @@ class FusedUpdate(Update):
                 rows.set_master_(_feature_major(state[f"sae.{name}"], name))
 
 
-def adam_(state: BiasState, gradient: Tensor, lr: Tensor, step: Tensor, eps: float = 1e-8) -> None:
+def adam_(
+    state: BiasState,
+    gradient: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+) -> None:
     """One step of Adam, in place, for what no kernel updates; reads nothing back."""
-    state.m.lerp_(gradient, 0.1)
-    state.v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    correction1, correction2 = (1 - beta ** step.double() for beta in (0.9, 0.999))
+    beta1, beta2 = betas
+    state.m.lerp_(gradient, 1 - beta1)
+    state.v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     root = (state.v / correction2.to(state.v.dtype)).sqrt_().add_(eps)
     state.weight.sub_(state.m * (lr / correction1).to(state.m.dtype) / root)
 

@@ -377,6 +377,7 @@ class Settings:
     k_aux: int
     aux_coefficient: float  # what the objective multiplies aux-k by
     lr: float = 3e-4
+    decoder_lr_ratio: float = 1.0  # W_dec's learning rate is as many times lr
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     aux_normalization: AuxNormalization = "residual_variance"
@@ -397,7 +398,7 @@ class StepResult:
     state: State = field(repr=False)
 
 
-ENCODER_START = 0.5
+ENCODER_START = 1 / 3
 """The new encoder's share of ``W_decᵀ``. Rows that are selected together overlap: with all of it, they reconstruct about
 twice what there is (docs/quality.md)."""
 
@@ -405,7 +406,7 @@ twice what there is (docs/quality.md)."""
 def initial_state(
     W_dec: Tensor, b_dec: Tensor, W_enc: Tensor | None = None, W_skip: Tensor | None = None
 ) -> State:
-    """``W_enc = W_decᵀ / 2`` unless it is given, ``b_enc = 0``, moments and counters zero."""
+    """``W_enc = W_decᵀ / 3`` unless it is given, ``b_enc = 0``, moments and counters zero."""
     W_dec = normalize_rows(W_dec)
     W_enc = ENCODER_START * W_dec.T if W_enc is None else W_enc
     params = Gradients(W_enc, W_dec.new_zeros(len(W_dec)), W_dec, b_dec)
@@ -450,9 +451,18 @@ def train_step(
     )
     g = g._replace(W_dec=project_gradient(W_dec, g.W_dec))
     clip = clip_factor(g, settings.max_gradient_norm)
+    rates = {"W_dec": settings.decoder_lr_ratio * settings.lr}
     updated = [
-        adam(p, clip * gp, mom, state.step + 1, settings.lr, settings.betas, settings.eps)
-        for p, gp, mom in zip(state.params, g, state.moments, strict=True)
+        adam(
+            p,
+            clip * gp,
+            mom,
+            state.step + 1,
+            rates.get(name, settings.lr),
+            settings.betas,
+            settings.eps,
+        )
+        for name, p, gp, mom in zip(g._fields, state.params, g, state.moments, strict=True)
     ]
     params, moments = type(g)(*(p for p, _ in updated)), tuple(m for _, m in updated)
     params = params._replace(W_dec=normalize_rows(params.W_dec))

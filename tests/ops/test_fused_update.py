@@ -27,6 +27,7 @@ from fastsae_kernels.update.state import Adam, Batch, Parameters
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 LEVELS = (2, 7, LATENTS)  # a latent of two chunks and the long one are in the second
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
+ADAM = {"betas": (0.7, 0.99), "decoder_lr_ratio": 2.0}
 FORMS = {
     "whole": {},
     "split": {"split": True},
@@ -116,6 +117,7 @@ class Fused:
             torch.tensor(lr, dtype=torch.float64, device=self.device),
             self.count,
             clip=clip,
+            **ADAM,
             **options,
         )
         return norm
@@ -172,6 +174,7 @@ def test_one_step_is_the_reference_step(device, max_norm, levels, dead):
     since = state.tokens_since_active
     since[:dead] = since[EMPTY] = 100 if dead else 0  # some of the dead are selected, some are not
     settings = reference.Settings(
+        **ADAM,
         objective="plain",
         k=4,
         k_aux=LATENTS,
@@ -205,7 +208,8 @@ def test_one_step_is_autograd_and_torch_adam(max_norm):
     state, x, mask = start(1)
     leaves = [p.clone().requires_grad_() for p in state.params]
     W_enc, b_enc, W_dec, b_dec = leaves
-    optimizer = torch.optim.Adam(leaves, lr=3e-4, betas=(0.9, 0.999), eps=1e-8)
+    groups = [{"params": [W_enc, b_enc, b_dec]}, {"params": [W_dec], "lr": 6e-4}]
+    optimizer = torch.optim.Adam(groups, lr=3e-4, betas=(0.7, 0.99), eps=1e-8)
     for leaf, moments in zip(leaves, state.moments, strict=True):
         optimizer.state[leaf] = {
             "step": torch.tensor(5.0),
@@ -247,6 +251,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization, levels):
     params.b_enc[:4] = -4
     state = replace(state, params=params, moments=moments, step=0)
     settings = reference.Settings(
+        **ADAM,
         objective="plain",
         k=3,
         k_aux=3,
@@ -274,7 +279,7 @@ def test_a_hundred_steps_in_float64_follow_the_reference(normalization, levels):
 @pytest.mark.slow_interpreted
 def test_every_storage_form_takes_the_same_step(device, form):
     state, x, mask = start(3)
-    settings = reference.Settings(k=4, k_aux=0, objective="plain", aux_coefficient=0)
+    settings = reference.Settings(**ADAM, k=4, k_aux=0, objective="plain", aux_coefficient=0)
     fused = Fused(state, torch.float32, device, **FORMS[form])
     if "8-bit" in form:
         # From zero moments the first update is that of exact moments: they round when they are stored.
@@ -347,27 +352,30 @@ def test_parts_of_the_dictionary_become_what_they_become_in_the_whole(device, fo
         slots = aux._replace(slots=aux.slots[at].contiguous())
         db_dec += fused_update_latents_(
             W_enc, b_enc, W_dec, b_dec, *own, x, residual[0], lr, step,
-            dY_scale=-0.01, aux_gradients=slots, first_row=at.start,
+            dY_scale=-0.01, aux_gradients=slots, first_row=at.start, **ADAM,
         )  # fmt: skip
         parts.append([t for own in (W_enc, W_dec) for t in own if t is not None] + [*b_enc])
     moment = whole.b_dec.m.clone()
     fused_update_(
         whole.W_enc, whole.b_enc, whole.W_dec, whole.b_dec, csr, csc, x, residual[0], lr, step - 1,
-        dY_scale=-0.01, aux_gradients=aux,
+        dY_scale=-0.01, aux_gradients=aux, **ADAM,
     )  # fmt: skip
     rows = [t for own in (whole.W_enc, whole.W_dec) for t in own if t is not None]
     *matrices, weight, m, v = (torch.cat(got) for got in zip(*parts, strict=True))
     assert all(got.equal(expected) for got, expected in zip(matrices, rows, strict=True))
     for got, expected in zip((weight, m, v), whole.b_enc, strict=True):
         assert (got - expected).abs().max() <= FUSED_STEP * expected.abs().max()
-    gradient = (whole.b_dec.m - 0.9 * moment) / 0.1
+    gradient = (whole.b_dec.m - 0.7 * moment) / 0.3
     assert (db_dec - gradient).abs().max() <= FUSED_STEP * gradient.abs().max()
 
 
 def test_latents_without_actives_follow_their_momentum(device):
     state, x, mask = start(5)
     expected = reference.train_step(
-        state, x, reference.Settings(k=4, k_aux=0, objective="plain", aux_coefficient=0), mask * 0
+        state,
+        x,
+        reference.Settings(**ADAM, k=4, k_aux=0, objective="plain", aux_coefficient=0),
+        mask * 0,
     ).state
     fused = Fused(state, torch.float32, device)
     before = fused.W_enc.weight.clone()
@@ -437,7 +445,7 @@ def flat_arguments(device="cpu"):
     matrices = fused.W_enc, fused.W_dec
     weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]
     norm = (weights, remainders, fused.b_dec.weight, *inputs)
-    return (*parameters, *inputs, lr, step, None, 0.9, 0.999, 1e-8), norm
+    return (*parameters, *inputs, lr, step, None, 0.7, 0.99, 1e-8, 2.0), norm
 
 
 def test_operations_are_well_registered():
@@ -494,7 +502,7 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
             Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec.weight, fused.b_dec[1:]),
             None,
             Batch(csr.values, csc, x, residual, -0.1, None),
-            Adam(torch.tensor(1e-3), torch.tensor(0), None, 0.9, 0.999, 1e-8),
+            Adam(torch.tensor(1e-3), torch.tensor(0), None, 0.7, 0.99, 1e-8, 2.0),
         )
     assert sizes and max(sizes) < LATENTS * WIDTH
 
@@ -545,6 +553,7 @@ def test_one_step_of_a_transcoder_is_the_reference_step(device, max_norm, width)
     since[:3] = 100
     state = replace(state, params=params, moments=moments, tokens_since_active=since)
     settings = reference.Settings(
+        **ADAM,
         objective="plain", k=4, k_aux=LATENTS, dead_after_tokens=100, max_gradient_norm=max_norm,
         aux_coefficient=0.5,
     )  # fmt: skip
@@ -569,7 +578,7 @@ def test_one_step_of_a_transcoder_is_the_reference_step(device, max_norm, width)
     fused_update_(
         fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec, *batch,
         torch.tensor(3e-4, device=device), torch.tensor(state.step, device=device),
-        clip=clip, **options,
+        clip=clip, **ADAM, **options,
     )  # fmt: skip
     assert_close(fused, expected, FUSED_STEP)
 

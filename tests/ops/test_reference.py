@@ -374,10 +374,11 @@ class TestUpdate:
         state, x = small_problem(5)
         s = ref.Settings(
             k=3.3, k_aux=3, lr=0.01, dead_after_tokens=60, max_gradient_norm=clip, aux_coefficient=18.75,
-            levels=levels,
+            levels=levels, betas=(0.7, 0.99), decoder_lr_ratio=2.0,
         )  # fmt: skip
         params = [p.clone().requires_grad_() for p in state.params]
-        optimizer = torch.optim.Adam(params, lr=s.lr)
+        groups = [{"params": params[:2] + params[3:]}, {"params": [params[2]], "lr": 2 * s.lr}]
+        optimizer = torch.optim.Adam(groups, lr=s.lr, betas=s.betas)
         g = torch.Generator().manual_seed(9)
         for _ in range(25):
             x = torch.randn(x.shape, dtype=F64, generator=g) + 1

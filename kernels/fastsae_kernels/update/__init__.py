@@ -72,7 +72,7 @@ def _fused_update_(
     W_dec: list[Tensor], W_dec_parts: str, b_dec: list[Tensor], db_dec: Tensor | None,
     batch: list[Tensor], dY_scale: float, aux: list[Tensor],
     lr: Tensor, step: Tensor, clip: Tensor | None, beta1: float, beta2: float, eps: float,
-    tied: bool = True, first_row: int = 0,
+    decoder_lr_ratio: float = 1.0, tied: bool = True, first_row: int = 0,
 ) -> None:  # fmt: skip
     (torch_impl if implementation(b_dec[0]) == "torch" else triton_impl).fused_update(
         Parameters(
@@ -85,7 +85,7 @@ def _fused_update_(
         ),
         db_dec,
         _inputs(batch, dY_scale, aux, tied),
-        Adam(lr, step, clip, beta1, beta2, eps),
+        Adam(lr, step, clip, beta1, beta2, eps, decoder_lr_ratio),
     )
 
 
@@ -182,6 +182,7 @@ def fused_update_(
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    decoder_lr_ratio: float = 1.0,
     dY_scale: float = 1.0,
     aux_gradients: AuxGradients | None = None,
     clip: Tensor | None = None,
@@ -193,7 +194,7 @@ def fused_update_(
     ``W_enc`` and ``W_dec`` are :class:`MatrixState` ``[F, D]``, ``b_enc [F]`` and ``b_dec [D]``
     :class:`BiasState`. ``x [B, D]`` is the scaled input, ``dY_scale · dY [B, D]`` the loss's gradient at
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
-    float tensor and ``step []`` an int64 tensor that counts the updates, 0 before the first: this one adds 1.
+    float tensor, ``decoder_lr_ratio`` times which is ``W_dec``'s learning rate, and ``step []`` an int64 tensor that counts the updates, 0 before the first: this one adds 1.
     Both are on the device, as is the ``clip []`` that multiplies every gradient after the projection
     (:func:`clip_factor`).
     With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``. With ``tied``,
@@ -204,7 +205,8 @@ def fused_update_(
     shapes, strides or dtypes that do not fit. Not differentiable. See the module for the mathematics,
     the determinism and the bytes moved.
     """
-    parts = (W_enc, b_enc, W_dec, [*b_dec]), (csr, csc, x, dY), (lr, step, clip, *betas, eps)
+    adam = (lr, step, clip, *betas, eps, decoder_lr_ratio)
+    parts = (W_enc, b_enc, W_dec, [*b_dec]), (csr, csc, x, dY), adam
     _update(*parts, None, dY_scale, aux_gradients, levels, tied, 0)
 
 
@@ -222,6 +224,7 @@ def fused_update_latents_(
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    decoder_lr_ratio: float = 1.0,
     dY_scale: float = 1.0,
     aux_gradients: AuxGradients | None = None,
     first_row: int = 0,
@@ -234,7 +237,8 @@ def fused_update_latents_(
     become what they become in an update of the whole dictionary.
     """
     part = torch.empty_like(b_dec)
-    parts = (W_enc, b_enc, W_dec, [b_dec]), (csr, csc, x, dY), (lr, step, None, *betas, eps)
+    adam = (lr, step, None, *betas, eps, decoder_lr_ratio)
+    parts = (W_enc, b_enc, W_dec, [b_dec]), (csr, csc, x, dY), adam
     _update(*parts, part, dY_scale, aux_gradients, None, True, first_row)
     return part
 
@@ -242,7 +246,7 @@ def fused_update_latents_(
 def _update(
     state: tuple[MatrixState, BiasState, MatrixState, list[Tensor]],
     inputs: tuple[CSR, CSC, Tensor, Tensor],
-    adam: tuple[Tensor, Tensor, Tensor | None, float, float, float],
+    adam: tuple[Tensor, Tensor, Tensor | None, float, float, float, float],
     db_dec: Tensor | None,
     dY_scale: float, aux_gradients: AuxGradients | None, levels: Tensor | None, tied: bool,
     first_row: int,

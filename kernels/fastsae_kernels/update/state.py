@@ -145,6 +145,7 @@ class Adam(NamedTuple):
     beta1: float
     beta2: float
     eps: float
+    decoder_lr_ratio: float  # W_dec's learning rate is as many times lr
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,38 +78,45 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
 
 def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
-    lr, step, clip, beta1, beta2, eps = adam
+    lr, step, clip, beta1, beta2, eps, decoder_lr_ratio = adam
     if db_dec is None:
         step += 1
         db_dec = inputs.output_gradient(b_dec.dtype)
     else:
         db_dec.zero_()
-    options: dict[str, Any] = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps}
+    options: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps}
     options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-    t = step.to(torch.float32).reshape(())
+    t, rate = step.to(torch.float32).reshape(()), float(lr)
 
-    def update(weights: list[Tensor], gradients: list[Tensor], m: list[Tensor], v: list[Tensor]):
+    def update(
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        rate: float,
+    ) -> None:
         if clip is not None:
             for gradient in gradients:
                 gradient *= clip.to(gradient.dtype)
         # An internal name, but the one that torch.optim.Adam(fused=True) calls: one pass over the memory.
         steps = [t] * len(weights)
-        torch._fused_adam_(weights, gradients, m, v, [], steps, **options)  # pyright: ignore
+        torch._fused_adam_(weights, gradients, m, v, [], steps, lr=rate, **options)  # pyright: ignore
 
     for block in _gradient_blocks(W_enc, W_dec, b_dec, inputs):
         at, masters = block.at, (block.w_enc, block.w_dec)
         states = _rows(W_enc, at), _rows(W_dec, at)
         m, v = zip(*(state.moments() for state in states), strict=True)
         db_dec -= block.db_dec
-        gradients = [block.dW_enc, block.dW_dec, block.db_enc]
-        update([*masters, b_enc.weight[at]], gradients, [*m, b_enc.m[at]], [*v, b_enc.v[at]])
+        of_latents = [block.w_enc, b_enc.weight[at]], [block.dW_enc, block.db_enc]
+        update(*of_latents, [m[0], b_enc.m[at]], [v[0], b_enc.v[at]], rate)
+        update([block.w_dec], [block.dW_dec], [m[1]], [v[1]], decoder_lr_ratio * rate)
         norm = torch.linalg.vector_norm(block.w_dec, dim=1, keepdim=True)
         block.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
         for state, master, m_rows, v_rows in zip(states, masters, m, v, strict=True):
             _store_(state, master, m_rows, v_rows, first_row + at.start, step)
     if moments:
         m, v = moments
-        update([b_dec], [db_dec], [m], [v])
+        update([b_dec], [db_dec], [m], [v], rate)
 
 
 def _rows(state: MatrixState, at: slice) -> MatrixState:

@@ -112,9 +112,11 @@ def decoder_chunks_kernel(
 @jit
 def step_scalars_kernel(
     lr_ptr, step_ptr, scalars_ptr,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COUNT: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, DECODER_LR_RATIO: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """``lr / (1 - β1^t)`` and ``1 / sqrt(1 - β2^t)``, from float64; t counts up first."""
+    """``lr / (1 - β1^t)``, ``1 / sqrt(1 - β2^t)``, and the former for the decoder's rows, from float64;
+    t counts up first."""
     count = tl.load(step_ptr)
     if COUNT:
         count += 1
@@ -122,8 +124,10 @@ def step_scalars_kernel(
     step = count.to(tl.float64)
     correction1 = 1.0 - tl.exp(step * LOG_BETA1)
     correction2 = 1.0 - tl.exp(step * LOG_BETA2)
-    tl.store(scalars_ptr, (tl.load(lr_ptr).to(tl.float64) / correction1).to(tl.float32))
+    lr = tl.load(lr_ptr).to(tl.float64) / correction1
+    tl.store(scalars_ptr, lr.to(tl.float32))
     tl.store(scalars_ptr + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32))
+    tl.store(scalars_ptr + 2, (lr * DECODER_LR_RATIO).to(tl.float32))
 
 
 @jit
@@ -172,7 +176,7 @@ def decoder_kernel(
     w = load_master(W_dec_ptr, W_dec_remainder_ptr, at, inside)
     m, m_scale = load_moment(W_dec_m_ptr, W_dec_m_scale_ptr, f, at, inside)
     v, v_scale = load_moment(W_dec_v_ptr, W_dec_v_scale_ptr, f, at, inside)
-    lr = _load_if(scalars_ptr, 0, 0.0)
+    lr = _load_if(scalars_ptr, 2, 0.0)
     correction = _load_if(scalars_ptr, 1, 0.0)
     clip = _load_if(clip_ptr, 0, 1.0)
     step = _load_if(step_ptr, 0, 0)
@@ -493,11 +497,12 @@ def gradient_norm(W_enc: MatrixState, W_dec: MatrixState, b_dec: Tensor, inputs:
 
 def fused_update(parameters: Parameters, db_dec: Tensor | None, inputs: Batch, adam: Adam) -> None:
     W_enc, b_enc, W_dec, b_dec, moments, first_row = parameters
-    lr, step, clip, beta1, beta2, eps = adam
-    scalars = torch.empty(2, dtype=torch.float32, device=lr.device)
+    lr, step, clip, beta1, beta2, eps, decoder_lr_ratio = adam
+    scalars = torch.empty(3, dtype=torch.float32, device=lr.device)
     step_scalars_kernel[(1,)](
         lr_ptr=lr, step_ptr=step, scalars_ptr=scalars,
-        LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), COUNT=int(db_dec is None),
+        LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2),
+        DECODER_LR_RATIO=decoder_lr_ratio, COUNT=int(db_dec is None),
         num_warps=1,  # another might read the count after it is written
     )  # fmt: skip
     own = (b_dec, *moments) if db_dec is None else (db_dec,)
