@@ -85,7 +85,10 @@ def test_the_first_batch_initialises_and_is_trained_on() -> None:
     c = ref.scale_constant(x, center)
     start = fastsae.SAE(16, 64, 4, generator=torch.Generator().manual_seed(1))
     state = ref.initial_state(start.W_dec.detach(), c * center)
-    settings = ref.Settings(k=4, k_aux=8, lr=3e-3, aux_coefficient=CONFIG.aux_weight)
+    settings = ref.Settings(
+        k=4, k_aux=8, lr=3e-3, aux_coefficient=CONFIG.aux_weight,
+        betas=CONFIG.adam_betas, decoder_lr_ratio=CONFIG.decoder_lr_ratio,
+    )  # fmt: skip
     expected = ref.train_step(state, c * x, settings).state.params
     torch.testing.assert_close(sae.W_dec.detach(), expected.W_dec, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae.b_dec.detach(), expected.b_dec / c, rtol=0, atol=1e-4)

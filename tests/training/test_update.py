@@ -73,6 +73,7 @@ def test_many_steps_are_the_definition(
     settings = ref.Settings(
         k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_normalization=normalization,
         aux_coefficient=config.aux_weight, objective=objective, quota=quota, levels=levels,
+        betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio,
     )  # fmt: skip
     aux_seen = 0
     for x in batches(steps):
@@ -111,6 +112,7 @@ def test_many_steps_of_a_transcoder_are_the_definition(
     settings = ref.Settings(
         k=2.5, k_aux=3, lr=0.01, dead_after_tokens=50, aux_coefficient=config.aux_weight,
         max_gradient_norm=clip, levels=levels,
+        betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio,
     )  # fmt: skip
     aux_seen = 0
     for x in batches(60):
@@ -284,6 +286,7 @@ def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, 
             k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.d_sae, step.tokens_seen, 16),
             dead_after_tokens=50, max_gradient_norm=config.clip_norm, aux_coefficient=config.aux_weight,
             quota=quotas[-1], levels=levels,
+            betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio,
         )  # fmt: skip
         selected = step(x).counts.sum()
         expected = ref.train_step(state, x, settings)
@@ -319,8 +322,10 @@ def test_a_quota_uses_every_latent_until_its_share_of_the_run(way: str) -> None:
 
 
 def test_eight_bit_moments_take_the_first_step_exactly_and_the_others_closely() -> None:
-    whole = new_step("fused", dtype=torch.float32)
-    small = new_step("fused", dataclasses.replace(CONFIG, moments="8bit"), torch.float32)
+    # At a larger rate the two soon select otherwise, and what they come to has little to do with moments.
+    config = dataclasses.replace(CONFIG, lr=1e-3)
+    whole = new_step("fused", config, torch.float32)
+    small = new_step("fused", dataclasses.replace(config, moments="8bit"), torch.float32)
     start = whole.sae.W_dec.detach().clone()
     data = batches(40, torch.float32)
     whole(data[0]), small(data[0])
@@ -330,7 +335,7 @@ def test_eight_bit_moments_take_the_first_step_exactly_and_the_others_closely() 
         whole(x), small(x)
     moved = (whole.sae.W_dec - start).norm()
     apart = (whole.sae.W_dec - small.sae.W_dec).norm()
-    assert 0 < apart < 0.3 * moved  # codes 9 % apart, rounded at random
+    assert 0 < apart < 0.1 * moved  # codes 9 % apart, rounded at random
 
 
 def test_eight_bit_moments_are_saved_and_restored_bit_for_bit() -> None:
