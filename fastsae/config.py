@@ -167,7 +167,7 @@ class TrainConfig:
     and as much less as a latent is active less than 7 times a batch: --k times --batch-size / latents]"""
     decoder_lr_ratio: float = 2.0
     """The learning rate of the decoder's rows, as a multiple of --lr."""
-    adam_betas: tuple[float, float] = (0.7, 0.99)
+    adam_betas: tuple[float, float] = (0.7, 0.95)
     """How much of Adam's mean gradient, and of its mean square, a step keeps."""
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""

@@ -81,7 +81,7 @@ class Fastsae(Trainer):
         """``options``: fields of ``TrainConfig``; all else is as by default, and what is saved on the way
         comes from the run's checkpoints. ``scale_by_norm``: give activations a mean norm of 1, as
         earlier versions did, where the default gives one to their distances from their mean.
-        ``encoder_start``: begin with so many times ``W_decᵀ`` in ``W_enc``, of which the default is a third."""
+        ``encoder_start``: begin with so many times ``W_decᵀ`` in ``W_enc``, of which the default is a quarter."""
         p = problem
         batches: Iterable[Tensor] = p.batches
         scale = 1.0

@@ -41,7 +41,7 @@ class SAE(nn.Module):
 
     Parameters: ``W_enc [D, F]``, ``W_dec [F, D]``, ``b_enc [F]``, ``b_dec [D]``. Both matrices lie
     feature-major in memory, so that one latent is one contiguous row of each. A new SAE has random unit
-    decoder rows, ``W_enc = W_decᵀ / 3`` and zero biases.
+    decoder rows, ``W_enc = W_decᵀ / 4`` and zero biases.
 
     Args:
         d_in: width D of the activations.

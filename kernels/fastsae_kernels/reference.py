@@ -398,7 +398,7 @@ class StepResult:
     state: State = field(repr=False)
 
 
-ENCODER_START = 1 / 3
+ENCODER_START = 0.25
 """The new encoder's share of ``W_decᵀ``. Rows that are selected together overlap: with all of it, they reconstruct about
 twice what there is (docs/quality.md)."""
 
@@ -406,7 +406,7 @@ twice what there is (docs/quality.md)."""
 def initial_state(
     W_dec: Tensor, b_dec: Tensor, W_enc: Tensor | None = None, W_skip: Tensor | None = None
 ) -> State:
-    """``W_enc = W_decᵀ / 3`` unless it is given, ``b_enc = 0``, moments and counters zero."""
+    """``W_enc = W_decᵀ / 4`` unless it is given, ``b_enc = 0``, moments and counters zero."""
     W_dec = normalize_rows(W_dec)
     W_enc = ENCODER_START * W_dec.T if W_enc is None else W_enc
     params = Gradients(W_enc, W_dec.new_zeros(len(W_dec)), W_dec, b_dec)

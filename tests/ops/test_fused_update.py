@@ -27,7 +27,7 @@ from fastsae_kernels.update.state import Adam, Batch, Parameters
 TOKENS, LATENTS, WIDTH = 130, 11, 20
 LEVELS = (2, 7, LATENTS)  # a latent of two chunks and the long one are in the second
 EMPTY = len(LENGTHS) + 1  # of the latents, besides the first: selected nowhere
-ADAM = {"betas": (0.7, 0.99), "decoder_lr_ratio": 2.0}
+ADAM = {"betas": (0.7, 0.95), "decoder_lr_ratio": 2.0}
 FORMS = {
     "whole": {},
     "split": {"split": True},
@@ -209,7 +209,7 @@ def test_one_step_is_autograd_and_torch_adam(max_norm):
     leaves = [p.clone().requires_grad_() for p in state.params]
     W_enc, b_enc, W_dec, b_dec = leaves
     groups = [{"params": [W_enc, b_enc, b_dec]}, {"params": [W_dec], "lr": 6e-4}]
-    optimizer = torch.optim.Adam(groups, lr=3e-4, betas=(0.7, 0.99), eps=1e-8)
+    optimizer = torch.optim.Adam(groups, lr=3e-4, betas=(0.7, 0.95), eps=1e-8)
     for leaf, moments in zip(leaves, state.moments, strict=True):
         optimizer.state[leaf] = {
             "step": torch.tensor(5.0),
@@ -445,7 +445,7 @@ def flat_arguments(device="cpu"):
     matrices = fused.W_enc, fused.W_dec
     weights, remainders = [rows.weight for rows in matrices], [rows.remainder for rows in matrices]
     norm = (weights, remainders, fused.b_dec.weight, *inputs)
-    return (*parameters, *inputs, lr, step, None, 0.7, 0.99, 1e-8, 2.0), norm
+    return (*parameters, *inputs, lr, step, None, 0.7, 0.95, 1e-8, 2.0), norm
 
 
 def test_operations_are_well_registered():
@@ -502,7 +502,7 @@ def test_no_dense_gradient_is_ever_allocated(monkeypatch):
             Parameters(fused.W_enc, fused.b_enc, fused.W_dec, fused.b_dec.weight, fused.b_dec[1:]),
             None,
             Batch(csr.values, csc, x, residual, -0.1, None),
-            Adam(torch.tensor(1e-3), torch.tensor(0), None, 0.7, 0.99, 1e-8, 2.0),
+            Adam(torch.tensor(1e-3), torch.tensor(0), None, 0.7, 0.95, 1e-8, 2.0),
         )
     assert sizes and max(sizes) < LATENTS * WIDTH
 

@@ -374,7 +374,7 @@ class TestUpdate:
         state, x = small_problem(5)
         s = ref.Settings(
             k=3.3, k_aux=3, lr=0.01, dead_after_tokens=60, max_gradient_norm=clip, aux_coefficient=18.75,
-            levels=levels, betas=(0.7, 0.99), decoder_lr_ratio=2.0,
+            levels=levels, betas=(0.7, 0.95), decoder_lr_ratio=2.0,
         )  # fmt: skip
         params = [p.clone().requires_grad_() for p in state.params]
         groups = [{"params": params[:2] + params[3:]}, {"params": [params[2]], "lr": 2 * s.lr}]
