@@ -459,7 +459,8 @@ class TrainConfig:
         """Every setting by its name, for JSON; ``aux_coefficient`` as it is used."""
         outlier_norm = "inf" if self.outlier_norm == math.inf else self.outlier_norm
         own = {"aux_coefficient": self.aux_weight, "outlier_norm": outlier_norm}
-        return dataclasses.asdict(self) | own
+        settings = dataclasses.asdict(self) | own
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 
 
 ACTIVE_ENOUGH = 32 * 1024 / 4608

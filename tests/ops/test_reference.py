@@ -410,9 +410,8 @@ class TestUpdate:
         def alive_after(aux_coefficient: float) -> int:
             g = torch.Generator().manual_seed(0)
             directions = ref.normalize_rows(torch.randn(24, 12, dtype=F64, generator=g))
-            state = ref.initial_state(
-                torch.randn(24, 12, dtype=F64, generator=g), torch.zeros(12, dtype=F64)
-            )
+            rows = ref.normalize_rows(torch.randn(24, 12, dtype=F64, generator=g))
+            state = ref.initial_state(rows, torch.zeros(12, dtype=F64), W_enc=rows.T)
             # The second half is seldom selected to begin with.
             b_enc = torch.where(torch.arange(24) < 12, 0.0, -1.0).to(F64)
             state = replace(state, params=state.params._replace(b_enc=b_enc))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -218,7 +219,9 @@ def test_sigkill_of_the_group(together: Path, tmp_path: Path, common: list[str])
     """Killed at a moment drawn anew in every run of the tests, and given the same command."""
     command = [sys.executable, str(ROOT / "train.py"), *common, *GRID, "--out", str(tmp_path)]
     first = tmp_path / sorted(path.name for path in together.iterdir())[0] / "checkpoints"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Sums over many threads round otherwise: as many as ``together`` had.
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alike)
     deadline = time.monotonic() + 120
     while not checkpoint.steps(first):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
@@ -226,7 +229,7 @@ def test_sigkill_of_the_group(together: Path, tmp_path: Path, common: list[str])
     time.sleep(random.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=alike)
     assert done.returncode == 0, done.stderr
     for run in together.iterdir():
         assert_same_runs(run, tmp_path / run.name)

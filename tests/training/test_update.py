@@ -547,8 +547,8 @@ def test_steps_on_equally_many_threads_are_bitwise_equal(threads: int) -> None:
     assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
 
 
-# In bf16 at the larger lr, runs that part at a step's rounding end at other EVs by more than any bound.
-@pytest.mark.parametrize(("precision", "lr"), [("fp32", 3e-3), ("bf16", 1e-3)])
+# In bf16 at 1e-3, a millionth more in the first batch moves the EV of either way by .004; here by .001.
+@pytest.mark.parametrize(("precision", "lr"), [("fp32", 3e-3), ("bf16", 5e-4)])
 @pytest.mark.slow
 def test_a_thousand_free_steps_explain_as_much(precision: str, lr: float) -> None:
     """Single weights part, as two orders of summation do; what was learnt does not."""
