@@ -19,8 +19,9 @@ from fastsae_kernels.update.state import decode_moment
 
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Watch, Weights
 
-CONSTANT: dict[str, Any] = {"lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0} | {
-    "decoder_lr_ratio": 1.0, "adam_betas": (0.9, 0.999)
+CONSTANT: dict[str, Any] = {
+    "lr_warmup_tokens": 0, "lr_decay_tokens": 0, "latent_quota": 0.0,
+    "decoder_lr_ratio": 1.0, "adam_betas": (0.9, 0.999),
 }  # fmt: skip
 """The learning rate of a problem is that of every step, and selection and Adam are those of the other trainers."""
 

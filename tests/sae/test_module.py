@@ -170,11 +170,7 @@ class TestConstruction:
     def test_start(self) -> None:
         sae = fastsae.SAE(12, 60, 4, generator=torch.Generator().manual_seed(3))
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(60))
-        assert (
-            sae.W_enc.equal(ref.ENCODER_START * sae.W_dec.T)
-            and not sae.b_enc.any()
-            and not sae.b_dec.any()
-        )
+        assert sae.W_enc.equal(sae.W_dec.T / 4) and not sae.b_enc.any() and not sae.b_dec.any()
         assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
         again = fastsae.SAE(12, 60, 4, generator=torch.Generator().manual_seed(3))
         assert again.W_dec.equal(sae.W_dec)
@@ -227,11 +223,11 @@ class TestParts:
             g = torch.Generator().manual_seed(3)
             return fastsae.SAE(width, latents, 2, part=part, dtype=dtype, generator=g)
 
-        assert drawn(None).W_dec.equal(rows) and drawn(None).W_enc.equal(ref.ENCODER_START * rows.T)
+        assert drawn(None).W_dec.equal(rows) and drawn(None).W_enc.equal(rows.T / 4)
         for part in (range(latents // 3), range(latents // 3, latents), range(1, 1)):
             sae = drawn(part)
             assert sae.W_dec.equal(rows[part.start : part.stop])
-            assert sae.W_enc.equal(ref.ENCODER_START * sae.W_dec.T) and sae.W_enc.T.is_contiguous()
+            assert sae.W_enc.equal(sae.W_dec.T / 4) and sae.W_enc.T.is_contiguous()
             assert sae.d_sae == len(sae.b_enc) == len(part)
 
     def test_k_is_of_the_whole(self) -> None:
