@@ -529,6 +529,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+BEFORE: dict[str, Any] = {
+    "hook": TrainConfig.hook, "target": None, "skip": False, "lanes": 1, "latent_shards": 1,
+    "adam_betas": [0.9, 0.999], "decoder_lr_ratio": 1.0,
+}  # fmt: skip
+"""What runs had that were saved before there were these settings."""
+
 MAY_CHANGE_ON_RESUME = frozenset({
     "tokens", "out", "checkpoint_every_tokens", "keep_checkpoints", "resume", "wandb", "wandb_project",
     "wandb_entity", "hub_repo", "hub_private", "revision", "dataset_revision", "skip_bad_lines", "report",

@@ -13,7 +13,7 @@ from filelock import Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import BEFORE, TrainConfig
 from ..device import resolve_device, resolve_precision
 from ..errors import CheckpointError, ConfigError
 from ..files import hold, read_json, require_writable, write_json, write_tensors
@@ -59,7 +59,7 @@ class RunFolder:
         """The folder of a finished run. Raises ConfigError if it is none."""
         try:
             content = read_json(path / RUN)
-            folder = cls(path, TrainConfig(**content["config"]))
+            folder = cls(path, TrainConfig(**BEFORE | content["config"]))
             folder.history, folder.wandb_id = content["history"], content["wandb_id"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import MAY_CHANGE_ON_RESUME, TrainConfig
+from ..config import BEFORE, MAY_CHANGE_ON_RESUME, TrainConfig
 from ..device import peak_memory_bytes, resolve_precision
 from ..errors import CheckpointError, StreamError
 from ..files import plain
@@ -202,11 +202,7 @@ class Run:
 
     def refuse_changes(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise CheckpointError if the settings ``saved`` in ``path`` would compute something else."""
-        # Of runs from before there were these.
-        before: dict[str, Any] = {"hook": TrainConfig.hook, "target": None, "skip": False}
-        before |= {"lanes": 1, "latent_shards": 1}
-        before |= {"adam_betas": [0.9, 0.999], "decoder_lr_ratio": 1.0}
-        saved = before | saved
+        saved = BEFORE | saved
         changed = [
             f"{name}: {saved.get(name)!r} in the run, {value!r} now"
             for name, value in plain(self.config.to_dict()).items()

@@ -11,6 +11,7 @@ import torch
 from small_saes import small_sae
 
 import fastsae
+from fastsae.files import read_json, write_json
 from fastsae.reporting.run_folder import RunFolder
 from fastsae.reporting.tracking import read_metrics
 
@@ -78,6 +79,17 @@ def test_what_was_finished_is_read_from_anywhere(tmp_path: Path) -> None:
     with folder.opened():  # nothing of its metrics goes
         pass
     assert len(read_metrics(moved)) == 1
+
+
+def test_an_older_run_had_what_was_then_the_default(tmp_path: Path) -> None:
+    """Settings that came later are not those of today's default, but what it was trained with."""
+    finished(tmp_path, None)
+    content = read_json(tmp_path / "run/run.json")
+    for name in ("adam_betas", "decoder_lr_ratio"):
+        del content["config"][name]
+    write_json(tmp_path / "run/run.json", content)
+    config = RunFolder.read(tmp_path / "run").config
+    assert (config.adam_betas, config.decoder_lr_ratio) == ((0.9, 0.999), 1.0)
 
 
 def test_activations_are_kept_where_there_is_no_text(tmp_path: Path) -> None:
