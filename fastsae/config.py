@@ -163,8 +163,9 @@ class TrainConfig:
     batch_size: int = 1024
     """Tokens per step."""
     lr: float | None = None
-    """Adam's learning rate. [3e-4 for 100M tokens, for fewer as their square root more; at most 3e-3,
-    and as much less as a latent is active less than 7 times a batch: --k times --batch-size / latents]"""
+    """Adam's learning rate. [3e-4 for 100M tokens and a width of 1536; more as the fourth root of fewer
+    tokens and the square root of a smaller width, at most 3e-3, and as much less as a latent is active
+    less than 7 times a batch: --k times --batch-size / latents; 3e-4 at least]"""
     decoder_lr_ratio: float = 2.0
     """The learning rate of the decoder's rows, as a multiple of --lr."""
     adam_betas: tuple[float, float] = (0.7, 0.95)
@@ -411,11 +412,12 @@ class TrainConfig:
 
     # What follows the length of the run, and once the dictionary's size, where it is not given: see docs/quality.md.
 
-    def peak_lr(self, d_sae: int) -> float:
-        """``lr``, or that of the run's length, and, where runs are short, of how often a latent is active."""
+    def peak_lr(self, d_sae: int, d_out: int) -> float:
+        """``lr``, or that of the run's length, of how far a step may turn a decoder row ``[d_out]``, whose norm
+        is 1, and of how often a latent is active."""
         most = 3e-3 * min(1.0, self.k * self.batch_size / d_sae / ACTIVE_ENOUGH)
-        own = max(3e-4, min(most, 3e-4 * (100_000_000 / self.tokens) ** 0.5))
-        return own if self.lr is None else self.lr
+        own = 3e-4 * (100_000_000 / self.tokens) ** 0.25 * (1536 / d_out) ** 0.5
+        return max(3e-4, min(most, own)) if self.lr is None else self.lr
 
     @property
     def warmup_tokens(self) -> int:

@@ -22,7 +22,7 @@ def test_defaults_are_the_recipe() -> None:
     assert (c.model, c.layer, c.quantization) == ("google/gemma-4-E2B", 17, "nf4")
     assert (c.dataset, c.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert (c.resolve_d_sae(1536), c.k, c.batch_size, c.tokens) == (24576, 64, 1024, 100_000_000)
-    assert (c.peak_lr(24_576), c.aux_weight, c.seed, c.checkpoint_every_tokens) == (
+    assert (c.peak_lr(24_576, 1536), c.aux_weight, c.seed, c.checkpoint_every_tokens) == (
         3e-4,
         18.75,
         17,
@@ -231,7 +231,7 @@ class TestCommandLine:
             ["--layer", "3", "--k", "32.5", "--text-files", "a.txt", "b.txt", "--d-sae", "99"]
         ).base
         assert (c.layer, c.k, c.text_files, c.d_sae) == (3, 32.5, ("a.txt", "b.txt"), 99)
-        assert c.lr is None and c.peak_lr(99) == 3e-4
+        assert c.lr is None and c.peak_lr(99, 1536) == 3e-4
 
     def test_several_values_of_one_flag(self) -> None:
         c = cli.parse(
@@ -297,7 +297,11 @@ def test_the_card_is_one_flag_away() -> None:
     """The published SAE's own settings, and flags on top of them; the shape is the recipe's."""
     for flag in (["--preset", "card"], ["--preset=card"]):
         (card,) = cli.parse([*flag, "--k", "32"]).runs
-        assert (card.objective, card.aux_weight, card.peak_lr(24_576)) == ("plain", 0.0625, 3e-4)
+        assert (card.objective, card.aux_weight, card.peak_lr(24_576, 1536)) == (
+            "plain",
+            0.0625,
+            3e-4,
+        )
         assert (card.warmup_tokens, card.decay_tokens, card.latent_quota) == (0, 0, 0)
         assert (card.stream_outlier_norm, card.normalize) == (None, "none")
         (recipe,) = cli.parse(["--k", "32"]).runs

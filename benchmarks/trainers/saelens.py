@@ -82,7 +82,7 @@ class SAELens(Trainer):
                     store_batch_size_prompts=config.harvest_batch,
                     n_batches_in_buffer=config.pool_tokens // config.context_length,
                     train_batch_size_tokens=config.batch_size, training_tokens=config.tokens,
-                    lr=config.peak_lr(sae_config.d_sae), exclude_special_tokens=True, device="cpu", verbose=False,
+                    lr=config.peak_lr(sae_config.d_sae, d_in), exclude_special_tokens=True, device="cpu", verbose=False,
                     logger=sae_lens.LoggingConfig(log_to_wandb=False), n_checkpoints=0, checkpoint_path=None,
                     output_path=None,
                 ),

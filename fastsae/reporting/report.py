@@ -130,7 +130,8 @@ def report_run(
             log.info("%s", _describe(folder, summary))
             if evaluation is not None:
                 found = evaluation[sae.inference or "topk"].explained_variance
-                warn_of_baseline(config, sae.d_sae, found, evaluation.pca_explained_variance)
+                lr = config.peak_lr(sae.d_sae, sae.d_out)
+                warn_of_baseline(config, lr, found, evaluation.pca_explained_variance)
         finally:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 run = RunSummary(config.run_name, "finished", read_metrics(path), summary)

@@ -143,14 +143,13 @@ def warn_of_idle_latents(config: TrainConfig, alive_fraction: float, window: int
         )  # fmt: skip
 
 
-def warn_of_baseline(config: TrainConfig, d_sae: int, explained: float, pca: float | None) -> None:
+def warn_of_baseline(config: TrainConfig, lr: float, explained: float, pca: float | None) -> None:
     """Warn, with what to try, if PCA of as many components explains more of the variance."""
     if pca is not None and explained < pca:
         log.warning(
             "%s: PCA with k = %g components explains more of the variance (%.3f) than this SAE (%.3f). Train "
             "on more tokens (now %s), with a larger --lr (now %g), or drop outliers (--outlier-norm)",
-            config.run_name, config.k, pca, explained, f"{config.tokens:,}",
-            config.peak_lr(d_sae),
+            config.run_name, config.k, pca, explained, f"{config.tokens:,}", lr,
         )  # fmt: skip
 
 

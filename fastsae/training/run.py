@@ -246,7 +246,7 @@ class Run:
         raise StreamError(
             f"{self.name} diverged between step {self._finite_step:,} and step {self.step_count:,}: its loss or its "
             f"weights are no longer finite. Try again under another --name with a lower --lr (it is "
-            f"{self.config.peak_lr(self.update.d_sae):g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
+            f"{self.update.peak_lr:g}), --lr-warmup-tokens or --clip-norm 1. {kept}"
         )
 
     @torch.no_grad()
@@ -396,7 +396,7 @@ class Run:
                 "d_out": sae.d_out,
                 "d_sae": sae.d_sae,
                 "k": self.config.k,
-                "lr": self.config.peak_lr(sae.d_sae),
+                "lr": self.config.peak_lr(sae.d_sae, sae.d_out),
                 **self._progress(totals),
                 "peak_memory_bytes": peak_memory_bytes(sae.W_dec.device),
                 "mean_to_spread": sae.metadata.get("mean_to_spread"),

@@ -6,9 +6,8 @@ from __future__ import annotations
 from ..config import TrainConfig
 
 
-def lr_at(config: TrainConfig, d_sae: int, tokens_seen: int, batch: int) -> float:
-    """The learning rate of the step that trains ``d_sae`` latents on the ``batch`` tokens after the first
-    ``tokens_seen``.
+def lr_factor_at(config: TrainConfig, tokens_seen: int, batch: int) -> float:
+    """The learning rate of the step on the ``batch`` tokens after the first ``tokens_seen``, as a part of its peak.
 
     It rises linearly over the first ``warmup_tokens``, and falls linearly towards 0 over the last
     ``decay_tokens`` of ``tokens``; the step that ends a warm-up has the full rate, as has the one
@@ -20,7 +19,7 @@ def lr_at(config: TrainConfig, d_sae: int, tokens_seen: int, batch: int) -> floa
     if config.decay_tokens:
         left = max(0, config.tokens - tokens_seen)
         factor = min(factor, left / config.decay_tokens)
-    return config.peak_lr(d_sae) * factor
+    return factor
 
 
 def k_at(config: TrainConfig, tokens_seen: int) -> float:

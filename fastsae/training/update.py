@@ -43,7 +43,7 @@ from ..sae.activation import BatchTopK
 from ..sae.module import SAE
 from ..sae.transcoder import Transcoder
 from .graphs import Graphs, LaggedCounts
-from .schedule import k_at, lr_at, quota_at
+from .schedule import k_at, lr_factor_at, quota_at
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 """Those of every SAE; a transcoder may have ``W_skip`` besides."""
@@ -94,9 +94,14 @@ class Update(ABC):
         """Latents of the whole dictionary."""
         return self._sae.d_sae
 
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate between its rise and its fall."""
+        return self.config.peak_lr(self.d_sae, self._sae.d_out)
+
     def __call__(self, x: Tensor, target: Tensor | None = None) -> UpdateResult:
         """Train on ``x [B, D]`` in raw units; a transcoder, to give ``target [B, D_out]``."""
-        self.lr.fill_(lr_at(self.config, self.d_sae, self.tokens_seen, len(x)))
+        self.lr.fill_(self.peak_lr * lr_factor_at(self.config, self.tokens_seen, len(x)))
         quota = self.activation.latent_quota = quota_at(self.config, self.tokens_seen)
         # Events are recorded and graphs captured on the current device, which need not be this one.
         with torch.cuda.device_of(self.lr):

@@ -399,11 +399,11 @@ def test_a_broken_client_costs_nothing(
 
 
 def test_an_sae_that_pca_beats_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_baseline(CONFIG, 1024, 0.7, None)
-    warn_of_baseline(CONFIG, 1024, 0.7, 0.69)
+    warn_of_baseline(CONFIG, 3e-4, 0.7, None)
+    warn_of_baseline(CONFIG, 3e-4, 0.7, 0.69)
     warn_of_idle_latents(CONFIG, 0.5, 1000)
     assert not caplog.records
-    warn_of_baseline(CONFIG, 1024, 0.653, 0.767)
+    warn_of_baseline(CONFIG, 3e-4, 0.653, 0.767)
     assert "explains more of the variance (0.767) than this SAE (0.653)" in caplog.text
     warn_of_idle_latents(CONFIG, 0.287, 4096)
     assert "only 28.7% of the latents were active within the last 4,096 tokens" in caplog.text

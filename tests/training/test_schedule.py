@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 import fastsae
-from fastsae.training.schedule import k_at, lr_at, quota_at
+from fastsae.training.schedule import k_at, lr_factor_at, quota_at
 
-F = 24_576
+F, D = 24_576, 1536
 CONFIG = fastsae.TrainConfig(
     d_sae=64,
     k=4,
@@ -21,52 +21,61 @@ CONFIG = fastsae.TrainConfig(
 
 
 def test_without_options_nothing_changes() -> None:
-    assert {lr_at(CONFIG, F, seen, 10) for seen in range(0, 1000, 10)} == {0.5}
+    assert {lr_factor_at(CONFIG, seen, 10) for seen in range(0, 1000, 10)} == {1}
     assert {k_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {4}
     assert {quota_at(CONFIG, seen) for seen in range(0, 1000, 10)} == {0}
 
 
 def test_the_schedule_follows_the_length_of_the_run() -> None:
     recipe = fastsae.TrainConfig()
-    assert lr_at(recipe, F, 0, 1024) == pytest.approx(3e-4 * 1024 / 1_000_000)
-    assert lr_at(recipe, F, 50_000_000, 1024) == recipe.peak_lr(F) == 3e-4
-    assert lr_at(recipe, F, 90_000_000, 1024) == pytest.approx(1.5e-4)
-    short = fastsae.TrainConfig(tokens=4_000_000)
-    assert short.peak_lr(4608) == pytest.approx(1.5e-3)
-    assert (short.warmup_tokens, short.decay_tokens) == (80_000, 800_000)
-    assert fastsae.TrainConfig(tokens=999_999).peak_lr(4608) == 3e-3
-    assert fastsae.TrainConfig(tokens=10).peak_lr(16) == 3e-3
-    assert fastsae.TrainConfig(tokens=10**9).peak_lr(F) == 3e-4
+    assert lr_factor_at(recipe, 0, 1024) == pytest.approx(1024 / 1_000_000)
+    assert lr_factor_at(recipe, 50_000_000, 1024) == 1 and recipe.peak_lr(F, D) == 3e-4
+    assert lr_factor_at(recipe, 90_000_000, 1024) == pytest.approx(0.5)
+    short = fastsae.TrainConfig(tokens=6_250_000)
+    assert short.peak_lr(F, D) == pytest.approx(6e-4)
+    assert (short.warmup_tokens, short.decay_tokens) == (125_000, 1_250_000)
+    assert fastsae.TrainConfig(tokens=10).peak_lr(16, 16) == 3e-3
+    assert fastsae.TrainConfig(tokens=10**9).peak_lr(F, D) == 3e-4
+
+
+def test_the_learning_rate_falls_with_the_square_root_of_the_width() -> None:
+    short = fastsae.TrainConfig(tokens=6_250_000)
+    assert short.peak_lr(64, D // 4) == pytest.approx(1.2e-3)
+    assert short.peak_lr(64, D // 16) == pytest.approx(2.4e-3)
+    assert short.peak_lr(64, D // 64) == 3e-3
+    assert short.peak_lr(64, 16 * D) == 3e-4
+    assert fastsae.TrainConfig(tokens=6_250_000, lr=0.5).peak_lr(64, 16 * D) == 0.5
 
 
 def test_seldom_active_latents_bound_the_learning_rate_of_short_runs() -> None:
     short = fastsae.TrainConfig(tokens=500_000, k=32)
-    assert short.peak_lr(4608) == pytest.approx(3e-3)
-    assert short.peak_lr(9216) == pytest.approx(1.5e-3)
-    assert short.peak_lr(4 * 4608) == pytest.approx(7.5e-4)
+    assert short.peak_lr(4608, 128) == pytest.approx(3e-3)
+    assert short.peak_lr(9216, 128) == pytest.approx(1.5e-3)
+    assert short.peak_lr(4 * 4608, 128) == pytest.approx(7.5e-4)
     for more in ({"k": 64}, {"batch_size": 2048}):
-        assert dataclasses.replace(short, **more).peak_lr(4 * 4608) == pytest.approx(1.5e-3)
-    assert short.peak_lr(10**7) == 3e-4  # not below that of long runs
-    assert fastsae.TrainConfig(tokens=50_000_000).peak_lr(9216) == pytest.approx(3e-4 * 2**0.5)
-    assert fastsae.TrainConfig(tokens=500_000, lr=0.5).peak_lr(10**7) == 0.5
+        assert dataclasses.replace(short, **more).peak_lr(4 * 4608, 128) == pytest.approx(1.5e-3)
+    assert short.peak_lr(10**7, 128) == 3e-4  # not below that of long runs
+    assert fastsae.TrainConfig(tokens=500_000, lr=0.5).peak_lr(10**7, 128) == 0.5
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
     config = dataclasses.replace(CONFIG, lr_warmup_tokens=40, lr_decay_tokens=100)
-    rates = [lr_at(config, F, seen, 10) for seen in range(0, 1000, 10)]
-    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
-    assert rates[85:91] == pytest.approx([0.5] * 6)
-    assert rates[91:] == pytest.approx([0.05 * n for n in range(9, 0, -1)])
+    rates = [lr_factor_at(config, seen, 10) for seen in range(0, 1000, 10)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates[85:91] == pytest.approx([1] * 6)
+    assert rates[91:] == pytest.approx([0.1 * n for n in range(9, 0, -1)])
 
 
 def test_a_run_shorter_than_warm_up_and_decay_takes_the_smaller_rate() -> None:
     config = dataclasses.replace(CONFIG, tokens=30, lr_warmup_tokens=100, lr_decay_tokens=100)
-    assert [lr_at(config, F, seen, 10) for seen in (0, 10, 20)] == pytest.approx([0.05, 0.1, 0.05])
+    assert [lr_factor_at(config, seen, 10) for seen in (0, 10, 20)] == pytest.approx(
+        [0.1, 0.2, 0.1]
+    )
 
 
 def test_tokens_beyond_the_end_have_no_learning_rate_below_zero() -> None:
     config = dataclasses.replace(CONFIG, lr_decay_tokens=100)
-    assert lr_at(config, F, 1010, 10) == 0
+    assert lr_factor_at(config, 1010, 10) == 0
 
 
 def test_k_goes_linearly_from_its_initial_value() -> None:

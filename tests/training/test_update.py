@@ -10,7 +10,7 @@ from tolerances import FREE_STEPS
 
 import fastsae
 from fastsae.training.graphs import Graphs
-from fastsae.training.schedule import k_at, lr_at, quota_at
+from fastsae.training.schedule import k_at, lr_factor_at, quota_at
 from fastsae.training.update import PARAMETERS, UPDATES, Update
 from fastsae_kernels import reference as ref
 
@@ -283,7 +283,8 @@ def test_schedules_and_clipping_are_the_definition(way: str, levels: tuple[int, 
     for x in batches(200):
         quotas.append(quota_at(config, step.tokens_seen))
         settings = ref.Settings(
-            k=k_at(config, step.tokens_seen), k_aux=3, lr=lr_at(config, step.d_sae, step.tokens_seen, 16),
+            k=k_at(config, step.tokens_seen), k_aux=3,
+            lr=step.peak_lr * lr_factor_at(config, step.tokens_seen, 16),
             dead_after_tokens=50, max_gradient_norm=config.clip_norm, aux_coefficient=config.aux_weight,
             quota=quotas[-1], levels=levels,
             betas=config.adam_betas, decoder_lr_ratio=config.decoder_lr_ratio,
