@@ -195,8 +195,8 @@ def fused_update_(
     :class:`BiasState`. ``x [B, D]`` is the scaled input, ``dY_scale · dY [B, D]`` the loss's gradient at
     ``x̂``: the residual of :func:`sparse_decode_loss` with ``dY_scale = -2 / (B·D)``. ``lr []`` is a
     float tensor, ``decoder_lr_ratio`` times which is ``W_dec``'s learning rate, and ``step []`` an int64 tensor
-    that counts the updates, 0 before the first: this one adds 1. Both are on the device, as is the ``clip []`` that multiplies every gradient after the projection
-    (:func:`clip_factor`).
+    that counts the updates, 0 before the first: this one adds 1. Both are on the device, as is the ``clip []``
+    that multiplies every gradient after the projection (:func:`clip_factor`).
     With ``levels [L]`` (int32), as :func:`nested_decode_loss` takes them, ``dY`` is ``[L, B, D]``. With ``tied``,
     ``b_dec`` is what ``x`` is centred by too; without, it is the bias of the output alone, which may have another
     width.
