@@ -222,6 +222,10 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = _store = dist.PrefixStore(f"attempt-{attempt}-{_groups}", store)  # pyright: ignore
             store.set_timeout(patience)
+            # Its functions keep, as a default argument, the group that exists when it is first imported: a
+            # group that they hold outlives `leave`, and with it the threads that may abort the process.
+            import torch.distributed.nn.functional  # noqa: F401
+
             cuda = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",

@@ -107,6 +107,26 @@ def test_bad_text_of_one_process(tmp_path: Path) -> None:
     assert "exitcode  : 2" in output.replace("exitcode : ", "exitcode  : ")
 
 
+THREADS = """
+import os, sys
+from fastsae.cli import main
+
+code = main(["train", *sys.argv[1:]])
+import torch._dynamo  # whoever compiles imports it, and with it what may hold on to the group
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print("left behind:", [name for name in names if "gloo" in name])
+raise SystemExit(code)
+"""
+
+
+def test_no_thread_of_the_communication_is_left(tmp_path: Path) -> None:
+    """At the end of a process such a thread may find the interpreter gone, and abort."""
+    flags = ["--out", str(tmp_path), "--tokens", "2000"]
+    found = by_hand([flags, flags], [tmp_path] * 2, ["-c", THREADS])
+    assert [code for code, _ in found] == [0, 0], found
+    assert all("left behind: []" in output for _, output in found), found
+
+
 def test_text_that_ends(tmp_path: Path) -> None:
     """All is saved at the same step, and one says so."""
     text = tmp_path / "text.jsonl"
