@@ -163,8 +163,8 @@ class TrainConfig:
     batch_size: int = 1024
     """Tokens per step."""
     lr: float | None = None
-    """Adam's learning rate. [3e-4 for 100M tokens and a width of 1536; more as the fourth root of fewer
-    tokens and the square root of a smaller width, at most 3e-3, and as much less as a latent is active
+    """Adam's learning rate. [3e-4 for 100M tokens and a width of 1536; more as the 0.28th power of fewer
+    tokens and the square root of a smaller width, at most 3.6e-3, and as much less as a latent is active
     less than 7 times a batch: --k times --batch-size / latents; 3e-4 at least]"""
     decoder_lr_ratio: float = 2.0
     """The learning rate of the decoder's rows, as a multiple of --lr."""
@@ -173,7 +173,7 @@ class TrainConfig:
     lr_warmup_tokens: int | None = None
     """Raise the learning rate linearly over this many tokens at the start. [a fiftieth of --tokens, 1M at most]"""
     lr_decay_tokens: int | None = None
-    """Lower the learning rate linearly to 0 over this many tokens at the end. [a fifth of --tokens]"""
+    """Lower the learning rate linearly to 0 over this many tokens at the end. [a third of --tokens]"""
     k_initial: float | None = None
     """Begin with this many active latents per token and go linearly to --k. [no annealing]"""
     k_anneal_tokens: int = 1_000_000
@@ -415,8 +415,8 @@ class TrainConfig:
     def peak_lr(self, d_sae: int, d_out: int) -> float:
         """``lr``, or that of the run's length, of how far a step may turn a decoder row ``[d_out]``, whose norm
         is 1, and of how often a latent is active."""
-        most = 3e-3 * min(1.0, self.k * self.batch_size / d_sae / ACTIVE_ENOUGH)
-        own = 3e-4 * (100_000_000 / self.tokens) ** 0.25 * (1536 / d_out) ** 0.5
+        most = 3.6e-3 * min(1.0, self.k * self.batch_size / d_sae / ACTIVE_ENOUGH)
+        own = 3e-4 * (100_000_000 / self.tokens) ** 0.28 * (1536 / d_out) ** 0.5
         return max(3e-4, min(most, own)) if self.lr is None else self.lr
 
     @property
@@ -427,8 +427,8 @@ class TrainConfig:
 
     @property
     def decay_tokens(self) -> int:
-        """``lr_decay_tokens``, or a fifth of the run."""
-        return self.tokens // 5 if self.lr_decay_tokens is None else self.lr_decay_tokens
+        """``lr_decay_tokens``, or a third of the run."""
+        return self.tokens // 3 if self.lr_decay_tokens is None else self.lr_decay_tokens
 
     @property
     def dead_after(self) -> int:
@@ -466,7 +466,7 @@ class TrainConfig:
 
 
 ACTIVE_ENOUGH = 32 * 1024 / 4608
-"""So often a batch a latent must be active, on average, to be trained at 3e-3: the fewest that were."""
+"""So often a batch a latent must be active, on average, to be trained at 3.6e-3: the fewest that were."""
 
 AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
 """What aux-k weighs in each objective where no ``aux_coefficient`` is given.
