@@ -24,12 +24,13 @@ class SparseProducts(TorchDispatchMode):
     On a CPU a dense trainer spends most of its step on latents that were not selected. What it computes
     stays the same to rounding, for the terms that are left out are zero. The gradient of the latents
     ``S`` after ``S @ W``, which is ``G @ Wᵀ``, is formed where some ``S`` that this ``W`` decoded is not
-    zero: elsewhere TopK gives no gradient.
+    zero: elsewhere TopK gives no gradient. A ``W`` that decoded anything with many entries gets it whole.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoded: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        self.decoded: dict[Any, tuple[Tensor, list[Tensor] | None]] = {}
+        """By weight: where what it has decoded is not zero; None where that was taken as it is."""
 
     def __torch_dispatch__(
         self,
@@ -44,24 +45,31 @@ class SparseProducts(TorchDispatchMode):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         if (at := nonzero(a)) is not None:
-            # W is held: nothing else may get its address.
-            self.decoded.setdefault(key(b), (b, []))[1].append(at)
-            while len(self.decoded) > KEPT:
-                del self.decoded[next(iter(self.decoded))]
+            self.note(b, at)
             return csr(at, a[at[0], at[1]], a.shape) @ b
         if (at := nonzero(b)) is not None:  # (bᵀ aᵀ)ᵀ
             at = at.flip(0)[:, at[1].argsort(stable=True)]
             return (csr(at, b[at[1], at[0]], b.shape[::-1]) @ a.t()).t().contiguous()
-        _, places = self.decoded.get(key(b, transposed=True), (b, []))
-        few = sum(at.shape[1] for at in places) < DENSE * len(a) * b.shape[1]
-        if places and few and torch._C._current_graph_task_id() >= 0:  # in a backward pass
-            at = places[0]
-            if len(places) > 1:
-                flat = torch.cat([at[0] * b.shape[1] + at[1] for at in places]).unique()
-                at = torch.stack((flat // b.shape[1], flat % b.shape[1]))
-            where = csr(at, a.new_ones(at.shape[1]), (len(a), b.shape[1]))
-            return torch.sparse.sampled_addmm(where, a, b, beta=0.0).to_dense()
-        return torch.mm(a, b)
+        if torch._C._current_graph_task_id() < 0:  # not in a backward pass
+            self.note(b, None)
+            return torch.mm(a, b)
+        _, places = self.decoded.get(key(b, transposed=True), (b, None))
+        if not places or sum(at.shape[1] for at in places) >= DENSE * len(a) * b.shape[1]:
+            return torch.mm(a, b)
+        at = places[0]
+        if len(places) > 1:
+            flat = torch.cat([at[0] * b.shape[1] + at[1] for at in places]).unique()
+            at = torch.stack((flat // b.shape[1], flat % b.shape[1]))
+        where = csr(at, a.new_ones(at.shape[1]), (len(a), b.shape[1]))
+        return torch.sparse.sampled_addmm(where, a, b, beta=0.0).to_dense()
+
+    def note(self, W: Tensor, at: Tensor | None) -> None:
+        """``W`` has decoded what is not zero ``at`` these places, or was multiplied as it is, by everything."""
+        _, places = self.decoded.get(key(W), (W, []))
+        # W is held: nothing else may get its address.
+        self.decoded[key(W)] = (W, None if at is None or places is None else [*places, at])
+        while len(self.decoded) > KEPT:
+            del self.decoded[next(iter(self.decoded))]
 
 
 def key(W: Tensor, transposed: bool = False) -> tuple[Any, ...]:
