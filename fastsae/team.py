@@ -224,7 +224,7 @@ def join(patience: datetime.timedelta = PATIENCE) -> Team:
             store.set_timeout(patience)
             # Its functions keep, as a default argument, the group that exists when it is first imported: a
             # group that they hold outlives `leave`, and with it the threads that may abort the process.
-            import torch.distributed.nn.functional  # noqa: F401
+            import torch.distributed.nn.functional
 
             cuda = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
