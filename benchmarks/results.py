@@ -173,7 +173,7 @@ def changes(
     moved, worse = [], False
     for key in common:
         was, now = old[key], new[key]
-        change = now / was - 1 if was else 0.0 if now == was else float("inf")
+        change = (now - was) / abs(was) if was else 0.0 if now == was else float("inf")
         if abs(change) <= threshold:
             continue
         _, _, case, trainer, metric, unit = key

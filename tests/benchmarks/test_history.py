@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_a_slower_peer_is_no_regression_of_ours(results, tmp_path):
     assert lines[0].startswith("WORSE  +100.0%") and not worse
 
 
+def test_explained_variance_rises_from_below_zero(results, tmp_path):
+    runs = [
+        (commit, [step(gate={"explained_variance": ev})]) for commit, ev in (("a", -1), ("b", 0.5))
+    ]
+    path = history_of(results, tmp_path / "h.csv", *runs)
+    lines, worse = results.changes(results.read_csv(path), "a", "b")
+    assert lines[0].startswith("better +150.0%  explained variance of fastsae") and not worse
+
+
 def test_only_the_same_hardware_is_compared(results, tmp_path):
     path = history_of(results, tmp_path / "h.csv", ("a", [step()]))
     results.append(path, results.long_rows(ABOUT | {"commit": "b", "threads": 1}, [step()]))
@@ -134,7 +144,11 @@ def test_the_history_has_every_published_result(results):
         for line in results.long_rows(run["about"], run["rows"]):
             assert tuple(line[name] for name in results.COLUMNS) in known
     assert {line["benchmark"] for line in history} >= {"step", "op", "end to end", "quality"}
-    assert all(line["commit"] and line["date"] and float(line["value"]) >= 0 for line in history)
+    assert all(line["commit"] and line["date"] for line in history)
+    for line in history:
+        value, metric = float(line["value"]), line["metric"]
+        assert math.isfinite(value)
+        assert value >= 0 or metric.endswith("explained variance")  # of an SAE worse than the mean
 
 
 @pytest.mark.slow
