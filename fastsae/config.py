@@ -466,7 +466,8 @@ class TrainConfig:
 
 
 ACTIVE_ENOUGH = 32 * 1024 / 4608
-"""So often a batch a latent must be active, on average, to be trained at 3.6e-3: the fewest that were."""
+"""So often a batch a latent must be active, on average, to be trained at 3.6e-3: the fewest at which rates of
+3e-3 to 4e-3 were tried."""
 
 AUX_WEIGHTS = {"log": 18.75, "plain": 0.0625}
 """What aux-k weighs in each objective where no ``aux_coefficient`` is given.
