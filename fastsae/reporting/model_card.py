@@ -29,7 +29,7 @@ _UNTOLD = (
 _OF_THE_STREAM = (
     "model", "layer", "hook", "quantization", "context_length", "harvest_batch", "dataset", "dataset_config",
     "dataset_split", "text_column", "text_files", "train_on", "stream_seed", "pool_tokens", "reuse",
-    "eval_tokens",
+    "eval_tokens", "outlier_norm",
 )  # fmt: skip
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "datasets", "safetensors", "numpy")
 
@@ -104,12 +104,23 @@ def _checkpoints(
 
 
 def _settings(config: TrainConfig, sae: SAE, of_language_model: bool) -> dict[str, Any]:
+    """As they were used, those included that were not given."""
     untold = {*_UNTOLD}
+    if config.k_initial is None:
+        untold.add("k_anneal_tokens")
     if not of_language_model:
         untold |= {*_OF_THE_STREAM}
     elif config.text_files:
         untold |= {"dataset", "dataset_config", "dataset_split"}
     settings = {"d_in": sae.d_in, **config.to_dict(), "d_sae": sae.d_sae}
+    settings["lr"] = config.peak_lr(sae.d_sae, sae.d_out)
+    settings["lr_warmup_tokens"], settings["lr_decay_tokens"] = (
+        config.warmup_tokens,
+        config.decay_tokens,
+    )
+    settings["dead_after_tokens"] = config.dead_after
+    settings["stream_seed"] = config.resolved_stream_seed
+    settings["outlier_norm"] = config.stream_outlier_norm or "inf"
     settings["k_aux"] = config.k_aux or sae.default_k_aux
     settings["precision"] = sae.precision
     settings["text_files"] = [Path(file).name for file in config.text_files]

@@ -381,7 +381,7 @@ def test_every_number_of_the_card_was_recorded(published) -> None:
     }  # fmt: skip
     settings = dict(re.findall(r"\| `(\w+)` \| `(.*)` \|", section(card, "Hyper-parameters")))
     for name, value in state["config"].items():
-        if name in settings and name not in ("k_aux", "precision", "text_files"):
+        if value is not None and name in settings and name not in ("precision", "text_files"):
             assert settings[name] == str(value), name
     assert (settings["d_in"], settings["k_aux"], settings["precision"]) == ("64", "8", "fp32")
     assert settings["text_files"] == "['prose.txt']"
@@ -456,6 +456,30 @@ def test_the_header_of_the_recipe() -> None:
     ):
         assert told in card
     assert "Training goes on" in card and "Training has not ended" in card
+
+
+@pytest.mark.parametrize("of_language_model", [True, False])
+def test_the_card_tells_settings_as_they_were_used(of_language_model: bool) -> None:
+    """Also those that follow the length of the run, and the width, where they were not given."""
+    config = fastsae.TrainConfig(
+        tokens=1_000_000, seed=5, name="mine", adam_betas=(0.8, 0.98), hub_repo="me/mine"
+    )
+    names = {"model_name": config.model, "hook_name": "model.layers.17"}
+    sae = fastsae.SAE(1536, 24576, 64, metadata=names if of_language_model else {})
+    history = [{"tokens_seen": 1_024, "step": 1, "time": "2026-01-02T03:04:05+00:00"}]
+    card = model_card(config, sae, history, [])
+    told = dict(re.findall(r"\| `(\w+)` \| `(.*)` \|", section(card, "Hyper-parameters")))
+    used = {
+        "lr": config.peak_lr(24576, 1536), "decoder_lr_ratio": 2.0, "adam_betas": [0.8, 0.98],
+        "lr_warmup_tokens": 20_000, "lr_decay_tokens": 333_333, "dead_after_tokens": 100_000,
+        "aux_coefficient": 18.75, "k_aux": 128,
+    }  # fmt: skip
+    of_stream = {"stream_seed": 5, "outlier_norm": 10.0}
+    expected = used | (of_stream if of_language_model else {})
+    assert {name: told[name] for name in expected} == {n: str(v) for n, v in expected.items()}
+    assert of_language_model or not of_stream.keys() & told.keys()
+    assert "k_anneal_tokens" not in told, "k was not annealed"
+    assert "0.999" not in card
 
 
 def test_the_card_of_a_transcoder_says_what_it_reads_and_gives() -> None:
