@@ -114,10 +114,8 @@ def _settings(config: TrainConfig, sae: SAE, of_language_model: bool) -> dict[st
         untold |= {"dataset", "dataset_config", "dataset_split"}
     settings = {"d_in": sae.d_in, **config.to_dict(), "d_sae": sae.d_sae}
     settings["lr"] = config.peak_lr(sae.d_sae, sae.d_out)
-    settings["lr_warmup_tokens"], settings["lr_decay_tokens"] = (
-        config.warmup_tokens,
-        config.decay_tokens,
-    )
+    settings["lr_warmup_tokens"] = config.warmup_tokens
+    settings["lr_decay_tokens"] = config.decay_tokens
     settings["dead_after_tokens"] = config.dead_after
     settings["stream_seed"] = config.resolved_stream_seed
     settings["outlier_norm"] = config.stream_outlier_norm or "inf"
