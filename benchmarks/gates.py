@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from measure import Shape, activations
 from torch import Tensor
-from trainers import DEAD_AFTER, OURS, TRAINERS, Graphed, Problem, Trainer, Weights
+from trainers import DEAD_AFTER, OURS, TRAINERS, Fastsae, Problem, Trainer, Weights
 
 from fastsae.training.graphs import Graphs
 from fastsae_kernels import reference
@@ -90,7 +90,7 @@ def check_step(trainer_type: type[Trainer], problem: Problem) -> None:
 
 
 def check_replays(
-    trainer_type: type[Graphed], problem: Problem, steps: int = REPLAYED_STEPS
+    trainer_type: type[Fastsae], problem: Problem, steps: int = REPLAYED_STEPS
 ) -> None:
     """``steps`` that replay a graph leave the bits that the same steps leave without one."""
     trainer, eager = trainer_type(problem), trainer_type.eager()(problem)
@@ -129,7 +129,7 @@ def check(name: str, problem: Problem) -> dict[str, float]:
     trainer_type, ours = TRAINERS[name], TRAINERS[OURS]
     if trainer_type.exact:
         check_step(trainer_type, problem)
-        if issubclass(trainer_type, Graphed):
+        if trainer_type.replays(problem.device):
             check_replays(trainer_type, problem)
         if not trainer_type.rounded_moments:
             return {}

@@ -55,7 +55,7 @@ def run(part: str, folder: Path, rehearse: bool, only: str | None) -> int:
         # A plain pytest has no plugins: their options in pytest.ini would stop it.
         arguments += ["-c", "pytest.ini", "-o", "addopts=--import-mode=importlib"]
     elif importlib.util.find_spec("xdist"):
-        arguments += ["-n", "8", "--dist", "worksteal"]
+        arguments += ["-n", "12", "--dist", "worksteal", "-p", "no:benchmark"]
     if rehearse:
         arguments += [*REHEARSAL.split(), "--rounds", "0" if part == "smoke" else "1"]
     if only is not None:

@@ -81,16 +81,16 @@ def measure(config: TrainConfig, text: dict, quantization: str) -> Iterator[dict
 
     yield row("harvest", forward_passes * chunks.chunk_tokens, seconds(harvest, device))
 
-    # Training is timed on one batch again and again, by the difference of two runs: the start of a run
-    # (initial values, compilation of kernels) is in both.
+    # Training is timed on one batch again and again, by the difference of two runs: the start of a run is in
+    # both. A run before them compiles what the longer one launches.
     batch = buffer(ahead=False).next_batch()[0]
 
     def training(steps: int) -> float:
         this_long = replace(config, tokens=steps * config.batch_size)
         return seconds(lambda: train([batch] * steps, this_long), device)
 
-    training(2)
     steps = max(32, config.tokens // (4 * config.batch_size))
+    training(2 + steps)
     spent = two_lengths(training, 2, 2 + steps)
     yield row("step", config.batch_size, spent)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, mode
@@ -41,7 +42,12 @@ def summary(runs: list[Run]) -> str:
         return "No results are published yet."
     chart = "![Time of a training step beside other trainers](docs/step_time.png)"
     more = f"{_measured_on(rows[0])} More: [docs/performance.md](docs/performance.md)."
-    return f"{chart}\n\n{more}\n\n{_table(rows, 'trainer', 'a step', 'time / ours')}"
+    columns = ("trainer", "a step", "time / ours")
+    parts = [chart, more, _table(rows, *columns)]
+    for steps in _groups(rows_of(runs, "step")):
+        if steps[0]["about"].get("device") == "cuda" and not steps[0]["dead"]:
+            parts += [f"On a GPU: {_measured_on(steps[0])}", _table(steps, *columns)]
+    return "\n\n".join(parts)
 
 
 def headline(runs: list[Run]) -> list[Row]:
@@ -65,6 +71,8 @@ def section(runs: list[Run]) -> str:
         parts += [f"## {name}"] if len(machines) > 1 else []
         parts += [_step_table(rows) for rows in _groups(rows_of(mine, "step"))]
         parts += _end_to_end_table(rows_of(mine, "end to end"))
+        parts += _stream_table(rows_of(mine, "stream"))
+        parts += _kernel_table(rows_of(mine, "profile"))
         parts += _op_table(rows_of(mine, "op"))
         parts += _scaling_table(rows_of(mine, "scaling"))
     return "\n\n".join(parts)
@@ -97,6 +105,42 @@ def _step_table(rows: list[Row]) -> str:
 def _end_to_end_table(rows: list[Row]) -> list[str]:
     table = _table(sorted(rows, key=_median), "trainer", "tokens/s", "setting")
     return ["**With the language model in the loop**", table] if rows else []
+
+
+def _stream_table(rows: list[Row]) -> list[str]:
+    table = _table(rows, "stage", "tokens/s", "peak memory")
+    return ["**The language model and the training together**", table] if rows else []
+
+
+def _kernel_table(rows: list[Row]) -> list[str]:
+    """Microseconds of a step's kernels, those that take ten in some form of the step, a column a form."""
+    if not rows:
+        return []
+    forms: dict[str, Counter[str]] = {row["form"]: Counter() for row in rows}
+    for row in rows:
+        for kernel in row["kernels"]:
+            forms[row["form"]][_kernel(kernel["name"])] += kernel["us"] / row["steps"]
+    total = {form: f"{spent.total():,.0f}" for form, spent in forms.items()}
+    most = Counter[str]()
+    for spent in forms.values():
+        most |= spent
+    table = [["kernel, µs", *forms], ["---", *["---:"] * len(forms)]]
+    for name in (name for name, us in most.most_common() if us >= 10):
+        table.append([name, *(f"{s.pop(name):.1f}" if name in s else "" for s in forms.values())])
+    table.append(["the others", *(f"{spent.total():.1f}" for spent in forms.values())])
+    table.append(["**all**", *total.values()])
+    lines = "\n".join("| " + " | ".join(line) + " |" for line in table)
+    title = f"Kernel by kernel: {_group(rows[0]).removesuffix(', ' + rows[0]['form'])}"
+    return _folded(
+        title, "One after another, as a profiler sees them; a graph runs some side by side.", lines
+    )
+
+
+def _kernel(name: str) -> str:
+    """What the table calls a kernel: torch's have long names."""
+    if name.endswith("_kernel") and "::" not in name:
+        return name
+    return "products of the library" if name.startswith(("nvjet", "cutlass")) else "of torch"
 
 
 def _op_table(rows: list[Row]) -> list[str]:
@@ -175,6 +219,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda row: f"{row.get('B', 1) / _median(row):,.0f}",
     "setting": lambda row: row["setting"],
     "operation": _group,
+    "stage": _group,
     "of the roofline": lambda row: (
         f"{row['roofline_seconds'] / _median(row):.0%}" if row["trainer"] == OURS else ""
     ),

@@ -26,6 +26,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin)
+        self._pool.submit(len, ())  # it begins at once, beside the others
 
     def ask(self, what: str, *arguments: Any, **options: Any) -> Any:
         """Call the method ``what`` of :class:`Server`. Raises RuntimeError if it fails, or the process ends."""

@@ -493,7 +493,9 @@ class Device(TorchDispatchMode):
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_name": lambda device=None: "a device that is not there",
             "max_memory_allocated": lambda device=None: 0,
-            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=2**36),
+            "get_device_properties": lambda device=None: SimpleNamespace(
+                total_memory=2**36, multi_processor_count=132
+            ),
         }  # fmt: skip
         kernels = type(segments.long_segments_kernel)
         with ExitStack() as scope:

@@ -5,21 +5,21 @@ import importlib.util
 from .base import DEAD_AFTER, Problem, Trained, Trainer, Weights
 from .dictionary_learning import DictionaryLearning
 from .llamascopium import Llamascopium
-from .ours import Autograd, Fastsae, Graphed, Quantized
+from .ours import Autograd, Fastsae, Quantized
 from .plain import Compiled, Dense
 from .saelens import SAELens
 from .sparsify import Sparsify
 
 __all__ = [
-    "DEAD_AFTER", "OURS", "TRAINERS", "WAYS", "Graphed", "Problem", "Trained", "Trainer", "Weights",
+    "DEAD_AFTER", "OURS", "TRAINERS", "WAYS", "Fastsae", "Problem", "Trained", "Trainer", "Weights",
     "missing",
 ]  # fmt: skip
 
 TRAINERS: dict[str, type[Trainer]] = {
     "fastsae": Fastsae,
     "fastsae, autograd": Autograd,
-    "fastsae, graph": Graphed,
-    "fastsae, graph, 8-bit": Quantized,
+    "fastsae, eager": Fastsae.eager(),
+    "fastsae, 8-bit": Quantized,
     "torch, eager": Dense,
     "torch, compiled": Compiled,
     "SAELens": SAELens,
@@ -28,7 +28,7 @@ TRAINERS: dict[str, type[Trainer]] = {
     "llamascopium": Llamascopium,
 }
 OURS = "fastsae"
-WAYS = ("fastsae, graph", "fastsae, graph, 8-bit")
+WAYS = ("fastsae, eager", "fastsae, 8-bit")
 
 
 def missing(name: str) -> str | None:

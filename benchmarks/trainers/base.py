@@ -159,6 +159,11 @@ class Trainer(ABC):
     def mark_dead(self, dead: Tensor) -> None:  # noqa: B027
         """Tell the trainer which latents are dead, again: some may have been active since."""
 
+    @classmethod
+    def replays(cls, device: str) -> bool:
+        """Whether its steps there are replayed graphs, which must be the eager steps to the last bit."""
+        return False
+
     @abstractmethod
     def reconstruct(self, x: Tensor) -> Tensor:
         """``x̂ [B, D]`` with the weights as they are, selected as in training."""

@@ -28,7 +28,7 @@ CONSTANT: dict[str, Any] = {
 
 class Fastsae(Trainer):
     exact = True
-    settings: ClassVar[dict[str, Any]] = {"cuda_graph": False}
+    settings: ClassVar[dict[str, Any]] = {}  # a GPU's steps replay graphs, as by default
 
     def prepare(self, weights: Weights) -> None:
         p = self.problem
@@ -50,6 +50,10 @@ class Fastsae(Trainer):
         """The same without graphs."""
         settings = cls.settings | {"cuda_graph": False}
         return type(cls.__name__, (cls,), {"settings": settings})
+
+    @classmethod
+    def replays(cls, device: str) -> bool:
+        return device.startswith("cuda") and cls.settings.get("cuda_graph", True)
 
     def state(self) -> dict[str, Tensor]:
         return self.step.state_dict()
@@ -133,10 +137,6 @@ class Autograd(Fastsae):
     settings: ClassVar = {"step": "autograd"}
 
 
-class Graphed(Fastsae):
-    settings: ClassVar = {"cuda_graph": True}
-
-
-class Quantized(Graphed):
+class Quantized(Fastsae):
     rounded_moments = True  # when they are stored: the first step is exact
-    settings: ClassVar = {"cuda_graph": True, "moments": "8bit"}
+    settings: ClassVar = {"moments": "8bit"}

@@ -7,8 +7,8 @@
     python kernels/aot/compile.py --unlikely      the representative part with integers that are 1, or no
                                                   multiples of 16; there registers may spill
 
-Checked of each: it compiles; no register spills to local memory; its shared memory fits the device
-(the compiler does not check that); it loads 128 bits at a time where a launch would; the matrix
+Checked of each: it compiles; no register spills to local memory, or few where a launch caps the registers;
+its shared memory fits the device (the compiler does not check that); it loads 128 bits at a time where a launch would; the matrix
 instructions are the architecture's own. Exits with 1 if anything fails. Must run without
 TRITON_INTERPRET, which turns kernels into Python.
 """
@@ -37,6 +37,8 @@ from fastsae_kernels.dispatch import INTERPRETED  # noqa: E402
 
 # Bytes of shared memory one program can have, by compute capability.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SPILLED_UNDER_A_CAP = 128
+"""Bytes of a thread. On an H200 a cap that spilled as much was faster than none: more programs run at once."""
 TABLE, README = HERE / "registers.csv", HERE.parent / "README.md"
 BEGIN, END = "<!-- ahead-of-time table: begin -->", "<!-- ahead-of-time table: end -->"
 # The rows of the table that kernels/README.md shows.
@@ -101,7 +103,7 @@ def check(case: Case, capability: int) -> Result:
         return Result(*place, faults=(reason,))
     registers, spilled = resource_usage(compiled.asm["cubin"])
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
-    if spilled:
+    if spilled > (SPILLED_UNDER_A_CAP if case.maxnreg else 0):
         faults.append(f"spills {spilled} bytes")
     if shared > SHARED_MEMORY[capability]:
         faults.append(f"shared memory {shared} > {SHARED_MEMORY[capability]}")

@@ -121,6 +121,8 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "mad.lo": lambda a, b, c: a * b + c, "mul.hi": _high, "fma.rn": _fma,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.invert,
     "neg": operator.neg, "abs": np.abs, "min": np.minimum, "max": np.maximum,
+    "min.relu": lambda a, b: np.maximum(np.minimum(a, b), 0),
+    "max.relu": lambda a, b: np.maximum(np.maximum(a, b), 0),
     "div": _divide, "rem": _remainder, "div.rn": operator.truediv, "sqrt.rn": np.sqrt,
     "rcp.rn": lambda a: 1 / a,
     "div.full": _approximate(operator.truediv, 2),

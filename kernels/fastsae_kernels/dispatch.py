@@ -56,6 +56,12 @@ def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; one where kernels are only tried, on a CPU."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+
+
 def power_of_2(n: int) -> int:
     """The smallest that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()

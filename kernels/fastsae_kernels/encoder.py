@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import INTERPRETED, cdiv, implementation, jit, register, tl
+from .dispatch import INTERPRETED, cdiv, implementation, jit, multiprocessors, register, tl
 from .dtypes import accumulator, float_bits, upcast
 from .products import linear
 from .selection import GroupMax, group_max
@@ -51,7 +51,8 @@ class Tile(NamedTuple):
 
 # By pointers and by tensor descriptors (the bulk copies of sm_90), for 2 and for 4 byte operands.
 POINTERS = {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 64, 32, 8, 2)}
-DESCRIPTORS = {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)}
+DESCRIPTORS = {2: Tile(128, 128, 64, 4, 3), 4: Tile(128, 128, 32, 8, 3)}
+PROGRAMS = 2  # of a multiprocessor, by descriptors: one multiplies while the other stores
 # On sm_100 the tile by descriptors spills, so it is left to pointers.
 DESCRIPTOR_CAPABILITIES = range(90, 100)
 # The interpreter multiplies bfloat16 bit patterns as if they were integers.
@@ -59,14 +60,13 @@ CONSTANTS = {"GROUP": GROUP, "ROWS_TOGETHER": 8, "UPCAST": INTERPRETED}
 
 
 @jit
-def _tile(B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, ROWS_TOGETHER: tl.constexpr):
-    """This program's tile; neighbours share a few row tiles, so that the cache serves the columns."""
-    pid = tl.program_id(0)
+def _tile(number, B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, ROWS_TOGETHER: tl.constexpr):
+    """Where a tile is; neighbours share a few row tiles, so that the cache serves the columns."""
     row_tiles = tl.cdiv(B, BLOCK_B)
     per_band = ROWS_TOGETHER * tl.cdiv(F, BLOCK_F)
-    first = (pid // per_band) * ROWS_TOGETHER
+    first = (number // per_band) * ROWS_TOGETHER
     rows = tl.minimum(row_tiles - first, ROWS_TOGETHER)
-    within = pid % per_band
+    within = number % per_band
     return first + within % rows, within // rows
 
 
@@ -109,7 +109,7 @@ def encode_pointers_kernel(
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, ROWS_TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
+    tile_b, tile_f = _tile(tl.program_id(0), B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
     row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     # Rows and columns past the end read the first one: their results are not stored.
@@ -144,22 +144,34 @@ def encode_descriptors_kernel(
     B, F, D, G,
     UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr, ROWS_TOGETHER: tl.constexpr,
+    GROUP: tl.constexpr, ROWS_TOGETHER: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    tile_b, tile_f = _tile(B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
-    total = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        # [BLOCK_B, BLOCK_D], [BLOCK_F, BLOCK_D]; zeros past the end
-        x = x_descriptor.load([tile_b * BLOCK_B, start])
-        weight = weight_descriptor.load([tile_f * BLOCK_F, start])
-        if UPCAST:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        total = tl.dot(x, weight.T, total)
-    _epilogue(
-        total, tile_b, tile_f,
-        bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
-        B, F, G, BLOCK_B, BLOCK_F, GROUP,
-    )  # fmt: skip
+    """Tile after tile a program: the next one's operands are on their way while this one is stored."""
+    tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(F, BLOCK_F)
+    for number in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        tile_b, tile_f = _tile(number, B, F, BLOCK_B, BLOCK_F, ROWS_TOGETHER)
+        total = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            # [BLOCK_B, BLOCK_D], [BLOCK_F, BLOCK_D]; zeros past the end
+            x = x_descriptor.load([tile_b * BLOCK_B, start])
+            weight = weight_descriptor.load([tile_f * BLOCK_F, start])
+            if UPCAST:
+                x, weight = x.to(tl.float32), weight.to(tl.float32)
+            total = tl.dot(x, weight.T, total)
+        # One half of the columns after the other: both at once take more registers than there are.
+        HALF: tl.constexpr = BLOCK_F // 2
+        halves = tl.permute(tl.reshape(total, [BLOCK_B, 2, HALF]), (0, 2, 1))
+        left, right = tl.split(halves)
+        _epilogue(
+            left, tile_b, 2 * tile_f,
+            bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
+            B, F, G, BLOCK_B, HALF, GROUP,
+        )  # fmt: skip
+        _epilogue(
+            right, tile_b, 2 * tile_f + 1,
+            bias_ptr, pre_ptr, max_ptr, nonfinite_ptr, peaks_ptr,
+            B, F, G, BLOCK_B, HALF, GROUP,
+        )  # fmt: skip
 
 
 def _descriptors_serve(centred: Tensor, weight: Tensor) -> bool:
@@ -182,7 +194,7 @@ def _encode_triton(
     packed = packed_peaks(pre, with_peaks)
     by_descriptors = _descriptors_serve(centred, weight)
     tile = (DESCRIPTORS if by_descriptors else POINTERS)[centred.element_size()]
-    grid = (cdiv(B, tile.BLOCK_B) * cdiv(F, tile.BLOCK_F),)
+    tiles = cdiv(B, tile.BLOCK_B) * cdiv(F, tile.BLOCK_F)
     shared = {"bias_ptr": bias, "pre_ptr": pre, "max_ptr": maxima, "nonfinite_ptr": nonfinite}
     shared |= {"peaks_ptr": packed}
     shared |= {"B": B, "F": F, "D": D, "G": maxima.shape[1]} | CONSTANTS | tile._asdict()
@@ -191,10 +203,13 @@ def _encode_triton(
 
         x = TensorDescriptor.from_tensor(centred, [tile.BLOCK_B, tile.BLOCK_D])
         w = TensorDescriptor.from_tensor(weight, [tile.BLOCK_F, tile.BLOCK_D])
-        encode_descriptors_kernel[grid](x_descriptor=x, weight_descriptor=w, **shared)
+        programs = PROGRAMS * multiprocessors(centred.device)
+        encode_descriptors_kernel[(min(programs, tiles),)](
+            x_descriptor=x, weight_descriptor=w, PROGRAMS=programs, **shared
+        )
     else:
         even = D % tile.BLOCK_D == 0
-        encode_pointers_kernel[grid](x_ptr=centred, weight_ptr=weight, EVEN_D=even, **shared)
+        encode_pointers_kernel[(tiles,)](x_ptr=centred, weight_ptr=weight, EVEN_D=even, **shared)
     return pre, maxima, nonfinite, unpacked_peaks(packed, pre)
 
 

@@ -287,7 +287,7 @@ def test_a_wrong_step_passes_no_gate(bench_step, monkeypatch):
 
 @pytest.mark.parametrize(
     "way",
-    ["fastsae", "fastsae, graph", pytest.param("fastsae, graph, 8-bit", marks=pytest.mark.slow)],
+    ["fastsae", "fastsae, eager", pytest.param("fastsae, 8-bit", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("lag", [0, 4], ids=["lag of a CPU", "lag of CUDA"])
 @pytest.mark.parametrize("share", [0.0, 0.38])
@@ -302,16 +302,16 @@ def test_a_replay_that_differs_passes_no_gate(bench_step):
     gates, trainers = importlib.import_module("gates"), importlib.import_module("trainers")
     shape = importlib.import_module("measure").Shape(64, 64, 512, 8)
 
-    class Stale(trainers.Graphed):
+    class Stale(trainers.Fastsae):
         """Replays its first batch, as a graph does that nothing is copied into."""
 
         def train(self, batches, steps):
             first = next(batches)
-            again = self.settings["cuda_graph"]
+            again = self.settings.get("cuda_graph", True)
             super().train(iter([first, *((first if again else x) for x in batches)]), steps)
 
     problem = trainers.Problem.synthetic(shape, "cpu", "bf16")
-    gates.check_replays(trainers.Graphed, problem)
+    gates.check_replays(trainers.Fastsae, problem)
     with pytest.raises(AssertionError, match=r"replayed steps give another sae\.W_enc"):
         gates.check_replays(Stale, problem)
 
@@ -327,7 +327,7 @@ def test_a_wrong_8_bit_moment_passes_no_gate(bench_step, monkeypatch):
 
     monkeypatch.setattr(torch_impl, "encode_moment_", wrong)
     with pytest.raises(AssertionError, match="gradient of W_enc: relative error"):
-        gates.check("fastsae, graph, 8-bit", problem)
+        gates.check("fastsae, 8-bit", problem)
 
 
 # --- what only a GPU has, on the stand-in ---

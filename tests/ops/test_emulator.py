@@ -243,6 +243,8 @@ def floats(*values: float) -> np.ndarray:
         ("prmt.b32", (bits(0x33221100), bits(0x77665544), u32(0x7520)), bits(0x77552200)),
         ("min.f32", (floats(float("nan"), 2), floats(1, 3)), floats(1, 2)),
         ("max.s32", (bits(-1, 1), bits(0, 0)), bits(0, 1)),
+        ("max.relu.s32", (bits(-1, 1), bits(-2, -2)), bits(0, 1)),
+        ("min.relu.s32", (bits(-1, 3), bits(2, 2)), bits(0, 2)),
         ("fma.rn.f32", (floats(2), floats(3), floats(4)), floats(10)),
         ("neg.f32", (floats(1.5),), floats(-1.5)),
         ("cvt.rn.f32.s32", (bits(-3),), floats(-3)),

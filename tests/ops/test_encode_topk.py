@@ -43,8 +43,8 @@ def test_blocks_select_what_the_whole_selects(monkeypatch, tokens, num_selected,
 
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("quota", [0.0, 0.3, 1.0])
-def test_the_interpreted_kernels_select_the_same(impl, quota):
-    operands = whole_numbers()
+def test_the_kernels_select_the_same(impl, device, quota):
+    operands = [tensor.to(device) for tensor in whole_numbers()]
     pre = reference.pre_activations(*operands)
     mask = reference.batch_topk_mask(pre, 90, quota)
     selection = encode_batch_topk(*operands, 90, quota)

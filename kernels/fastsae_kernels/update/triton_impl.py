@@ -33,13 +33,14 @@ BIAS_ROWS, BIAS_COLUMNS = 32, 128
 
 @dataclass
 class Tuning:
-    """What a GPU should decide. Read at each launch: to measure another value, set it on :data:`TUNING`."""
+    """What was the fastest on an H200. Read at each launch: to measure another value, set it on :data:`TUNING`."""
 
     entries: int = 1  # of a segment, taken together
     decoder_elements: int = 16  # of a row, a thread
     encoder_elements: int = 8
     encoder_latents: int = 8  # a program, one after another
-    registers: int = 128  # without a cap ptxas spills a few to reach the next step of occupancy
+    registers: int = 96  # a thread, at most: the fewer, the more rows are in flight
+    registers_8bit: int = 80
     stages: int = 3  # of the gather, where segments are long
 
 
@@ -429,7 +430,9 @@ def _launch(
     dz, chunk_sums = new(len(csc.rows)), new(chunks, width)
     db_enc, block_db_dec = new(latents), new(blocks, width)
     long = long_segments(csc.offsets, len(csc.rows))
-    tiles = encoder_blocks(read, W_enc.m_scale is not None)
+    quantized = W_enc.m_scale is not None
+    registers = TUNING.registers_8bit if quantized else TUNING.registers
+    tiles = encoder_blocks(read, quantized)
     bias_tiles = cdiv(latents, BIAS_COLUMNS), cdiv(width, BIAS_COLUMNS)
     encoder_tiles = cdiv(read, tiles["BLOCK_D"])
     sizes = [latents, encoder_tiles * latents, sum(bias_tiles)] if norm else [0, 0, 0]
@@ -437,7 +440,7 @@ def _launch(
     of_W_dec, of_W_enc, of_biases = squares.split(sizes) if norm else (None, None, None)
     common = {
         "rows_ptr": csc.rows, "offsets_ptr": csc.offsets, "starts_ptr": long.starts, "dz_ptr": dz,
-        "CHUNK": CHUNK, "BLOCK_T": TUNING.entries, "maxnreg": TUNING.registers,
+        "CHUNK": CHUNK, "BLOCK_T": TUNING.entries, "maxnreg": registers,
     }  # fmt: skip
     decoder = {
         "values_ptr": values, "positions_ptr": csc.positions, "dY_ptr": dY,
