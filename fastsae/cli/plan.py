@@ -254,6 +254,8 @@ def stage_seconds(
 ASSUMED = {"H100": Rates(790e12, 3.0e12), "H200": Rates(790e12, 4.3e12)}
 KERNELS, GAP = 35, 1.2e-6
 """Of a step without dead latents, and the seconds between two in a CUDA graph."""
+RECIPE, MEASURED = (1024, 1536, 24576, 64), 863e-6
+"""Seconds of a step of that shape on an H200: ``benchmarks/results/performance.json``."""
 
 
 def modelled_seconds(B: int, D: int, F: int, k: float, gpu: str) -> float:
@@ -326,6 +328,10 @@ def describe(o: PlanOptions) -> list[str]:
                 lines.append(
                     f"  step on an {gpu}    {1e3 * seconds:8.2f} ms   {o.batch_size / seconds:,.0f} tokens per second"
                 )
+            modelled = 1e3 * modelled_seconds(*RECIPE, "H200")
+            lines.append(
+                f"one was measured: the recipe's on an H200, {1e3 * MEASURED:.2f} ms, modelled to take {modelled:.2f}"
+            )
         return [*lines, "", "give --tflops and --bandwidth of your GPU to have its time predicted"]
     rates = Rates(1e12 * o.tflops, 1e12 * o.bandwidth)
     low = 2 if o.precision == "bf16" else 4

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,19 @@ def test_the_modelled_step_is_near_the_model_of_its_kernels(gpu, capsys):
     rows = results.get("after", results["before"])["steps"]["plain"]
     expected = 1e-6 * sum(row[f"{gpu} us"] for row in rows)
     assert plan.modelled_seconds(*RECIPE, gpu) == pytest.approx(expected, rel=0.15)
-    (line,) = (line for line in printed(capsys).splitlines() if gpu in line)
+    (line,) = (line for line in printed(capsys).splitlines() if f"step on an {gpu}" in line)
     assert f"{1e3 * plan.modelled_seconds(*RECIPE, gpu):.2f} ms" in line
+
+
+def test_what_was_measured_is_said_beside_the_model(capsys):
+    assert plan.RECIPE == RECIPE
+    path = Path(__file__).parents[2] / "benchmarks/results/performance.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    rows = [row for run in runs if "H200" in run["about"]["hardware"] for row in run["rows"]]
+    group = "training step | B=1024 D=1536 F=24576 k=64 bf16, 0% dead"
+    (row,) = (row for row in rows if (row["group"], row["trainer"]) == (group, "fastsae"))
+    assert statistics.median(row["seconds"]) == plan.MEASURED
+    assert f"on an H200, {1e3 * plan.MEASURED:.2f} ms" in printed(capsys)
 
 
 def test_nothing_else_is_modelled(capsys):
