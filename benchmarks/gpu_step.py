@@ -78,6 +78,11 @@ def clocks() -> str:
 # --- launches ---
 
 
+def repeatable(options: dict[str, Any]) -> bool:
+    """Of a launch with these options; see ``Launch.repeatable``."""
+    return "D" in options
+
+
 @dataclass
 class Launch:
     """A launch of a Triton kernel, as it was and to be done again."""
@@ -101,7 +106,7 @@ class Launch:
     def repeatable(self) -> bool:
         """Whether it may be launched on its own any number of times. Kernels over rows of width D may; those
         that count leave other integers each time, of which others make places."""
-        return "D" in self.options
+        return repeatable(self.options)
 
     def again(self, **changed: Any) -> Any:
         """Launch it with other options. Raises what the compiler or the driver raises."""
@@ -124,13 +129,13 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def ways(launch: Launch) -> Iterator[dict[str, int]]:
-    """Options other than those of ``launch``; ``maxnreg``: registers of a thread at most."""
-    has = launch.about
-    warps = [n for n in WARPS if n != has["warps"]]
+def ways(compiled: Any, options: dict[str, Any]) -> Iterator[dict[str, int]]:
+    """Options other than those that a kernel was ``compiled`` with; ``maxnreg``: registers of a thread at most."""
+    has = compiled.metadata
+    warps = [n for n in WARPS if n != has.num_warps]
     yield from ({"num_warps": n} for n in warps)
-    yield from ({"maxnreg": n} for n in REGISTERS if n != launch.options.get("maxnreg"))
-    yield from ({"num_stages": n} for n in STAGES if n != has["stages"])
+    yield from ({"maxnreg": n} for n in REGISTERS if n != options.get("maxnreg"))
+    yield from ({"num_stages": n} for n in STAGES if n != has.num_stages)
     yield from ({"num_warps": n, "maxnreg": most} for n in warps for most in REGISTERS)
 
 
@@ -161,7 +166,7 @@ def sweep(
     yield from (found for _, found in base)
     longest = sorted(base, key=lambda one: -one[1].get("cold_seconds", 0.0))
     for launch, _ in longest:
-        for way in ways(launch):
+        for way in ways(launch.compiled, launch.options):
             if time.monotonic() > until:
                 return
             yield row(launch, way)

@@ -1,6 +1,7 @@
 """A folder for a machine with a GPU and without a registry: wheels, and kernels compiled for it.
 
     python benchmarks/pack.py FOLDER --packages tyro docstring-parser --mib 64
+    python benchmarks/pack.py FOLDER --ways     with all that the part `variants` launches; takes minutes
 
 Run it in the Python, with the torch and the Triton, that the machine has (``--python`` names another one):
 Triton finds what the very same Triton compiled for the very same Python. The folder says how it is used.
@@ -13,8 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 1536  # of the kernels that are compiled
@@ -29,11 +31,13 @@ TRITON_CACHE_DIR={AT} python benchmarks/gpu.py --part smoke --out results
 """
 
 
-def compile_kernels(width: int = WIDTH) -> None:
+def compile_kernels(width: int = WIDTH, ways: bool = False) -> None:
     """Launch the kernels of a step, and all those of ``kernels/aot``, at one width, as Triton does it for sm_90:
-    they are compiled into its cache, and run nothing. In a process of its own."""
+    they are compiled into its cache, and run nothing. A step's in other ways too, if asked. In a process of its own."""
     import gpu_model  # first: it says where the others are
+    import gpu_step
     from measure import Shape
+    from triton import JITFunction
 
     import cases  # isort: skip
 
@@ -47,9 +51,20 @@ def compile_kernels(width: int = WIDTH) -> None:
 
     compiler = Compiler()
     compiler.install(assemble=True)
+    launch = JITFunction.run
+
+    def run(kernel, *arguments, **options):
+        compiled = launch(kernel, *arguments, **options)
+        if ways and gpu_step.repeatable(options):
+            for way in gpu_step.ways(compiled, options):
+                with suppress(Exception):  # what does not compile is no way there, either
+                    launch(kernel, *arguments, **options | way)
+        return compiled
+
     # Sizes are multiples of 16, as a training's: to the compiler they are the same.
-    for _ in gpu_model.steps(Shape(64, width, 512, 16), compiler):
-        pass
+    with mock.patch.object(JITFunction, "run", run):
+        for _ in gpu_model.steps(Shape(64, width, 512, 16), compiler):
+            pass
     cases.WIDTHS, cases._Cases.record = (width,), launched
     cases.all_cases()
 
@@ -106,13 +121,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="made anew")
     parser.add_argument("--packages", nargs="*", default=[], help="those that the machine lacks")
     parser.add_argument("--python", default=sys.executable, help="the machine's own [this one]")
+    parser.add_argument("--ways", action="store_true", help="kernels in other ways too")
     parser.add_argument("--mib", type=float, default=64, help="size of the folder at most [64]")
     options = parser.parse_args()
     folder = options.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "wheels").mkdir(parents=True)
     fetch_wheels(folder / "wheels", options.python, options.packages)
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import pack; pack.compile_kernels()"
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import pack; "
+    code += f"pack.compile_kernels(ways={options.ways})"
     run(options.python, "-c", code, TRITON_CACHE_DIR=str(folder / "triton"))
     count = strip(folder / "triton")
     left_out = fit(folder, int(options.mib * 2**20))

@@ -55,6 +55,48 @@ def launch(cache: Path) -> str:
     return result.stdout.strip()
 
 
+# A step that is one kernel over rows.
+WAYS = """
+import sys
+sys.path[:0] = ["benchmarks", "kernels", "kernels/aot"]
+import gpu_model, gpu_step, cases, pack, torch
+from fastsae_kernels import decoder_norm
+
+def steps(*_):
+    yield decoder_norm.normalize_rows(torch.ones(16, 64))
+
+decoder_norm.implementation = lambda _: "triton"
+
+gpu_model.steps, cases.all_cases = steps, lambda: ()
+gpu_step.WARPS, gpu_step.REGISTERS, gpu_step.STAGES = (1, 2), (64,), (1,)
+pack.compile_kernels(ways=sys.argv[1] == "ways")
+"""
+
+
+@pytest.mark.slow
+def test_a_steps_kernels_are_compiled_in_other_ways_if_asked(tmp_path):
+    pytest.importorskip("triton")
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = {}
+    for which in ("plain", "ways"):
+        cache = tmp_path / which
+        subprocess.run(
+            [sys.executable, "-c", WAYS, which], cwd=ROOT, check=True,
+            env=own | {"TRITON_CACHE_DIR": str(cache)},
+        )  # fmt: skip
+        paths = cache.glob("*/normalize_rows_kernel.json")
+        kernels = [json.loads(path.read_text()) for path in paths]
+        found[which] = {(k["num_warps"], k["maxnreg"], k["num_stages"]) for k in kernels}
+    ((warps, registers, stages),) = found["plain"]
+    others = {(n, None, stages) for n in (1, 2)} | {(n, 64, stages) for n in (1, 2)}
+    assert registers is None
+    assert found["ways"] == others | {
+        (warps, 64, stages),
+        (warps, None, 1),
+        (warps, None, stages),
+    }
+
+
 @pytest.mark.slow
 def test_what_was_compiled_is_found_where_it_is_brought(pack, tmp_path):
     pytest.importorskip("triton")
