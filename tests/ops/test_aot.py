@@ -65,8 +65,7 @@ assert "no 128-bit load" in faults(replace(plain, divisible=()))
 assert "no mma.sync" in faults(replace(plain, matrix=True))
 assert "does not compile" in faults(replace(plain, constexprs=dict(plain.constexprs) | {"GROUP": 31}))
 gemm = by_label["encode descriptors bf16"]
-blocks = dict(gemm.constexprs) | {"BLOCK_F": 256, "BLOCK_D": 64}
-deep = faults(replace(gemm, num_stages=6), 90)
+deep = faults(replace(gemm, num_stages=8), 90)
 assert "shared memory" in deep, deep
 narrow = by_label["batch emit fp32"]
 crowded = faults(replace(narrow, num_warps=1, constexprs=dict(narrow.constexprs) | {"BLOCK": 128}))
