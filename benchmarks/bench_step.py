@@ -55,7 +55,7 @@ def add(report, found: dict[str, Measured], name: str, **about) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def bench_step(request, report, shape, device, name, dead):
     if name in WAYS and device == "cpu":
-        pytest.skip("graphs are CUDA's")
+        pytest.skip("timed on a GPU alone")
     options = settings(request, device)
     found = measured(shape, chosen(request, device), dead_share=dead, **options)
     about = {"shape": str(shape), "precision": options["precision"], "dead": dead}
