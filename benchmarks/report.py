@@ -44,8 +44,10 @@ def summary(runs: list[Run]) -> str:
     more = f"{_measured_on(rows[0])} More: [docs/performance.md](docs/performance.md)."
     columns = ("trainer", "a step", "time / ours")
     parts = [chart, more, _table(rows, *columns)]
-    for steps in _groups(rows_of(runs, "step")):
-        if steps[0]["about"].get("device") == "cuda" and not steps[0]["dead"]:
+    on_gpus = [run for run in runs if run["about"].get("device") == "cuda"]
+    for name in dict.fromkeys(machine(run["about"]) for run in on_gpus):
+        mine = rows_of([run for run in on_gpus if machine(run["about"]) == name], "step")
+        for steps in _groups([row for row in mine if not row["dead"]]):
             parts += [f"On a GPU: {_measured_on(steps[0])}", _table(steps, *columns)]
     return "\n\n".join(parts)
 

@@ -334,6 +334,34 @@ def test_the_readme_shows_four_others_beside_ours(load):
     )
 
 
+def test_a_gpus_steps_stand_in_the_readme_and_its_kernels_in_a_table(load):
+    report, stored = load("report"), load("results")
+    on_gpu = results(hardware="a GPU", device="cuda")
+    profiles = {
+        "eager": [
+            ("decode_kernel", 100),
+            ("nvjet_a", 40),
+            ("void at::fill", 8),
+            ("tiny_kernel", 4),
+        ],
+        "replayed": [("decode_kernel", 90), ("cutlass_b", 60), ("Memcpy DtoD", 6)],
+    }
+    for form, kernels in profiles.items():
+        named = [{"name": name, "count": 2, "us": us} for name, us in kernels]
+        row = {"kind": "profile", "group": f"profile | a size, {form}", "trainer": "fastsae"}
+        on_gpu["rows"].append(row | {"form": form, "steps": 2, "kernels": named, "seconds": [1e-4]})
+    runs = stored.merge(stored.merge([], results()), on_gpu)
+    readme = report.summary(runs)
+    assert readme.count("| **fastsae** |") == 2 and "On a GPU: B=1 D=2 F=3 k=1" in readme
+    table = report.section(runs).split("Kernel by kernel: profile, a size</summary>")[1]
+    assert [line for line in table.splitlines() if line.startswith("|")][2:] == [
+        "| decode_kernel | 50.0 | 45.0 |",
+        "| products of the library | 20.0 | 30.0 |",
+        "| the others | 6.0 | 3.0 |",
+        "| **all** | 76 | 78 |",
+    ]
+
+
 def test_a_row_measured_again_replaces_the_older_one(load):
     stored = load("results")
     new = results()

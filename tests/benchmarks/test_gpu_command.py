@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import importlib
 import json
 import os
@@ -296,6 +297,22 @@ def test_our_ways_pass_the_gate_in_bf16(bench_step, way, share, lag, monkeypatch
     gates, trainers = importlib.import_module("gates"), importlib.import_module("trainers")
     shape = importlib.import_module("measure").Shape(64, 64, 512, 8)
     gates.check(way, trainers.Problem.synthetic(shape, "cpu", "bf16", share))
+
+
+def test_what_replays_on_a_gpu_has_its_replays_checked(bench_step, monkeypatch):
+    gates, trainers = importlib.import_module("gates"), importlib.import_module("trainers")
+    replays = lambda device: {n for n, each in trainers.TRAINERS.items() if each.replays(device)}
+    assert {"fastsae", "fastsae, 8-bit"} <= replays("cuda") and not replays("cpu")
+    assert not {"fastsae, eager", "torch, eager", "SAELens"} & replays("cuda:0")
+    problem = trainers.Problem.synthetic(
+        importlib.import_module("measure").Shape(8, 8, 32, 2), "cpu"
+    )
+    checked = []
+    monkeypatch.setattr(gates, "check_step", lambda *_: None)
+    monkeypatch.setattr(gates, "check_replays", lambda *of: checked.append(of))
+    for name in ("fastsae", "fastsae, eager"):
+        gates.check(name, dataclasses.replace(problem, device="cuda"))
+    assert [trainer for trainer, _ in checked] == [trainers.TRAINERS["fastsae"]]
 
 
 def test_a_replay_that_differs_passes_no_gate(bench_step):

@@ -33,7 +33,8 @@ BIAS_ROWS, BIAS_COLUMNS = 32, 128
 
 @dataclass
 class Tuning:
-    """What was the fastest on an H200. Read at each launch: to measure another value, set it on :data:`TUNING`."""
+    """Measured on an H200, but for ``stages``: no segment was long there. Read at each launch: to measure another value,
+    set it on :data:`TUNING`."""
 
     entries: int = 1  # of a segment, taken together
     decoder_elements: int = 16  # of a row, a thread
